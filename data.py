@@ -1,0 +1,549 @@
+"""Text and tasks: what becomes demonstrations D, query x and answer y, and how a batch of them looks.
+
+    python data.py --split class_to_class                        # Table 1 for what is on disk
+    python data.py --split class_to_class --show 1               # one example's whole way from file to batch
+    python data.py --split hr_to_lr --tasks FOLDER               # the same for a folder in MetaICL's layout
+
+Covers Sec. 3.2 (what is sampled in either stage), Sec. 4.1 (Table 1) and App. A (lengths) of the paper.
+
+A batch, the same in both stages and in scoring, is a dictionary of tensors; a row is one demonstration set with the
+queries that share it, packed side by side:
+
+    demo_ids    (B, T_d) long   demonstration tokens, padded on the left
+    demo_mask   (B, T_d) bool   True at demonstration tokens
+    query_ids   (B, T)   long   query and answer tokens, padded on the right
+    query_mask  (B, T)   bool   True at query and answer tokens
+    segment     (B, T)   long   which of the row's queries a token belongs to: 0, 1, ...
+    branch      (B, T)   long   0 in the query x; o + 1 in its answer option o (in training: 1 in the answer y)
+    position    (B, T)   long   position behind the prefix: 0, 1, ...; every option starts where x ends
+    predictor   (B, T)   long   the column whose state predicts this token: 0 = the last prefix token, 1 + c = column c
+"""
+
+import argparse
+import gzip
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from common import (
+    ASSETS,
+    CACHE,
+    ROOT,
+    UserError,
+    add_shared_flags,
+    check,
+    finish,
+    parse,
+    require_hub,
+    run_main,
+    shared_rules,
+)
+
+MAX_INPUT = 256          # tokens of an input x; longer ones are cut at the end (App. A)
+SEEDS = (100, 13, 21, 42, 87)
+TEMPLATES = {"space": (" ", " "), "newline": ("\n", "\n\n\n")}  # before an answer; between demonstrations
+HUB_TASKS, HUB_TEXT = "bigheiniuJ/EvalMetaICLAll", "allenai/c4"
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizer
+
+
+class Tokenizer:
+    """A hub or local tokenizer that never adds special tokens and reads text such as <|im_end|> as plain text.
+
+    Byte-level BPE goes through tiktoken, which is faster; `reference` is always transformers' own way.
+    """
+
+    def __init__(self, name: str):
+        from transformers import AutoTokenizer
+        try:
+            self.hf = AutoTokenizer.from_pretrained(name)
+        except (OSError, ValueError) as error:
+            raise UserError(f"no tokenizer at {name}: {str(error).splitlines()[0]} Give the hub name or the folder of a "
+                            "model; the pocket preset's comes from `make assets`") from error
+        self.name = name
+        first = self.hf("a")["input_ids"][:1]
+        self.bos_id = first[0] if first and first[0] == self.hf.bos_token_id else None
+        self.hf.backend_tokenizer.encode_special_tokens = True
+        self.fingerprint = hashlib.sha256(self.hf.backend_tokenizer.to_str().encode()).hexdigest()[:12]
+        self.encoding, self.to_id = tiktoken_encoding(self.hf.backend_tokenizer.to_str())
+
+    def reference(self, text: str) -> list[int]:
+        return self.hf.backend_tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, without special tokens."""
+        if self.encoding is None:
+            return self.reference(text)
+        ids = self.to_id[self.encoding.encode_ordinary(text)] if text else ()
+        return [int(i) for i in ids if i >= 0]  # a byte that the vocabulary lacks is dropped, as transformers does
+
+
+def tiktoken_encoding(tokenizer_json: str):
+    """A tiktoken Encoding from a byte-level BPE tokenizer's own vocabulary, and the array tiktoken rank -> token id.
+
+    (None, None) where the tokenizer is of another kind. Ranks are the bytes, then the merges in their order.
+    """
+    import tiktoken
+    spec = json.loads(tokenizer_json)
+    pattern = split_pattern(spec.get("pre_tokenizer") or {})
+    plain_added = [t for t in spec.get("added_tokens", []) if not t["special"]]  # transformers would match these first
+    if spec["model"].get("type") != "BPE" or spec.get("normalizer") or pattern is None or plain_added:
+        return None, None
+    vocab, merges = spec["model"]["vocab"], spec["model"]["merges"]
+    # byte-level BPE writes each byte as one printable character: printable Latin-1 stands for itself
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    rest = [b for b in range(256) if b not in printable]
+    characters = {**{chr(b): b for b in printable}, **{chr(256 + i): b for i, b in enumerate(rest)}}
+    ranks, to_id = {}, np.full(256 + len(merges), -1, dtype=np.int64)
+    for character, byte in characters.items():
+        ranks[bytes([byte])] = byte
+        to_id[byte] = vocab.get(character, -1)
+    for i, merge in enumerate(merges):
+        token = "".join(merge.split(" ") if isinstance(merge, str) else merge)
+        as_bytes = bytes(characters[c] for c in token)
+        if as_bytes not in ranks:
+            ranks[as_bytes] = 256 + i
+            to_id[256 + i] = vocab[token]
+    return tiktoken.Encoding("own-vocabulary", pat_str=pattern, mergeable_ranks=ranks, special_tokens={}), to_id
+
+
+def split_pattern(pre: dict) -> str | None:
+    """The regular expression by which a pre-tokenizer splits text; None for one that is not understood."""
+    gpt2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+    single_digits = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
+    steps = pre.get("pretokenizers", [pre])
+    kinds = [step.get("type") for step in steps]
+    if not steps or kinds[-1] != "ByteLevel" or steps[-1].get("add_prefix_space"):
+        return None
+    if kinds == ["ByteLevel"] and steps[0].get("use_regex", True):
+        return gpt2
+    if kinds == ["Digits", "ByteLevel"] and steps[0]["individual_digits"] and steps[1].get("use_regex", True):
+        return single_digits
+    if kinds == ["Split", "ByteLevel"] and not steps[1].get("use_regex", True) and "Regex" in steps[0]["pattern"]:
+        return steps[0]["pattern"]["Regex"]
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pretraining text
+
+
+def corpus_files(corpus: list[str]) -> list[Path]:
+    """The files that --corpus names: sotu from the assets, folders, or files."""
+    files = []
+    for name in corpus:
+        path = ASSETS / "sotu" if name == "sotu" else Path(name)
+        if not path.exists():
+            fix = "run `make assets`" if name == "sotu" else "give c4, sotu, a folder or files (.jsonl, .jsonl.gz, .txt)"
+            raise UserError(f"--corpus {name}: {path} does not exist; {fix}")
+        found = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+        files += [p for p in found if p.name.endswith((".jsonl", ".jsonl.gz", ".json.gz", ".txt"))]
+    if not files:
+        raise UserError(f"--corpus {' '.join(corpus)} holds no .jsonl, .jsonl.gz or .txt file")
+    return files
+
+
+def read_documents(files: list[Path], characters: int) -> Iterator[str]:
+    """Documents of text files: a line's "text" in .jsonl; in .txt, paragraphs joined up to `characters`."""
+    for path in files:
+        if path.suffix == ".txt":
+            passage = ""
+            for paragraph in re.split(r"\n\s*\n|\n", path.read_text(encoding="utf-8")):
+                passage = f"{passage}\n{paragraph}".strip()
+                if len(passage) >= characters:
+                    yield passage
+                    passage = ""
+            if passage:
+                yield passage
+            continue
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    yield json.loads(line)["text"]
+                except (json.JSONDecodeError, KeyError, TypeError) as error:
+                    raise UserError(f'{path}, line {number}: expected a JSON object with a "text" as in C4 '
+                                    f"({type(error).__name__}: {error})") from error
+
+
+def hub_documents() -> Iterator[str]:
+    """C4 (en, validation) from the hub, streamed."""
+    import datasets
+    require_hub("--corpus c4")
+    for row in datasets.load_dataset(HUB_TEXT, "en", split="validation", streaming=True):
+        yield row["text"]
+
+
+class Corpus:
+    """Windows of pretraining text: the first `window` tokens of each document, tokenised once into a memory-mapped file.
+
+    DEVIATION: the paper both "extracts sequences of 1024 tokens" and "truncates each passage to 1024"; here a shorter
+    document, of at least min_doc_len tokens, stays and is split at beta of its own length.
+
+    Every 20th usable document is held out from training. Raises UserError when no document is long enough.
+    """
+
+    def __init__(self, corpus: list[str], tokenizer: Tokenizer, window: int, min_doc_len: int):
+        files = None if corpus == ["c4"] else corpus_files(corpus)
+        characters = 5 * window
+        digest = hashlib.sha256(f"{tokenizer.fingerprint} {characters}".encode())
+        for path in files or []:
+            digest.update(path.name.encode() + path.read_bytes())
+        self.name = " ".join(Path(name).name for name in corpus)
+        self.hash = digest.hexdigest()[:12]
+        folder = CACHE / f"corpus-{self.hash}"
+        if not (folder / "ends.npy").exists():
+            documents = hub_documents() if files is None else read_documents(files, characters)
+            write_tokens(folder, documents, tokenizer)
+        self.tokens = np.memmap(folder / "tokens.bin", dtype=np.uint32, mode="r")
+        ends = np.load(folder / "ends.npy")
+        starts = np.concatenate([[0], ends[:-1]])
+        usable = np.flatnonzero(ends - starts >= min_doc_len)
+        if len(usable) < 20:
+            longest = int((ends - starts).max()) if len(ends) else 0
+            raise UserError(f"--corpus {self.name}: {len(usable)} of {len(ends)} documents have at least {min_doc_len} "
+                            f"tokens (the longest has {longest}), and 20 are needed; lower --min-doc-len or give more text")
+        self.spans = np.stack([starts[usable], np.minimum(ends[usable], starts[usable] + window)], axis=1)
+        held_out = np.arange(len(usable)) % 20 == 0
+        self.train, self.held_out = np.flatnonzero(~held_out), np.flatnonzero(held_out)
+
+    def row(self, document: int, beta: float) -> dict:
+        """The first beta of a window as demonstrations D, the rest as query x (Sec. 3.2), for `collate`."""
+        start, end = self.spans[document]
+        ids = self.tokens[start:end].tolist()
+        cut = min(max(1, round(beta * len(ids))), len(ids) - 2)
+        return {"demo": ids[:cut], "queries": [(ids[cut:], [])]}
+
+    def training_rows(self, seed: int, first: int, count: int, beta: float) -> list[dict]:
+        """Samples number first, first + 1, ... of an endless pass over shuffled documents: a function of the seed."""
+        n, rows = len(self.train), []
+        for sample in range(first, first + count):
+            order = np.random.default_rng((seed, sample // n)).permutation(n)
+            rows.append(self.row(self.train[order[sample % n]], beta))
+        return rows
+
+
+def write_tokens(folder: Path, documents: Iterator[str], tokenizer: Tokenizer) -> None:
+    """Tokenise documents into folder/tokens.bin (uint32) and folder/ends.npy (each document's end)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    ends, total = [], 0
+    temporary = folder / f"tokens.{os.getpid()}.tmp"
+    with temporary.open("wb") as file:
+        for text in tqdm(documents, desc="tokenising", unit=" documents"):
+            ids = np.asarray(tokenizer.encode(text), dtype=np.uint32)
+            file.write(ids.tobytes())
+            total += len(ids)
+            ends.append(total)
+    if not total:
+        raise UserError('the corpus holds no text at all; give .jsonl lines with a "text", or .txt files')
+    os.replace(temporary, folder / "tokens.bin")
+    np.save(folder / f"ends.{os.getpid()}.tmp.npy", np.asarray(ends, dtype=np.int64))
+    os.replace(folder / f"ends.{os.getpid()}.tmp.npy", folder / "ends.npy")  # last: its presence says "complete"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tasks
+
+
+@dataclass
+class Tasks:
+    """The tasks of one split that are on disk. `collection` is metaicl or bigbench, the table of splits.json in use."""
+
+    folder: Path
+    collection: str
+    split: str
+    train: list[str]
+    test: list[str]
+    missing_train: list[str]
+    missing_test: list[str]
+    types: dict[str, str]
+    pools: dict[str, list[dict]] = field(default_factory=dict)
+    limits: dict[str, int] = field(default_factory=dict)
+
+    def pool(self, task: str) -> list[dict]:
+        """A meta-training task's examples, exact duplicates dropped."""
+        if task not in self.pools:
+            examples = read_examples(self.folder / task / f"{task}_16384_100_train.jsonl")
+            self.pools[task] = list({(e["input"], e["output"]): e for e in examples}.values())
+        return self.pools[task]
+
+    def limit(self, task: str, encoder: "Encoder") -> int:
+        """Encoder.limit of a meta-training task."""
+        if task not in self.limits:
+            self.limits[task] = encoder.limit(self.pool(task))
+        return self.limits[task]
+
+    def files(self, task: str, seed: int) -> dict[str, list[dict]]:
+        """The train (demonstrations), dev and test examples of a meta-test task for one of MetaICL's seeds."""
+        if not (self.folder / task / f"{task}_16_{seed}_test.jsonl").exists():
+            raise UserError(f"{self.folder / task} has no files of seed {seed}; MetaICL's seeds are "
+                            f"{', '.join(map(str, sorted(SEEDS)))}")
+        return {part: read_examples(self.folder / task / f"{task}_16_{seed}_{part}.jsonl")
+                for part in ("train", "dev", "test")}
+
+    def data_hash(self, task: str, seed: int) -> str:
+        """Content hash of the files that an evaluation of (task, seed) reads."""
+        digest = hashlib.sha256()
+        for part in ("train", "dev", "test"):
+            digest.update((self.folder / task / f"{task}_16_{seed}_{part}.jsonl").read_bytes())
+        return digest.hexdigest()[:12]
+
+
+def load_tasks(spec: str, split: str) -> Tasks:
+    """Find the tasks of a split: from the assets (bigbench), the hub (metaicl), or a folder in MetaICL's layout."""
+    table = json.loads((ROOT / "splits.json").read_text())
+    if spec == "metaicl":
+        folder = hub_tasks()
+    else:
+        folder = ASSETS / "bigbench" if spec == "bigbench" else Path(spec)
+    if not folder.is_dir():
+        fix = "run `make assets`" if spec == "bigbench" else "give metaicl, bigbench, or a folder in MetaICL's layout"
+        raise UserError(f"--tasks {spec}: {folder} does not exist; {fix}")
+    here = {path.name for path in folder.iterdir() if path.is_dir()}
+    collection = max(("metaicl", "bigbench"), key=lambda c: len(here & table[c]["task_type"].keys()))
+    setting, types = table[collection]["settings"][split], table[collection]["task_type"]
+    train = [t for t in setting["train"] if (folder / t / f"{t}_16384_100_train.jsonl").exists()]
+    test = [t for t in setting["test"] if any((folder / t).glob(f"{t}_16_*_test.jsonl"))]
+    if not train or not test:
+        raise UserError(f"--tasks {spec} has {len(train)} of {len(setting['train'])} meta-train and {len(test)} of "
+                        f"{len(setting['test'])} meta-test tasks of {split}; expected folders such as "
+                        f"{folder}/{setting['train'][0]}/{setting['train'][0]}_16384_100_train.jsonl")
+    # DEVIATION: MetaICL lists sick in both the meta-train and the meta-test tasks of non_nli_to_nli; it is not trained on.
+    train = [t for t in train if t not in setting["test"]]
+    return Tasks(folder, collection, split, train, test, [t for t in setting["train"] if t not in train],
+                 [t for t in setting["test"] if t not in test], types)
+
+
+def hub_tasks() -> Path:
+    """MetaICL's tasks from the hub, written once to the cache in MetaICL's own layout."""
+    folder = CACHE / "metaicl"
+    if folder.is_dir():
+        return folder
+    import datasets
+    require_hub("--tasks metaicl")
+    temporary = CACHE / f"metaicl.{os.getpid()}.tmp"
+    for split in ("meta_train", "meta_eval"):
+        for row in tqdm(datasets.load_dataset(HUB_TASKS, split=split, streaming=True), desc=f"MetaICL {split}"):
+            name, part = row["task"], row["split"]
+            stem = f"{name}_16384_100_train" if split == "meta_train" else f"{name}_16_{row['seed']}_{part}"
+            (temporary / name).mkdir(parents=True, exist_ok=True)
+            with (temporary / name / f"{stem}.jsonl").open("a") as file:
+                file.write(json.dumps({k: row[k] for k in ("task", "input", "output", "options")}) + "\n")
+    os.replace(temporary, folder)
+    return folder
+
+
+def read_examples(path: Path) -> list[dict]:
+    """Lines {"task", "input", "output", "options"} of a MetaICL file; options may be empty."""
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; expected MetaICL's layout, <task>/<task>_16_<seed>_test.jsonl")
+    examples = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            example = json.loads(line)
+            example = {"task": example["task"], "input": example["input"].strip(), "output": example["output"].strip(),
+                       "options": [option.strip() for option in example.get("options") or []]}
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f'{path}, line {number}: expected {{"task", "input", "output", "options"}} '
+                            f"({type(error).__name__}: {error})") from error
+        if not example["input"] or not example["output"]:
+            raise UserError(f"{path}, line {number}: the input or the output is empty")
+        examples.append(example)
+    return examples
+
+
+def require_options(examples: list[dict]) -> None:
+    """Scoring needs options, and the gold answer among them: raise UserError for the first example without."""
+    for example in examples:
+        if example["output"] not in example["options"]:
+            what = f"its answer {example['output']!r} is not among {example['options']}" if example["options"] else \
+                "it has no options"
+            raise UserError(f"task {example['task']}: the example {example['input'][:60]!r} cannot be scored, as {what}; "
+                            "scoring compares given options (Eq. 1), so use a classification or multiple-choice task")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From examples to token ids
+
+
+@dataclass
+class Encoder:
+    """Turns examples into token ids by one template, within the length rules of App. A."""
+
+    tokenizer: Tokenizer
+    template: str
+    context_len: int                        # demonstration tokens at most (App. A: 900)
+    distill_len: int = 0
+    llm_positions: int | None = None        # longest input of either model; None where it has no absolute limit
+    distiller_positions: int | None = None
+
+    def limit(self, examples: list[dict]) -> int:
+        """Tokens that a task's demonstrations may take: `context_len`, but never so many that one of its queries would
+        not fit behind them. It looks at all of a task's labels, so that demonstrations never depend on the query."""
+        limits = [self.context_len]
+        if self.distiller_positions is not None:
+            limits.append(self.distiller_positions - self.distill_len)
+        if self.llm_positions is not None:
+            labels = {label for e in examples for label in [e["output"], *e["options"]]}
+            longest = max(len(self.answer(label)) for label in labels)
+            limits.append(self.llm_positions - MAX_INPUT - longest - (self.tokenizer.bos_id is not None))
+        return min(limits)
+
+    def query(self, example: dict, first: bool = False) -> list[int]:
+        """x, with the separator that joins it to what stands before (unless `first`); cut at its end to MAX_INPUT."""
+        separator = "" if first else TEMPLATES[self.template][1]
+        return self.tokenizer.encode(separator + example["input"])[:MAX_INPUT]
+
+    def answer(self, text: str) -> list[int]:
+        """y, with the separator before it; never cut."""
+        return self.tokenizer.encode(TEMPLATES[self.template][0] + text)
+
+    def demonstrations(self, examples: list[dict], limit: int) -> list[int]:
+        """D = concat(x_1, y_1, ..., x_K, y_K): whole demonstrations; the first that would pass `limit` tokens and all
+        after it are left out (one that is too long even alone is skipped)."""
+        ids: list[int] = []
+        for example in examples:
+            piece = self.query(example, first=not ids) + self.answer(example["output"])
+            if len(ids) + len(piece) <= limit:
+                ids += piece
+            elif ids:
+                break
+        if not ids:
+            raise UserError(f"task {examples[0]['task']}: not one of {len(examples)} demonstrations fits into {limit} "
+                            "tokens; raise --context-len, or shorten the demonstrations")
+        return ids
+
+    def budget(self, examples: list[dict], limit: int) -> list[int]:
+        """The baseline of equal length: as many of the K demonstrations, in order, as fit into `limit` = l tokens.
+
+        Where none fits, the shortest one with its input cut at the end, so that its label still stands.
+        """
+        ids: list[int] = []
+        for example in examples:
+            piece = self.query(example, first=not ids) + self.answer(example["output"])
+            if len(ids) + len(piece) <= limit:
+                ids += piece
+        if ids:
+            return ids
+        shortest = min(examples, key=lambda e: len(self.query(e, first=True)) + len(self.answer(e["output"])))
+        answer = self.answer(shortest["output"])[:limit]
+        return self.query(shortest, first=True)[:limit - len(answer)] + answer
+
+    def training_query(self, query: dict) -> tuple[list[int], list[list[int]]]:
+        """A query and its answer, for `collate`."""
+        return self.query(query), [self.answer(query["output"])]
+
+    def scoring_query(self, query: dict, first: bool = False) -> tuple[list[int], list[list[int]]]:
+        """A query with all its options, for `collate`; `first` where no demonstrations stand before it."""
+        return self.query(query, first), [self.answer(option) for option in query["options"]]
+
+
+def sample_row(tasks: Tasks, encoder: Encoder, seed: int, sample: int, k: int, queries: int) -> dict:
+    """Sec. 3.2: draw a meta-training task, then K + `queries` different examples of it; the first K become D.
+
+    A function of (seed, sample).
+    """
+    rng = np.random.default_rng((seed, sample))
+    task = tasks.train[rng.integers(len(tasks.train))]
+    pool = tasks.pool(task)
+    chosen = [pool[i] for i in rng.choice(len(pool), k + queries, replace=False)]
+    return {"demo": encoder.demonstrations(chosen[:k], tasks.limit(task, encoder)),
+            "queries": [encoder.training_query(query) for query in chosen[k:]]}
+
+
+def collate(rows: list[dict], device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
+    """Rows {"demo": ids, "queries": [(x ids, [option ids, ...]), ...]} to the batch described at the top."""
+    width = max(len(row["demo"]) for row in rows)
+    demo_ids = torch.zeros(len(rows), width, dtype=torch.long)
+    demo_mask = torch.zeros(len(rows), width, dtype=torch.bool)
+    columns = []
+    for b, row in enumerate(rows):
+        demo_ids[b, width - len(row["demo"]):] = torch.tensor(row["demo"], dtype=torch.long)
+        demo_mask[b, width - len(row["demo"]):] = True
+        tokens = []  # (id, segment, branch, position, predictor)
+        for s, (x, options) in enumerate(row["queries"]):
+            tokens += [(t, s, 0, i, len(tokens) + i if i else 0) for i, t in enumerate(x)]
+            end_of_x = len(tokens)
+            for o, option in enumerate(options):
+                start = len(tokens)
+                tokens += [(t, s, o + 1, len(x) + i, start + i if i else end_of_x) for i, t in enumerate(option)]
+        columns.append(torch.tensor(tokens, dtype=torch.long).view(-1, 5))
+    T = max(len(c) for c in columns)
+    packed = torch.stack([torch.nn.functional.pad(c, (0, 0, 0, T - len(c))) for c in columns])        # (B, T, 5)
+    lengths = torch.tensor([len(c) for c in columns])
+    batch = {"demo_ids": demo_ids, "demo_mask": demo_mask, "query_mask": torch.arange(T)[None] < lengths[:, None]}
+    batch |= {name: packed[:, :, i].contiguous()
+              for i, name in enumerate(("query_ids", "segment", "branch", "position", "predictor"))}
+    if torch.device(device).type == "cuda":
+        return {name: t.pin_memory().to(device, non_blocking=True) for name, t in batch.items()}
+    return batch
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Looking at the data
+
+
+def table1(tasks: Tasks, encoder: Encoder) -> dict:
+    """Table 1: tasks, examples and the average length of a demonstration, for the tasks that are here."""
+    figures = {}
+    for part, names, missing in (("train", tasks.train, tasks.missing_train), ("test", tasks.test, tasks.missing_test)):
+        lengths, examples = [], 0
+        for task in tqdm(names, desc=f"meta-{part} tasks"):
+            pool = tasks.pool(task) if part == "train" else tasks.files(task, SEEDS[0])["test"]
+            examples += len(pool)
+            lengths.append(np.mean([len(encoder.query(e)) + len(encoder.answer(e["output"])) for e in pool[:200]]))
+        figures[part] = {"tasks": len(names), "of": len(names) + len(missing), "examples": examples,
+                         "avg_len": round(float(np.mean(lengths)), 2), "missing": missing}
+    return figures
+
+
+def show(tasks: Tasks, encoder: Encoder, k: int, seed: int) -> None:
+    """Print one training example's whole way: line, text, tokens, batch with its masks."""
+    task = tasks.train[0]
+    pool = tasks.pool(task)
+    check((len(pool) > k, f"task {task} has {len(pool)} examples, and --k {k} needs {k + 1}"))
+    row = {"demo": encoder.demonstrations(pool[:k], encoder.limit(pool)), "queries": [encoder.training_query(pool[k])]}
+    x, (y,) = row["queries"][0]
+    decode = encoder.tokenizer.hf.decode
+    print(f"line of the file:\n  {json.dumps(pool[k])}")
+    for name, ids in (("demonstrations D", row["demo"]), ("query x", x), ("answer y", y)):
+        print(f"{name}, {len(ids)} tokens:\n  text {decode(ids)!r}\n  ids  {ids}")
+    for name, tensor in collate([row]).items():
+        print(f"batch[{name!r}] {tuple(tensor.shape)}:\n  {tensor.long().tolist()[0]}")
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_shared_flags(parser)
+    parser.add_argument("--show", type=int, metavar="K", help="show one example with K demonstrations instead of Table 1")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> dict:
+    args = parse(get_parser(), argv, {"paper": {}, "pocket": {}})
+    check(*shared_rules(args), (args.show is None or args.show >= 1, f"--show is {args.show}; give at least 1"))
+    tasks = load_tasks(args.tasks, args.split)
+    encoder = Encoder(Tokenizer(args.llm), args.template, context_len=900)
+    if args.show:
+        show(tasks, encoder, args.show, args.seed)
+        return finish({"split": args.split, "task": tasks.train[0]})
+    figures = table1(tasks, encoder)
+    for part in ("train", "test"):
+        f = figures[part]
+        print(f"meta-{part}: {f['tasks']:3d} of {f['of']:3d} tasks · {f['examples']:7d} examples · average length "
+              f"{f['avg_len']:.2f} tokens" + (f" · missing: {', '.join(f['missing'])}" if f["missing"] else ""))
+    return finish({"split": args.split, "collection": tasks.collection, **figures})
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,447 @@
+"""The model of MEND: a distiller that turns demonstrations into l vectors, and the frozen LLM that reads them.
+
+    python train_pretrain.py            # trains the distiller with Eq. (3)
+    python train_finetune.py            # trains it on with Eq. (4)
+
+Covers Sec. 2 (Eq. 1 and 2: scoring), Sec. 3.1 (Eq. 3: distillation) and Sec. 3.2 (Eq. 4: finetuning) of the paper.
+
+Legend: B demonstration sets in a batch · K demonstrations in a set · l distillation length · T_d demonstration tokens
+        T packed query tokens · P prefix length · N tokens that count in a loss · d LLM width · d_s distiller width
+        V vocabulary. Masks are True where a token counts.
+
+Every forward of the LLM has two parts. `prefill` reads the prefix (demonstrations or vectors) once and keeps its keys
+and values; `query_states` reads the queries after it. Several queries, and several answer options of one query, stand
+side by side in one row of the batch: `attention_mask` lets each see the prefix and itself only, so the prefix is read
+once however many queries and options follow, and its gradient is exact.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, PreTrainedModel
+
+from common import UserError, load_checkpoint, require_hub
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The frozen LLM
+
+
+@dataclass
+class Prefix:
+    """What the LLM keeps of a prefix that it has read.
+
+    keys_values: one (keys, values) pair a layer, each (B, heads, P, head width). state: (B, d), the final hidden state
+    of the last prefix token, which predicts the first query token; None for an empty prefix. mask: (B, P), bool.
+    """
+
+    keys_values: list[tuple[Tensor, Tensor]]
+    state: Tensor | None
+    mask: Tensor
+
+    def cache(self) -> DynamicCache | None:
+        """A new cache on each call: a forward pass would change a shared one in place."""
+        return DynamicCache(ddp_cache_data=self.keys_values) if self.keys_values else None
+
+
+def attention_mask(prefix_mask: Tensor, segment: Tensor, branch: Tensor, query_mask: Tensor) -> Tensor:
+    """Who may look at whom when queries are packed side by side behind a prefix.
+
+    A token sees the prefix, the earlier tokens of its own query (segment), and of its own answer option (branch):
+    branch 0 is the query x itself, which every option of that query sees; options do not see each other.
+
+    Args:
+        prefix_mask: (B, P) bool. segment, branch: (B, T) long. query_mask: (B, T) bool.
+    Returns:
+        (B, 1, T, P + T) bool, True where attention is allowed. A padded token sees itself, so that no row is empty.
+    """
+    T = segment.shape[1]
+    same_query = segment[:, :, None] == segment[:, None, :]                                          # (B, T, T)
+    same_branch = (branch[:, None, :] == 0) | (branch[:, :, None] == branch[:, None, :])             # (B, T, T)
+    index = torch.arange(T, device=segment.device)
+    causal = index[:, None] >= index[None, :]                                                        # (T, T)
+    own = (same_query & same_branch & causal & query_mask[:, None, :]) | (index[:, None] == index)   # (B, T, T)
+    return torch.cat([prefix_mask[:, None, :].expand(-1, T, -1), own], dim=2)[:, None]               # (B, 1, T, P+T)
+
+
+def causal_mask(mask: Tensor) -> Tensor:
+    """Causal attention over one sequence a row, padded anywhere: (B, T) bool -> (B, 1, T, T) bool."""
+    zero = torch.zeros_like(mask, dtype=torch.long)
+    return attention_mask(mask[:, :0], zero, zero, mask)
+
+
+def positions_of(mask: Tensor) -> Tensor:
+    """Position of each token, padding not counted: (B, T) bool -> (B, T) long, 0 in the padding on the left."""
+    return (mask.long().cumsum(dim=1) - 1).clamp(min=0)
+
+
+def run_backbone(backbone: nn.Module, embeds: Tensor, allowed: Tensor, positions: Tensor, cache=None):
+    """One pass of a decoder-only backbone (no head) over `embeds` with our own mask and positions.
+
+    Args:
+        embeds: (B, T, width). allowed: (B, 1, T, P + T) bool. positions: (B, T) long. cache: P earlier tokens.
+    """
+    if backbone.config._attn_implementation == "eager":  # adds the mask to the scores instead of selecting by it
+        allowed = torch.zeros_like(allowed, dtype=embeds.dtype).masked_fill(~allowed, torch.finfo(embeds.dtype).min)
+    return backbone(inputs_embeds=embeds, attention_mask=allowed, position_ids=positions,
+                    past_key_values=cache, use_cache=cache is not None)
+
+
+def prefill(llm: PreTrainedModel, embeds: Tensor, mask: Tensor) -> Prefix:
+    """Read a prefix once: demonstrations E_D (teacher, ICL) or distilled vectors S_D (student, MEND).
+
+    The LLM's weights are frozen, but gradients flow through it to `embeds`; wrap the teacher in torch.no_grad().
+
+    Args:
+        embeds: (B, P, d), in any float type. mask: (B, P) bool, False in padding, which stands on the left.
+    """
+    if embeds.shape[1] == 0:
+        return Prefix([], None, mask)
+    cache = DynamicCache()
+    out = run_backbone(llm.base_model, embeds.to(llm.dtype), causal_mask(mask), positions_of(mask), cache)
+    keys_values = [(layer.keys, layer.values) for layer in cache.layers]
+    return Prefix(keys_values, out.last_hidden_state[:, -1], mask)
+
+
+def query_states(llm: PreTrainedModel, prefix: Prefix, batch: dict[str, Tensor]) -> Tensor:
+    """Read the packed queries behind a prefix; return for each query token the state that predicts it.
+
+    The first token of a query is predicted by the last prefix token (the last demonstration token for the teacher, the
+    last vector for the student); the first token of an answer by the last token of its query.
+
+    Args:
+        batch: the dictionary of data.collate: query_ids, query_mask, segment, branch, position, predictor, all (B, T).
+    Returns:
+        (B, T, d) final hidden states. Without a prefix the states for first tokens are zeros: leave them out.
+    """
+    embeds = llm.get_input_embeddings()(batch["query_ids"])                                          # (B, T, d)
+    allowed = attention_mask(prefix.mask, batch["segment"], batch["branch"], batch["query_mask"])
+    positions = batch["position"] + prefix.mask.sum(dim=1, keepdim=True)                             # (B, T)
+    states = run_backbone(llm.base_model, embeds, allowed, positions, prefix.cache()).last_hidden_state
+    first = torch.zeros_like(states[:, 0]) if prefix.state is None else prefix.state                 # (B, d)
+    states = torch.cat([first[:, None], states], dim=1)                                              # (B, 1 + T, d)
+    return states.gather(1, batch["predictor"][:, :, None].expand(-1, -1, states.shape[2]))          # (B, T, d)
+
+
+def head_logits(llm: PreTrainedModel, states: Tensor) -> Tensor:
+    """The LLM's output head applied by hand: (N, d) final hidden states -> (N, V) fp32 logits."""
+    logits = llm.get_output_embeddings()(states.to(llm.dtype)).float()
+    soft_cap = getattr(llm.config, "final_logit_softcapping", None)  # Gemma
+    return soft_cap * torch.tanh(logits / soft_cap) if soft_cap else logits
+
+
+def demo_prefix(llm: PreTrainedModel, demo_ids: Tensor, demo_mask: Tensor, bos_id: int | None = None) -> Prefix:
+    """The LLM reads the demonstrations themselves: [BOS ; E_D], as in Eq. (1). demo_ids, demo_mask: (B, T_d)."""
+    return prefill(llm, *with_bos(llm, llm.get_input_embeddings()(demo_ids), demo_mask, bos_id))
+
+
+def vector_prefix(llm: PreTrainedModel, vectors: Tensor, bos_id: int | None = None) -> Prefix:
+    """The LLM reads distilled vectors: [BOS ; S_D], as in Eq. (2). vectors: (B, l, d)."""
+    mask = torch.ones(vectors.shape[:2], dtype=torch.bool, device=vectors.device)
+    return prefill(llm, *with_bos(llm, vectors, mask, bos_id))
+
+
+def with_bos(llm: PreTrainedModel, embeds: Tensor, mask: Tensor, bos_id: int | None) -> tuple[Tensor, Tensor]:
+    """Put the tokenizer's BOS, where it has one, before the first token of each row: (B, P, d) -> (B, 1 + P, d)."""
+    if bos_id is None:
+        return embeds, mask
+    B, P, d = embeds.shape
+    bos = llm.get_input_embeddings()(torch.tensor([[bos_id]], device=embeds.device)).to(embeds.dtype)
+    n_pad = (~mask).sum(dim=1)                                                                       # (B,)
+    at_bos = torch.arange(P + 1, device=embeds.device)[None] == n_pad[:, None]                       # (B, 1 + P)
+    embeds = torch.cat([embeds[:, :1], embeds], dim=1) if P else bos.expand(B, 1, d)
+    mask = torch.cat([torch.zeros_like(at_bos[:, :1]), mask], dim=1) | at_bos
+    return torch.where(at_bos[:, :, None], bos, embeds), mask
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The distiller
+
+
+class Distiller(nn.Module):
+    """S_D = MEND(concat(E^_D, E^_phi))[-l:], Sec. 3: l placeholders follow the demonstrations; their final states,
+    brought to the LLM's width and scale, are the distilled vectors.
+
+    Args:
+        backbone: a decoder-only transformer without head (AutoModel), width d_s.
+        embed: its token embedding; `own_embedding=False` when it belongs to the frozen LLM: then it is neither
+            trained nor saved.
+        distill_len: l, at least 1.
+        llm_width: d. Where d_s differs, Linear + Tanh project d_s -> d.
+        output_rms: root mean square that the vectors have at initialisation; None leaves their scale as it is.
+        seed: of the placeholders' initial ids.
+    """
+
+    def __init__(self, backbone: PreTrainedModel, embed: nn.Module, distill_len: int, llm_width: int,
+                 own_embedding: bool = True, output_rms: float | None = None, seed: int = 0):
+        super().__init__()
+        if distill_len < 1:
+            raise ValueError(f"distill_len is {distill_len}; the distiller needs at least one placeholder (l >= 1)")
+        self.backbone = backbone
+        backbone.set_input_embeddings(nn.Identity())  # the backbone only ever gets embeddings
+        if own_embedding:
+            self.embed = embed
+        else:
+            object.__setattr__(self, "embed", embed)  # hidden from parameters() and state_dict()
+        generator = torch.Generator().manual_seed(seed)
+        width, vocab = backbone.config.hidden_size, backbone.config.vocab_size
+        ids = torch.randint(min(100, vocab // 2), vocab, (distill_len,), generator=generator)
+        with torch.no_grad():
+            rows = self.embed(ids.to(next(embed.parameters()).device))
+        self.placeholders = nn.Parameter(rows.detach().float().clone())                              # (l, d_s)
+        same_width = width == llm_width
+        self.project = nn.Identity() if same_width else nn.Sequential(nn.Linear(width, llm_width), nn.Tanh())
+        self.gain = None
+        if output_rms is not None:
+            # DEVIATION: final-norm states are some ten times larger than an LLM's token embeddings; a learned scalar,
+            # set so that both have the same root mean square at the start, learns faster. The paper has no such scale.
+            self.gain = nn.Parameter(torch.ones(()))
+            with torch.no_grad():
+                probe = torch.randint(0, vocab, (4, 64), generator=generator).to(rows.device)
+                self.gain.fill_(output_rms / self(probe, torch.ones_like(probe, dtype=torch.bool)).pow(2).mean().sqrt())
+
+    @property
+    def distill_len(self) -> int:
+        return self.placeholders.shape[0]
+
+    def forward(self, demo_ids: Tensor, demo_mask: Tensor) -> Tensor:
+        """Distil each row's demonstrations.
+
+        Args:
+            demo_ids: (B, T_d) long, padded on the left, so that the placeholders follow the last demonstration token.
+            demo_mask: (B, T_d) bool.
+        Returns:
+            (B, l, d) vectors S_D, fp32.
+        """
+        B = demo_ids.shape[0]
+        placeholders = self.placeholders.expand(B, -1, -1)                                           # (B, l, d_s)
+        embeds = torch.cat([self.embed(demo_ids).to(placeholders.dtype), placeholders], dim=1)       # (B, T_d+l, d_s)
+        mask = F.pad(demo_mask, (0, self.distill_len), value=True)                                   # (B, T_d + l)
+        states = run_backbone(self.backbone, embeds, causal_mask(mask), positions_of(mask)).last_hidden_state
+        vectors = self.project(states[:, -self.distill_len:]).float()                                # (B, l, d)
+        return vectors if self.gain is None else vectors * self.gain
+
+
+def first_layers(llm: PreTrainedModel, n_layers: int) -> PreTrainedModel:
+    """A trainable fp32 copy of the LLM's own first `n_layers` layers and final norm, as a distiller's backbone.
+
+    DEVIATION: the paper takes the family's smallest sibling (gpt2 for gpt2-large); this is for an LLM without one.
+    """
+    config = copy.deepcopy(llm.base_model.config)
+    total = config.num_hidden_layers
+    if not 1 <= n_layers <= total:
+        raise UserError(f"--distiller layers:{n_layers}, but this LLM has {total} layers: give layers:1 to layers:{total}")
+    config.num_hidden_layers = n_layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:n_layers]
+    backbone = AutoModel.from_config(config, dtype=torch.float32, attn_implementation=config._attn_implementation)
+    missing, _ = backbone.load_state_dict(llm.base_model.state_dict(), strict=False)
+    assert not missing, f"first_layers left weights at random: {missing}"
+    return backbone
+
+
+def embedding_rms(embed: nn.Module, vocab: int) -> float:
+    """Root mean square of a token embedding's entries, over about 4,096 evenly spaced ids."""
+    ids = torch.arange(0, vocab, max(1, vocab // 4096), device=next(embed.parameters()).device)
+    with torch.no_grad():
+        return embed(ids).float().pow(2).mean().sqrt().item()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading
+
+
+def load_llm(name: str, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """The frozen LLM of a hub name or a folder: eval mode, no gradients for its weights."""
+    if not Path(name).exists() and not is_cached(name):
+        if Path(name).is_absolute() or name.startswith("."):
+            raise UserError(f"--llm {name} does not exist; run `make assets`, or give a hub name or a model's folder")
+        require_hub(f"--llm {name}")
+    try:
+        llm = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"--llm {name} cannot be loaded as a decoder-only language model ({str(error).splitlines()[0]}); "
+                        "give one such as gpt2-large or a Llama; where its files are cut short, fetch it again "
+                        "(`make assets` for the pocket preset, after deleting the folder)") from error
+    return llm.to(device).eval().requires_grad_(False)
+
+
+def is_cached(name: str) -> bool:
+    """Whether a hub model's configuration is in the local hub cache already."""
+    try:
+        return isinstance(try_to_load_from_cache(name, "config.json"), str)
+    except HFValidationError:
+        return False
+
+
+def identity(llm: PreTrainedModel) -> dict:
+    """What a distiller's checkpoint must agree on with the LLM it is used with."""
+    config = llm.config
+    return {"name": Path(config._name_or_path).name, "hidden_size": config.hidden_size, "vocab_size": config.vocab_size,
+            "layers": config.num_hidden_layers}
+
+
+def max_positions(config) -> int | None:
+    """The longest input of a model in tokens; None where it has no absolute limit."""
+    return getattr(config, "max_position_embeddings", None)
+
+
+def build_distiller(spec: str, llm: PreTrainedModel, distill_len: int, output_scale: str, seed: int,
+                    backbone_config: dict | None = None) -> Distiller:
+    """A distiller for `llm`, on its device.
+
+    Args:
+        spec: layers:N for the LLM's own first layers, or the hub name or folder of a sibling with the same tokenizer.
+        backbone_config: of a checkpoint: build the architecture from it and leave the weights to be loaded.
+    """
+    embed, own = llm.get_input_embeddings(), not spec.startswith("layers:")
+    if backbone_config is not None:
+        config = AutoConfig.for_model(**backbone_config)
+        backbone = AutoModel.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+    elif own:
+        if not Path(spec).exists() and not is_cached(spec):
+            require_hub(f"--distiller {spec}")
+        try:
+            backbone = AutoModel.from_pretrained(spec, dtype=torch.float32)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise UserError(f"--distiller {spec} cannot be loaded ({str(error).splitlines()[0]}); give layers:N, or a "
+                            "small model of the LLM's family") from error
+        if backbone.config.vocab_size != llm.config.vocab_size:
+            raise UserError(f"--distiller {spec} has a vocabulary of {backbone.config.vocab_size} and the LLM one of "
+                            f"{llm.config.vocab_size}; both must share a tokenizer: take a sibling, or layers:N")
+    else:
+        if not spec[7:].isdigit():
+            raise UserError(f"--distiller {spec}: expected layers:N with a whole number N, as in layers:6")
+        backbone = first_layers(llm, int(spec[7:]))
+    rms = embedding_rms(embed, llm.config.vocab_size) if output_scale == "matched" else None
+    return Distiller(backbone.to(llm.device), backbone.get_input_embeddings() if own else embed, distill_len,
+                     llm.config.hidden_size, own_embedding=own, output_rms=rms, seed=seed).to(llm.device)
+
+
+def distiller_config(distiller: Distiller, llm: PreTrainedModel, args) -> dict:
+    """What `load_distiller` needs to build the distiller again, for a checkpoint's state. args: the script's flags."""
+    return {"llm": identity(llm), "distiller": args.distiller, "distill_len": args.distill_len,
+            "output_scale": args.output_scale, "template": args.template,
+            "backbone": distiller.backbone.config.to_diff_dict() | {"model_type": distiller.backbone.config.model_type}}
+
+
+def load_distiller(path: str | Path, llm: PreTrainedModel) -> tuple[Distiller, dict]:
+    """The distiller of a checkpoint file or run folder, for this LLM, and the checkpoint's state."""
+    tensors, state = load_checkpoint(path)
+    config, found = state["model"], identity(llm)
+    if config["llm"] != found:
+        raise UserError(f"the checkpoint {path} was trained for the LLM {config['llm']}, and this one is {found}; "
+                        "vectors speak to one LLM only: give its own --llm, or another checkpoint")
+    distiller = build_distiller(config["distiller"], llm, config["distill_len"], config["output_scale"], 0,
+                                config["backbone"])
+    weights = {k.removeprefix("distiller."): t for k, t in tensors.items() if k.startswith("distiller.")}
+    distiller.load_state_dict(weights)
+    return distiller, state
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Losses. Each is a sum over N positions divided once by `denominator`: a training step that is made of several
+# micro-batches on several ranks passes the count of the whole step, so the result is one mean over all its tokens.
+
+
+def sum_in_chunks(loss: Callable[..., Tensor], states: Tensor, *others: Tensor, chunk: int = 128) -> Tensor:
+    """sum over rows of loss(states, *others) without ever holding logits for more than `chunk` positions.
+
+    The gradient with respect to `states` is taken chunk by chunk while the logits are there, so that they are made only
+    once. It is exact, to first order.
+
+    Args:
+        loss: (n, d) and n rows of each of `others` -> scalar sum. states: (N, d).
+    Returns:
+        scalar, fp32, differentiable in `states`.
+    """
+    total, gradients = states.new_zeros((), dtype=torch.float32), []
+    with_grad = torch.is_grad_enabled() and states.requires_grad
+    for i in range(0, states.shape[0], chunk):
+        part = states[i:i + chunk].detach().requires_grad_(with_grad)
+        value = loss(part, *(other[i:i + chunk] for other in others))
+        if with_grad:
+            gradients.append(torch.autograd.grad(value, part)[0])
+        total = total + value.detach()
+    if not gradients:
+        return total
+    # adds zero to the value, and the stored gradient to the derivative
+    return total + ((states - states.detach()).float() * torch.cat(gradients).float()).sum()
+
+
+def distill_loss(llm: PreTrainedModel, student_states: Tensor, teacher_states: Tensor,
+                 denominator: int | None = None) -> Tensor:
+    """L_distill = KL(P_LLM(x | E_D) || P_LLM(x | MEND(E^_D))), Eq. (3), Sec. 3.1: forward KL, temperature 1.
+
+    Args:
+        student_states, teacher_states: (N, d), the states that predict the same N tokens with either prefix.
+        denominator: tokens to average over; N when not given.
+    Returns:
+        scalar, nats per token, fp32.
+    """
+    if student_states.shape != teacher_states.shape:
+        raise ValueError(f"student states have shape {tuple(student_states.shape)}, teacher states "
+                         f"{tuple(teacher_states.shape)}: select the same positions from both")
+
+    def kl(student: Tensor, teacher: Tensor) -> Tensor:
+        with torch.no_grad():
+            target = F.log_softmax(head_logits(llm, teacher), dim=1)                                 # (n, V)
+        return F.kl_div(F.log_softmax(head_logits(llm, student), dim=1), target, reduction="sum", log_target=True)
+
+    with torch.autocast(student_states.device.type, enabled=False):
+        total = sum_in_chunks(kl, student_states, teacher_states.detach())
+    return total / (student_states.shape[0] if denominator is None else denominator)
+
+
+def pred_loss(llm: PreTrainedModel, student_states: Tensor, target_ids: Tensor, denominator: int | None = None) -> Tensor:
+    """L_pred = -log P_LLM(y | concat(S_D, E_x)), Eq. (4), Sec. 3.2, over answer tokens; over all of x it is CLM.
+
+    DEVIATION: Eq. (4) is printed without the minus sign and as a sum; this is the mean negative log-likelihood a token.
+
+    Args:
+        student_states: (N, d), the states that predict the tokens target_ids: (N,) long. denominator: as above.
+    Returns:
+        scalar, nats per token, fp32.
+    """
+    def cross_entropy(student: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(head_logits(llm, student), target, reduction="sum")
+
+    with torch.autocast(student_states.device.type, enabled=False):
+        total = sum_in_chunks(cross_entropy, student_states, target_ids)
+    return total / (student_states.shape[0] if denominator is None else denominator)
+
+
+def finetune_loss(pred: Tensor, distill: Tensor, lam: float) -> Tensor:
+    """L_finetune = L_pred + lambda L_distill, Eq. (4), Sec. 3.2."""
+    return pred + lam * distill
+
+
+@torch.no_grad()
+def score_options(llm: PreTrainedModel, prefix: Prefix, batch: dict[str, Tensor]) -> Tensor:
+    """Eq. (1) and (2), Sec. 2: the log-likelihood of every answer option behind its query, mean over its tokens.
+
+    The label is the argmax over a query's options. One pass scores every option of every packed query.
+
+    Args:
+        prefix: of demonstrations, Eq. (1), or of vectors, Eq. (2). batch: from data.collate; branch o >= 1 of a
+            segment holds option o - 1.
+    Returns:
+        (B, segments, options) fp32, nats per token; -inf where a query has fewer options.
+    """
+    states = query_states(llm, prefix, batch)                                                        # (B, T, d)
+    rows, columns = torch.nonzero(batch["query_mask"] & (batch["branch"] > 0), as_tuple=True)        # (N,)
+    log_p = torch.cat([
+        -F.cross_entropy(head_logits(llm, states[r, c]), batch["query_ids"][r, c], reduction="none")
+        for r, c in zip(rows.split(128), columns.split(128))])                                       # (N,)
+    shape = (states.shape[0], int(batch["segment"].max()) + 1, int(batch["branch"].max()))
+    where = (rows, batch["segment"][rows, columns], batch["branch"][rows, columns] - 1)
+    total = log_p.new_zeros(shape).index_put(where, log_p, accumulate=True)
+    count = log_p.new_zeros(shape).index_put(where, torch.ones_like(log_p), accumulate=True)
+    return (total / count.clamp(min=1)).masked_fill(count == 0, float("-inf"))

@@ -1,0 +1,158 @@
+"""Stage 1, meta-distillation pretraining (Sec. 3.2): the distiller learns Eq. (3) on text, the LLM stays frozen.
+
+    python train_pretrain.py --beta 0.8
+    python train_pretrain.py --preset pocket --corpus FOLDER --steps 2000 --resume
+    torchrun --nproc_per_node 8 train_pretrain.py --preset paper --batch-size 8
+
+Each window of text is cut at beta: its first part is D, the rest x. At each evaluation the held-out KL stands next to
+three references on the same windows: the LLM without any context, the LLM with the last l tokens of D (as many
+positions as the vectors take), and the share of D's information that the vectors recover, 1 - KL / KL(no context).
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import common
+from common import autocast, check, finish, is_main, parse, run_main, setup, sum_over_ranks, world
+from data import Corpus, Tokenizer, collate, load_tasks
+from evaluate import dev_figures, make_encoder
+from model import (
+    build_distiller,
+    demo_prefix,
+    distill_loss,
+    distiller_config,
+    load_llm,
+    max_positions,
+    query_states,
+    vector_prefix,
+)
+
+PRESETS = {  # the paper's Table 5, and what two CPU cores do in minutes
+    "paper": {"steps": 30000, "batch_size": 1, "grad_accum": 1, "lr": 5e-5, "window": 1024, "context_len": 900,
+              "eval_every": 2000, "patience": 5},
+    "pocket": {"steps": 200, "batch_size": 8, "grad_accum": 1, "lr": 3e-4, "window": 256, "context_len": 450,
+               "eval_every": 100, "patience": 5},
+}
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    common.add_shared_flags(parser)
+    common.add_training_flags(parser, "pretrain-LLM")
+    group = parser.add_argument_group("pretraining")
+    group.add_argument("--window", type=int, help="tokens taken from each document")
+    group.add_argument("--beta", type=float, default=0.8, help="share of a window that is D; the rest is x")
+    group.add_argument("--min-doc-len", type=int, default=64,
+                       help="shortest document to use, in tokens; set it to --window for full windows only")
+    group.add_argument("--eval-docs", type=int, default=64, help="held-out windows per evaluation")
+    group.add_argument("--context-len", type=int, help="demonstration tokens when the tasks' dev data is looked at")
+    return parser
+
+
+@torch.no_grad()
+def evaluate_kl(llm, distiller, corpus: Corpus, args, device, bos_id) -> dict:
+    """Held-out KL(full D || what stands in its place), nats per token, for the vectors and for two references.
+
+    The first token of x is left out of all: without context nothing predicts it. Windows are shared out over the ranks.
+    """
+    rank, ranks = world()
+    sums = dict.fromkeys(("tokens", "vectors", "no_context", "last_l"), 0.0)
+    documents = corpus.held_out[:args.eval_docs][rank::ranks]
+    distiller.eval()
+    for i in range(0, len(documents), args.batch_size):
+        batch = collate([corpus.row(d, args.beta) for d in documents[i:i + args.batch_size]], device)
+        mask = batch["query_mask"] & (batch["position"] > 0)
+        demo_ids, demo_mask = batch["demo_ids"], batch["demo_mask"]
+        teacher = query_states(llm, demo_prefix(llm, demo_ids, demo_mask, bos_id), batch)[mask]
+        with autocast(device, args.dtype):
+            vectors = distiller(demo_ids, demo_mask)
+        last = slice(-args.distill_len, None)
+        prefixes = {"vectors": vector_prefix(llm, vectors, bos_id),
+                    "no_context": demo_prefix(llm, demo_ids[:, :0], demo_mask[:, :0], bos_id),
+                    "last_l": demo_prefix(llm, demo_ids[:, last], demo_mask[:, last], bos_id)}
+        sums["tokens"] += int(mask.sum())
+        for name, prefix in prefixes.items():
+            sums[name] += distill_loss(llm, query_states(llm, prefix, batch)[mask], teacher, 1).item()
+    distiller.train()
+    tokens, *kl = sum_over_ranks(list(sums.values()), device)
+    vectors, no_context, last_l = (value / tokens for value in kl)
+    return {"val_kl": vectors, "val_kl_no_context": no_context, "val_kl_last_l": last_l,
+            "recovered": 1 - vectors / no_context}
+
+
+def main(argv: list[str] | None = None) -> dict:
+    args = parse(get_parser(), argv, PRESETS)
+    check(*common.shared_rules(args), *common.training_rules(args),
+          (0 < args.beta < 1, f"--beta is {args.beta}; give a share above 0 and below 1 (the paper: 0.8)"),
+          (args.window >= 8, f"--window is {args.window}; give at least 8 tokens"),
+          (args.min_doc_len >= 8, f"--min-doc-len is {args.min_doc_len}; give at least 8 tokens"))
+    device = setup(args, training=True)
+    llm = load_llm(args.llm, device, common.torch_dtype(args.dtype))
+    limit = max_positions(llm.config)
+    check((limit is None or args.window < limit,
+           f"--window is {args.window}, and the LLM reads at most {limit} tokens; give less"))
+    tokenizer = Tokenizer(args.llm)
+    corpus = Corpus(args.corpus, tokenizer, args.window, args.min_doc_len)
+    # Early stopping looks at the Class->Class meta-test validation data (App. A).
+    tasks = load_tasks(args.tasks, "class_to_class")
+    distiller = build_distiller(args.distiller, llm, args.distill_len, args.output_scale, args.seed)
+    return train(args, device, llm, distiller, corpus, tasks, make_encoder(args, tokenizer, llm, distiller))
+
+
+def train(args, device, llm, distiller, corpus, tasks, encoder) -> dict:
+    out_dir = Path(args.out_dir or common.ROOT / "out" / f"pretrain-{Path(args.llm).name}")
+    optimizer = common.make_optimizer(distiller, args.lr)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "fp16")
+    run = common.Run(out_dir, args, distiller, optimizer, scaler, distiller_config(distiller, llm, args),
+                     {"pretrain": {"corpus": corpus.name, "hash": corpus.hash}})
+    rank, ranks = world()
+    ddp = DistributedDataParallel(distiller) if ranks > 1 else distiller
+    bos_id, per_step = encoder.tokenizer.bos_id, args.batch_size * args.grad_accum
+    bar = tqdm(total=args.steps, initial=run.step, desc="pretrain", unit="step", disable=not is_main())
+    distiller.train()
+    while True:
+        if run.evaluation_due(args.eval_every, args.steps):
+            figures = evaluate_kl(llm, distiller, corpus, args, device, bos_id)
+            figures["dev_kl"] = dev_figures(llm, distiller, tasks, encoder, args, device)["val_kl"]
+            run.evaluated(figures, figures["dev_kl"])
+            bar.write(f"step {run.step:6d} · held-out KL {figures['val_kl']:.4f} · no context "
+                      f"{figures['val_kl_no_context']:.4f} · last {args.distill_len} tokens "
+                      f"{figures['val_kl_last_l']:.4f} · recovered {figures['recovered']:.1%} · class_to_class dev KL "
+                      f"{figures['dev_kl']:.4f}")
+        if run.done(args.steps, args.patience):
+            break
+        started = time.time()
+        run.begin_step(args)
+        rows = corpus.training_rows(args.seed, run.step * per_step, per_step, args.beta)
+        n_tokens = sum(len(x) for row in rows for x, _ in row["queries"])
+        total = 0.0
+        for micro in range(args.grad_accum):
+            batch = collate(rows[micro * args.batch_size:(micro + 1) * args.batch_size][rank::ranks], device)
+            mask = batch["query_mask"]
+            with torch.no_grad():
+                teacher = query_states(llm, demo_prefix(llm, batch["demo_ids"], batch["demo_mask"], bos_id), batch)
+            with common.sync_if(ddp, micro == args.grad_accum - 1):
+                with autocast(device, args.dtype):
+                    vectors = ddp(batch["demo_ids"], batch["demo_mask"])                             # (B, l, d)
+                student = query_states(llm, vector_prefix(llm, vectors, bos_id), batch)
+                loss = distill_loss(llm, student[mask], teacher[mask], n_tokens)                     # Eq. (3)
+                scaler.scale(loss * ranks).backward()  # DDP averages over ranks; n_tokens counts those of all ranks
+            total += loss.item()
+        total, = sum_over_ranks([common.finite(total, run.step)], device)
+        grad_norm = run.update(args.clip)
+        run.log(kl=total, grad_norm=grad_norm, tokens=n_tokens, seconds=round(time.time() - started, 3))
+        bar.set_postfix_str(f"KL {total:.3f}")
+        bar.update()
+        if run.step % args.save_every == 0:
+            run.save()
+    bar.close()
+    return finish({"stage": "pretrain", "steps": run.step, **run.state["figures"], "out_dir": str(out_dir)})
+
+
+if __name__ == "__main__":
+    run_main(main)
