@@ -6,6 +6,7 @@ any moment leaves the previous one. Run state (configuration, step, best value) 
 
 import argparse
 import contextlib
+import ctypes
 import datetime
 import functools
 import json
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parent
 ASSETS = ROOT / "assets"
 CACHE = ROOT / "cache"
+OUT = ROOT / "out"
 
 SPLITS = ("class_to_class", "non_class_to_class", "qa_to_qa", "non_qa_to_qa", "non_nli_to_nli", "hr_to_lr",
           "non_para_to_para")
@@ -268,6 +270,13 @@ def sync_if(module: nn.Module, last: bool):
     return module.no_sync() if hasattr(module, "no_sync") and not last else contextlib.nullcontext()
 
 
+def trim_heap() -> None:
+    """Give freed memory back to the system: on a CPU, batches of ever new shapes would split the heap into pieces that
+    glibc keeps (6 GB after 80 steps of the pocket pretraining, against 2 GB with this)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
 def finite(loss: float, step: int) -> float:
     if not torch.isfinite(torch.tensor(loss)):
         raise UserError(f"the loss at step {step} is {loss}; lower --lr, or use --dtype fp32 (or bf16 instead of fp16)")
@@ -380,6 +389,8 @@ class Run:
     def begin_step(self, args: argparse.Namespace) -> None:
         """Set the learning rate, and seed what is random in a step (dropout), so that a resumed run draws the same."""
         torch.manual_seed(args.seed * 1_000_003 + self.step)
+        if self.step % 10 == 0:
+            trim_heap()
         for group in self.optimizer.param_groups:
             group["lr"] = lr_at(self.step, args.steps, args.warmup, args.lr)
         self.optimizer.zero_grad(set_to_none=True)

@@ -234,7 +234,7 @@ def main(argv: list[str] | None = None) -> dict:
         distiller.eval()
         args.distill_len = state["model"]["distill_len"]
     encoder = make_encoder(args, Tokenizer(args.llm), llm, distiller)
-    out = Path(args.out or common.ROOT / "out" / f"eval-{args.split}.jsonl")
+    out = Path(args.out or common.OUT / f"eval-{args.split}.jsonl")
     records = evaluate(args, llm, distiller, encoder, tasks, out)
     table = summarise(records, args.methods)
     n_tasks = len({r["task"] for r in records})

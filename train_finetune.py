@@ -60,7 +60,7 @@ def find_pretrained(llm, args) -> Path | None:
     wanted = {"llm": identity(llm), "distiller": args.distiller, "distill_len": args.distill_len,
               "output_scale": args.output_scale}
     found = []
-    for path in sorted((common.ROOT / "out").glob("*/best.safetensors")):
+    for path in sorted((common.OUT).glob("*/best.safetensors")):
         state = common.load_state(path)
         if state["trained_on"].keys() == {"pretrain"} and wanted.items() <= state["model"].items():
             found.append((state["figures"]["val_kl"], path))
@@ -107,7 +107,7 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 def train(args, device, llm, distiller, trained_on, tasks, encoder) -> dict:
-    out_dir = Path(args.out_dir or common.ROOT / "out" / f"finetune-{Path(args.llm).name}-{args.split}")
+    out_dir = Path(args.out_dir or common.OUT / f"finetune-{Path(args.llm).name}-{args.split}")
     optimizer = common.make_optimizer(distiller, args.lr)
     scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "fp16")
     run = common.Run(out_dir, args, distiller, optimizer, scaler, distiller_config(distiller, llm, args),

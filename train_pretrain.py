@@ -105,7 +105,7 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 def train(args, device, llm, distiller, corpus, tasks, encoder) -> dict:
-    out_dir = Path(args.out_dir or common.ROOT / "out" / f"pretrain-{Path(args.llm).name}")
+    out_dir = Path(args.out_dir or common.OUT / f"pretrain-{Path(args.llm).name}")
     optimizer = common.make_optimizer(distiller, args.lr)
     scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "fp16")
     run = common.Run(out_dir, args, distiller, optimizer, scaler, distiller_config(distiller, llm, args),

@@ -1,0 +1,33 @@
+# make demo   set-up, assets, then both training stages and an evaluation on a real pretrained LLM
+# make test   set-up, then the whole suite
+# make setup, make assets   their parts
+# A CPU build of torch, where the default would be a GPU build of several GB: make setup PIP_FLAGS="--index-url ..."
+# with the address that PyTorch's own installation page gives for CPU.
+
+PYTHON ?= python3
+PIP_FLAGS ?=
+BIN := .venv/bin
+DEMO := out/demo
+
+.PHONY: demo test setup assets lint
+
+setup: .venv/done
+
+.venv/done: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -r requirements.txt
+	touch .venv/done
+
+assets: setup
+	$(BIN)/python assets.py
+
+demo: assets
+	$(BIN)/python train_pretrain.py --preset pocket --steps 60 --eval-every 60 --eval-docs 32 --out-dir $(DEMO)/pretrain --resume
+	$(BIN)/python train_finetune.py --preset pocket --steps 60 --eval-every 60 --init-from $(DEMO)/pretrain --out-dir $(DEMO)/finetune --resume
+	$(BIN)/python evaluate.py --preset pocket --checkpoint $(DEMO)/finetune --seeds 100 --limit 32 --out $(DEMO)/results.jsonl
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check --line-length 110 .

@@ -1,0 +1,131 @@
+"""Tiny random models, tasks and text, made on the spot: no network, no assets."""
+
+import json
+import os
+import random
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import common
+import data
+
+torch.set_num_threads(1)  # these models are so small that a second thread waits more than it works (20 times slower)
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: needs subprocesses or minutes; run with -m slow")
+    config.option.markexpr = config.option.markexpr or "not slow"
+
+
+WORDS = [
+    "the", "river", "is", "cold", "and", "a", "small", "boat", "goes", "slowly", "past", "green",
+    "hills", "while", "people", "talk", "of", "rain", "bread", "music", "war", "trade", "law", "ships",
+    "letters", "houses", "12", "1907", "3.5", "café", "naïve", "don't", "it's", "they'll",
+]
+LABELS = {"good": "happy", "bad": "sad", "odd": "strange"}
+
+
+def sentence(rng: random.Random, n_words: int) -> str:
+    return " ".join(rng.choice(WORDS) for _ in range(n_words))
+
+
+def write_tokenizer(folder: Path, digits: bool) -> int:
+    rng = random.Random(0)
+    backend = Tokenizer(models.BPE())
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level]) \
+        if digits else byte_level
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=["<|endoftext|>"], show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    backend.train_from_iterator([sentence(rng, 50) for _ in range(50)], trainer)
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>").save_pretrained(folder)
+    return backend.get_vocab_size()
+
+
+def write_llm(folder: Path, family: str) -> Path:
+    """A tiny random LLM with its tokenizer. Weights are large enough for attention to matter."""
+    vocab = write_tokenizer(folder, digits=family == "llama")
+    torch.manual_seed(0)
+    if family == "gpt2":
+        llm = GPT2LMHeadModel(GPT2Config(vocab_size=vocab, n_embd=32, n_layer=3, n_head=4, n_positions=640,
+                                         initializer_range=0.2, bos_token_id=0, eos_token_id=0))
+    else:
+        llm = LlamaForCausalLM(LlamaConfig(
+            vocab_size=vocab, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=2048, initializer_range=0.2, tie_word_embeddings=True,
+            bos_token_id=0, eos_token_id=0))
+    llm.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def gpt2(tmp_path_factory) -> Path:
+    return write_llm(tmp_path_factory.mktemp("models") / "tiny-gpt2", "gpt2")
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory) -> Path:
+    return write_llm(tmp_path_factory.mktemp("models") / "tiny-llama", "llama")
+
+
+@pytest.fixture(scope="session", params=["gpt2", "llama"])
+def llm_folder(request) -> Path:
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(scope="session")
+def tasks_dir(tmp_path_factory) -> Path:
+    """Five meta-training and two meta-test tasks of class_to_class in MetaICL's layout; one of them free of repeats."""
+    folder, rng = tmp_path_factory.mktemp("data") / "tasks", random.Random(1)
+
+    def example(task: str) -> dict:
+        label = rng.choice(list(LABELS.values()))
+        clue = next(clue for clue, name in LABELS.items() if name == label)
+        return {"task": task, "input": f"{sentence(rng, rng.randint(3, 9))} {clue}", "output": label,
+                "options": sorted(LABELS.values())}
+
+    def write(task: str, stem: str, n: int) -> None:
+        (folder / task).mkdir(parents=True, exist_ok=True)
+        lines = [json.dumps(example(task)) for _ in range(n)]
+        (folder / task / f"{task}_{stem}.jsonl").write_text("\n".join(lines) + "\n")
+
+    for task in ("emotion", "glue-sst2", "trec", "rotten_tomatoes", "sms_spam"):
+        write(task, "16384_100_train", 60)
+    for task in ("ag_news", "emo"):
+        for seed in data.SEEDS:
+            write(task, f"16_{seed}_train", 16)
+            write(task, f"16_{seed}_dev", 16)
+            write(task, f"16_{seed}_test", 24)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def corpus_dir(tmp_path_factory) -> Path:
+    folder, rng = tmp_path_factory.mktemp("data") / "text", random.Random(2)
+    folder.mkdir()
+    documents = [{"text": sentence(rng, rng.randint(40, 120))} for _ in range(60)]
+    (folder / "part.jsonl").write_text("\n".join(map(json.dumps, documents)) + "\n")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def private_folders(monkeypatch, tmp_path):
+    """Nothing is read from or written to the repository's own cache/ and out/."""
+    monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(common, "OUT", tmp_path / "out")
+
+
+@pytest.fixture
+def flags(llama, tasks_dir, corpus_dir) -> list[str]:
+    """What makes any training script small: a tiny LLM, tiny data, two layers of distiller, l = 4."""
+    return ["--preset", "pocket", "--llm", str(llama), "--distiller", "layers:2", "--distill-len", "4", "--tasks",
+            str(tasks_dir), "--dtype", "fp32", "--device", "cpu"]

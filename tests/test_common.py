@@ -1,0 +1,253 @@
+"""Tests of common.py: presets and flags, the hub probe, learning rate, checkpoints."""
+
+import json
+import time
+from types import SimpleNamespace
+
+import pytest
+import requests
+import torch
+from torch import nn
+
+import common
+import data
+import evaluate
+import train_finetune
+import train_pretrain
+from common import UserError, did_you_mean, load_checkpoint, lr_at, run_main, save_checkpoint
+
+SCRIPTS = [data, evaluate, train_pretrain, train_finetune]
+
+
+# Learning rate
+
+
+def test_lr_at_by_hand():
+    # 10 steps, warm-up of 0.4 * 10 = 4 steps, then 6 steps down to zero
+    by_hand = [0.25, 0.5, 0.75, 1, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6, 0]
+    assert [lr_at(step, 10, 0.4, 2.0) for step in range(11)] == pytest.approx([2 * share for share in by_hand])
+
+
+@pytest.mark.parametrize("steps, warmup", [(1, 0.0), (1, 1.0), (7, 0.0), (7, 1.0), (40, 0.05), (1000, 0.1)])
+def test_lr_never_leaves_zero_to_peak_and_every_step_moves(steps, warmup):
+    rates = [lr_at(step, steps, warmup, 3e-4) for step in range(steps)]
+    assert max(rates) == pytest.approx(3e-4) and min(rates) > 0
+
+
+# Flags and presets
+
+
+def parsed(script, argv):
+    presets = getattr(script, "PRESETS", {"paper": {}, "pocket": {}})
+    return common.parse(script.get_parser(), argv, presets)
+
+
+def test_preset_fills_only_flags_that_were_not_given():
+    given = parsed(train_pretrain, ["--preset", "pocket", "--distill-len", "7", "--lr", "0.5", "--window", "33"])
+    assert (given.distill_len, given.lr, given.window) == (7, 0.5, 33)
+    for preset in ("paper", "pocket"):
+        expected = {**common.PRESETS[preset], **train_pretrain.PRESETS[preset]}
+        args = vars(parsed(train_pretrain, ["--preset", preset]))
+        assert {name: args[name] for name in expected} == expected
+    rest = {**common.PRESETS["pocket"], **train_pretrain.PRESETS["pocket"]}
+    assert all(getattr(given, n) == v for n, v in rest.items() if n not in ("distill_len", "lr", "window"))
+
+
+def test_a_given_zero_is_not_taken_for_a_missing_flag():
+    assert parsed(train_pretrain, ["--preset", "paper", "--patience", "0"]).patience == 0
+
+
+@pytest.mark.parametrize("cuda, preset, why", [(False, "pocket", "no CUDA device is there"),
+                                               (True, "paper", "a CUDA device is there")])
+def test_first_line_names_preset_reason_and_how_to_change_it(monkeypatch, capsys, cuda, preset, why):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    args = parsed(train_finetune, [])
+    first = capsys.readouterr().out.splitlines()[0]
+    other = {"paper": "pocket", "pocket": "paper"}[preset]
+    assert args.preset == preset
+    assert first.startswith(f"preset {preset} ({why}): ") and f"--preset {other}" in first
+    assert f"l = {common.PRESETS[preset]['distill_len']}" in first
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.__name__)
+def test_help_shows_both_presets_values(script, capsys):
+    with pytest.raises(SystemExit) as stop:
+        script.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert stop.value.code == 0 and "(paper: 100; pocket: 32)" in text
+
+
+def test_long_name_of_the_paraphrase_split():
+    assert parsed(data, ["--split", "non_paraphrase_to_paraphrase"]).split == "non_para_to_para"
+
+
+def test_shared_faults_are_listed_together():
+    with pytest.raises(UserError) as error:
+        data.main(["--preset", "pocket", "--split", "class_to_clas", "--k", "0", "--distill-len", "0", "--seed", "-1",
+                   "--dtype", "fp16", "--device", "cpu"])
+    for part in ("--split class_to_clas", "class_to_class", "--k is 0", "--distill-len is 0", "--seed is -1", "fp16"):
+        assert part in str(error.value)
+
+
+def test_unknown_device_is_a_user_error():
+    with pytest.raises(UserError, match="--device"):
+        evaluate.main(["--preset", "pocket", "--methods", "icl", "--device", "gpu"])
+
+
+def test_did_you_mean():
+    assert did_you_mean("agnews", ["emo", "ag_news"]) == "did you mean ag_news?"
+    assert did_you_mean("qa_to_q", ["hr_to_lr", "qa_to_qa"]).startswith("did you mean qa_to_qa")
+    assert did_you_mean("zzz", ["b", "a"]) == "known: a, b"
+
+
+# User errors at the command line
+
+
+def test_run_main_turns_a_user_error_into_one_paragraph_and_code_2(capsys):
+    def main():
+        raise UserError("--k is 0; give at least 1")
+    with pytest.raises(SystemExit) as stop:
+        run_main(main)
+    captured = capsys.readouterr()
+    assert stop.value.code == 2
+    assert captured.err == "error: --k is 0; give at least 1\n" and captured.out == ""
+
+
+def test_run_main_hides_no_other_error():
+    with pytest.raises(ZeroDivisionError):
+        run_main(lambda: 1 / 0)
+
+
+@pytest.fixture
+def fresh_probe():
+    common.hub_reachable.cache_clear()
+    yield
+    common.hub_reachable.cache_clear()
+
+
+def test_hub_is_not_asked_when_offline(fresh_probe, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(requests, "head", lambda *_, **__: pytest.fail("asked the hub although HF_HUB_OFFLINE is set"))
+    assert common.hub_reachable() is False
+
+
+def test_hub_probe_says_yes_when_the_hub_answers(fresh_probe, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(requests, "head", lambda *_, **__: SimpleNamespace(status_code=200))
+    assert common.hub_reachable() is True
+    common.require_hub("--llm gpt2")
+
+
+@pytest.mark.parametrize("fault", ["hangs", "refuses"])
+def test_require_hub_gives_up_within_three_seconds(fresh_probe, monkeypatch, fault):
+    def head(*_, **__):
+        if fault == "hangs":  # a name look-up that ignores the time limit
+            time.sleep(10)
+        raise requests.ConnectionError
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(requests, "head", head)
+    started = time.time()
+    with pytest.raises(UserError, match="--llm x would come from the model hub.*--preset pocket"):
+        common.require_hub("--llm x")
+    assert time.time() - started < 3
+
+
+@pytest.mark.parametrize("script, extra", [(train_pretrain, []), (train_finetune, ["--tasks", "TASKS"]),
+                                           (evaluate, ["--tasks", "TASKS", "--methods", "icl"])],
+                         ids=lambda v: getattr(v, "__name__", ""))
+def test_paper_preset_without_a_hub_names_the_pocket_command(script, extra, tasks_dir, capsys, monkeypatch):
+    monkeypatch.setattr("model.is_cached", lambda name: False)
+    argv = ["--preset", "paper", *(str(tasks_dir) if a == "TASKS" else a for a in extra)]
+    started = time.time()
+    with pytest.raises(SystemExit) as stop:
+        run_main(lambda: script.main(argv))
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and time.time() - started < 5
+    assert err.startswith("error: --llm gpt2-large") and "make assets" in err and "--preset pocket" in err
+    assert "Traceback" not in err
+
+
+# Checkpoints
+
+
+def small(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Linear(3, 2)
+
+
+def test_checkpoint_holds_weights_moments_and_state(tmp_path):
+    module = small(0)
+    optimizer = common.make_optimizer(module, 0.1)
+    module(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    save_checkpoint(tmp_path / "run" / "last.safetensors", module, {"step": 3, "note": "é"}, optimizer)
+    tensors, state = load_checkpoint(tmp_path / "run")
+    assert state == {"step": 3, "note": "é"} == common.load_state(tmp_path / "run" / "last.safetensors")
+    expected = {f"distiller.{n}": t for n, t in module.state_dict().items()}
+    expected |= {f"optimizer.{n}.{key}": optimizer.state[p][key] for n, p in module.named_parameters()
+                 for key in ("step", "exp_avg", "exp_avg_sq")}
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(tensors[name], t) for name, t in expected.items())
+
+
+def test_weight_decay_spares_vectors_and_frozen_weights():
+    module = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3), nn.Linear(3, 3).requires_grad_(False))
+    decay, none = common.make_optimizer(module, 0.1).param_groups
+    assert decay["params"] == [module[0].weight] and decay["weight_decay"] == 0.01
+    assert {id(p) for p in none["params"]} == {id(p) for p in (module[0].bias, *module[1].parameters())}
+    assert none["weight_decay"] == 0
+
+
+@pytest.mark.parametrize("moment", ["before writing", "half way", "before renaming"])
+def test_a_crash_while_saving_leaves_the_old_checkpoint(tmp_path, monkeypatch, moment):
+    path = tmp_path / "last.safetensors"
+    save_checkpoint(path, small(0), {"step": 1})
+    before = path.read_bytes()
+
+    def crash(tensors, file, metadata=None):
+        if moment == "half way":
+            file.write_bytes(b"half a file")
+        raise KeyboardInterrupt
+
+    if moment == "before renaming":
+        monkeypatch.setattr(common.os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    else:
+        monkeypatch.setattr("safetensors.torch.save_file", crash)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(path, small(1), {"step": 2})
+    assert path.read_bytes() == before
+    assert load_checkpoint(tmp_path)[1] == {"step": 1}
+
+
+def test_a_folder_gives_its_best_else_its_last_checkpoint(tmp_path):
+    save_checkpoint(tmp_path / "last.safetensors", small(0), {"step": 2})
+    assert load_checkpoint(tmp_path)[1] == {"step": 2}
+    save_checkpoint(tmp_path / "best.safetensors", small(0), {"step": 1})
+    assert load_checkpoint(tmp_path)[1] == {"step": 1}
+    assert load_checkpoint(tmp_path / "last.safetensors")[1] == {"step": 2}
+    name = common.checkpoint_id(tmp_path)
+    save_checkpoint(tmp_path / "best.safetensors", small(1), {"step": 1})
+    assert name.startswith(f"{tmp_path.name}/best@") and common.checkpoint_id(tmp_path) != name
+
+
+@pytest.mark.parametrize("damage", ["cut", "not safetensors", "no state", "empty"])
+def test_a_damaged_checkpoint_is_a_user_error(tmp_path, damage):
+    from safetensors.torch import save_file
+    path = tmp_path / "best.safetensors"
+    save_checkpoint(path, small(0), {"step": 1})
+    content = path.read_bytes()
+    path.write_bytes({"cut": content[:-5], "not safetensors": b"{}" * 50, "empty": b"", "no state": content}[damage])
+    if damage == "no state":
+        save_file({"a": torch.ones(1)}, path)
+    with pytest.raises(UserError, match="is not a whole checkpoint"):
+        load_checkpoint(path)
+
+
+def test_a_missing_checkpoint_says_what_was_expected(tmp_path):
+    with pytest.raises(UserError, match="no checkpoint at .*best.safetensors"):
+        load_checkpoint(tmp_path)
+
+
+def test_finish_prints_one_json_line(capsys):
+    assert common.finish({"a": 1.5, "b": None}) == {"a": 1.5, "b": None}
+    assert json.loads(capsys.readouterr().out) == {"a": 1.5, "b": None}

@@ -1,0 +1,318 @@
+"""Tests of evaluate.py: metrics against scikit-learn, packed queries against single ones, stop and resume."""
+
+import json
+import random
+import shutil
+from collections import Counter, defaultdict
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import accuracy_score, f1_score
+
+import common
+import evaluate
+from common import UserError
+from data import Encoder, Tokenizer, load_tasks
+from evaluate import macro_f1, make_prefix, predict, task_figures
+from model import build_distiller, demo_prefix, distiller_config, load_llm
+
+CPU = torch.device("cpu")
+METHODS = ["zero_shot", "icl", "icl_budget", "mend"]
+
+
+# Metrics
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_metrics_against_scikit_learn(seed):
+    rng = random.Random(seed)
+    labels = ["b", "a", "C", "d"][:rng.randint(1, 4)]
+    n = rng.randint(1, 40)
+    golds = rng.choices(labels, k=n)
+    predictions = rng.choices([*labels, "never gold"], k=n)
+    f1 = f1_score(golds, predictions, labels=sorted(set(golds)), average="macro", zero_division=0)
+    acc = accuracy_score(golds, predictions)
+    assert macro_f1(predictions, golds) == pytest.approx(f1)
+    assert evaluate.accuracy(predictions, golds) == pytest.approx(acc)
+    for task_type, headline in (("classification", f1), ("multi-choice", acc), ("QA", acc)):
+        assert task_figures(predictions, golds, task_type) == pytest.approx(
+            {"macro_f1": f1, "accuracy": acc, "headline": headline})
+
+
+def test_metrics_by_hand():
+    predictions, golds = ["a", "a", "b", "c"], ["a", "b", "b", "b"]
+    assert macro_f1(predictions, golds) == pytest.approx((2 / 3 + 1 / 2) / 2)  # a: P 1/2, R 1; b: P 1, R 1/3; c not gold
+    assert evaluate.accuracy(predictions, golds) == 0.5
+
+
+# Prediction
+
+
+@pytest.fixture(scope="module")
+def tiny(llama):
+    llm = load_llm(str(llama), CPU, torch.float32)
+    distiller = build_distiller("layers:2", llm, 4, "matched", 0).eval()
+    args = SimpleNamespace(distill_len=24, dtype="fp32")
+    return SimpleNamespace(llm=llm, distiller=distiller, args=args, tokenizer=Tokenizer(str(llama)),
+                           encoder=Encoder(Tokenizer(str(llama)), "space", context_len=900))
+
+
+@pytest.fixture
+def files(tasks_dir):
+    return load_tasks(str(tasks_dir), "class_to_class").files("ag_news", 13)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("pass_tokens", [1, 60, 100_000])
+def test_packed_queries_are_answered_like_single_ones(tiny, files, monkeypatch, method, pass_tokens):
+    queries = [q | {"options": q["options"][:2 + i % 2]} for i, q in enumerate(files["test"])]
+    prefix = make_prefix(method, files["train"], 400, tiny.llm, tiny.distiller, tiny.encoder, tiny.args)
+    one_by_one = [predict(tiny.llm, prefix, tiny.encoder, [q])[0] for q in queries]
+    sizes, score = [], evaluate.score_options
+    monkeypatch.setattr(evaluate, "score_options", lambda llm, prefix, batch: (
+        sizes.append(int(batch["query_mask"].sum())), score(llm, prefix, batch))[1])
+    monkeypatch.setattr(evaluate, "PASS_TOKENS", pass_tokens)
+    assert predict(tiny.llm, prefix, tiny.encoder, queries) == one_by_one
+    assert len(set(one_by_one)) > 1  # else an LLM that always says the same would pass
+    assert {1: len(sizes) == len(queries), 60: max(sizes) <= 60 and 1 < len(sizes) < 24, 100_000: len(sizes) == 1}[pass_tokens]
+    encoded = [tiny.encoder.scoring_query(q, first=prefix.state is None) for q in queries]
+    assert sum(sizes) == sum(len(x) + sum(map(len, options)) for x, options in encoded)
+
+
+def test_what_each_method_puts_before_the_query(tiny, files):
+    demos, encoder = files["train"], tiny.encoder
+    prefix = {m: make_prefix(m, demos, 200, tiny.llm, tiny.distiller, encoder, tiny.args) for m in METHODS}
+    for method, ids in (("zero_shot", []), ("icl", encoder.demonstrations(demos, 200)), ("icl_budget", encoder.budget(demos, 24))):
+        expected = demo_prefix(tiny.llm, torch.tensor([ids], dtype=torch.long), torch.ones(1, len(ids), dtype=torch.bool))
+        assert prefix[method].mask.shape == (1, len(ids)) and (prefix[method].state is None) == (not ids)
+        for (k, v), (k2, v2) in zip(prefix[method].keys_values, expected.keys_values, strict=True):
+            assert torch.equal(k, k2) and torch.equal(v, v2)
+    assert prefix["mend"].mask.shape == (1, 4)
+    assert 24 >= prefix["icl_budget"].mask.shape[1] < prefix["icl"].mask.shape[1] <= 200
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_only_zero_shot_ignores_the_demonstrations(tiny, tasks_dir, tmp_path, monkeypatch, method):
+    shutil.copytree(tasks_dir, tmp_path / "tasks")
+    for part in ("dev", "test"):  # seed 21 gets the queries of seed 13; its demonstrations stay others
+        shutil.copy(tasks_dir / "emo" / f"emo_16_13_{part}.jsonl", tmp_path / "tasks" / "emo" / f"emo_16_21_{part}.jsonl")
+    tasks = load_tasks(str(tmp_path / "tasks"), "class_to_class")
+    args = SimpleNamespace(k=16, limit=0, distill_len=24, dtype="fp32")
+    scores, score = [], evaluate.score_options
+    monkeypatch.setattr(evaluate, "score_options", lambda *a: scores.append(score(*a)) or scores[-1])
+    monkeypatch.setattr(evaluate, "PASS_TOKENS", 100_000)
+    figures = [evaluate.evaluate_one(args, tiny.llm, tiny.distiller, tiny.encoder, tasks, "emo", seed, method) for seed in (13, 21)]
+    assert torch.equal(*scores) == (method == "zero_shot")
+    if method == "zero_shot":
+        assert figures[0] == figures[1]
+
+
+def test_dev_figures_against_one_query_at_a_time(tiny, tasks_dir, llama):
+    tasks = load_tasks(str(tasks_dir), "class_to_class")
+    args = SimpleNamespace(seed=13, k=3, distill_len=4, dtype="fp32")
+    tiny.distiller.train()
+    whole = evaluate.dev_figures(tiny.llm, tiny.distiller, tasks, tiny.encoder, args, CPU)
+    assert tiny.distiller.training  # left as the training loop needs it
+    embed, distiller = tiny.llm.get_input_embeddings(), tiny.distiller.eval()
+    kl, pred, headlines = [], [], []
+    with torch.no_grad():
+        for task in tasks.test:
+            files = tasks.files(task, 13)
+            demo = torch.tensor([tiny.encoder.demonstrations(files["train"][:3], 900)])
+            vectors = distiller(demo, torch.ones_like(demo, dtype=torch.bool))
+            chosen = []
+            for query in files["dev"]:
+                x, (y,) = tiny.encoder.training_query(query)
+
+                def log_p(context, tail):  # log-probabilities of x and the answer `tail` behind a context, no cache
+                    inputs = torch.cat([context, embed(torch.tensor([x + tail]))], dim=1)  # noqa: B023
+                    logits = tiny.llm(inputs_embeds=inputs, attention_mask=torch.ones(inputs.shape[:2])).logits[0]
+                    return logits[context.shape[1] - 1:-1].log_softmax(dim=1)
+                student, teacher = log_p(vectors, y), log_p(embed(demo), y)
+                kl += (teacher.exp() * (teacher - student)).sum(dim=1).tolist()
+                pred += [-student[len(x) + i, token].item() for i, token in enumerate(y)]
+                options = [tiny.encoder.answer(option) for option in query["options"]]
+                scores = [np.mean([log_p(vectors, o)[len(x) + i, t].item() for i, t in enumerate(o)]) for o in options]
+                chosen.append(query["options"][int(np.argmax(scores))])
+            golds = [q["output"] for q in files["dev"]]
+            headlines.append(f1_score(golds, chosen, labels=sorted(set(golds)), average="macro", zero_division=0))
+    assert whole == pytest.approx({"val_pred": np.mean(pred), "val_kl": np.mean(kl), "dev_headline": np.mean(headlines)}, rel=1e-4)
+
+
+# The script
+
+
+@pytest.fixture(scope="module")
+def checkpoint(llama, tmp_path_factory) -> Path:
+    """A run folder as training leaves it, of an untrained distiller with l = 4."""
+    llm = load_llm(str(llama), CPU, torch.float32)
+    distiller = build_distiller("layers:2", llm, 4, "matched", 0)
+    args = SimpleNamespace(distiller="layers:2", distill_len=4, output_scale="matched", template="space")
+    folder = tmp_path_factory.mktemp("runs") / "finetune-tiny"
+    common.save_checkpoint(folder / "best.safetensors", distiller, {"model": distiller_config(distiller, llm, args)})
+    return folder
+
+
+@pytest.fixture
+def argv(llama, tasks_dir, checkpoint, tmp_path) -> list[str]:
+    return ["--preset", "pocket", "--llm", str(llama), "--tasks", str(tasks_dir), "--device", "cpu", "--dtype", "fp32",
+            "--checkpoint", str(checkpoint), "--k", "4", "--limit", "8", "--seeds", "13", "42",
+            "--methods", *METHODS, "--out", str(tmp_path / "results.jsonl")]
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+KEYS = {"method", "llm", "checkpoint", "split", "tasks", "data_hash", "task", "seed", "k", "distill_len", "template", "retrieval",
+        "perturbation", "n", "macro_f1", "accuracy", "headline", "commit"}
+
+
+def test_one_line_for_each_method_task_and_seed(argv, tmp_path, llama, tasks_dir, capsys):
+    final = evaluate.main(argv)
+    records = lines(tmp_path / "results.jsonl")
+    assert Counter((r["method"], r["task"], r["seed"]) for r in records) == Counter(
+        (m, task, seed) for m in METHODS for task in ("ag_news", "emo") for seed in (13, 42))
+    tasks = load_tasks(str(tasks_dir), "class_to_class")
+    for r in records:
+        assert r.keys() >= KEYS
+        assert (r["llm"], r["split"], r["tasks"], r["k"], r["template"], r["n"]) == \
+            (llama.name, "class_to_class", "metaicl", 4, "space", 8)
+        assert r["distill_len"] == 4 and r["data_hash"] == tasks.data_hash(r["task"], r["seed"])  # l is the checkpoint's
+        assert (r["checkpoint"] is not None) == (r["method"] == "mend")
+        assert r["headline"] == r["macro_f1"]  # both tasks are classification tasks
+    out = capsys.readouterr().out
+    assert json.loads(out.splitlines()[-1]) == final
+    assert final["tasks"] == 2 and final["split"] == "class_to_class"
+    for method in METHODS:  # mean and standard deviation over seeds of the mean over tasks
+        by_seed = [np.mean([100 * r["headline"] for r in records if (r["method"], r["seed"]) == (method, s)]) for s in (13, 42)]
+        assert final["headline"][method] == pytest.approx(
+            {"mean": np.mean(by_seed), "std": np.std(by_seed, ddof=1)}, abs=0.00501)
+    assert "2 of 20 tasks" in out and f"{final['headline']['icl']['mean']:.2f} ±" in out
+
+
+def test_the_vectors_of_the_checkpoint_are_used(argv, tmp_path, checkpoint, llama, monkeypatch):
+    llm = load_llm(str(llama), CPU, torch.float32)
+    seen = []
+    monkeypatch.setattr(evaluate, "vector_prefix", lambda llm, vectors, bos: seen.append(vectors) or demo_prefix(
+        llm, torch.tensor([[1]]), torch.ones(1, 1, dtype=torch.bool)))
+    evaluate.main([*argv, "--methods", "mend", "--only", "emo", "--seeds", "13"])
+    saved = common.load_checkpoint(checkpoint)[0]
+    other = build_distiller("layers:2", llm, 4, "matched", 77)
+    other.load_state_dict({k.removeprefix("distiller."): t for k, t in saved.items()})
+    demo = Encoder(Tokenizer(str(llama)), "space", 900).demonstrations(
+        load_tasks(argv[argv.index("--tasks") + 1], "class_to_class").files("emo", 13)["train"][:4], 900)
+    expected = other.eval()(torch.tensor([demo]), torch.ones(1, len(demo), dtype=torch.bool))
+    assert len(seen) == 1 and torch.allclose(seen[0], expected, atol=1e-6)
+
+
+def test_a_run_that_was_killed_goes_on_where_it_was(argv, tmp_path, monkeypatch):
+    out, whole = tmp_path / "results.jsonl", tmp_path / "whole.jsonl"
+    evaluate.main([*argv, "--out", str(whole)])
+    text = whole.read_text()
+    last = text.splitlines()[-1]
+    out.write_text(text[:len(text) - len(last) // 2])
+    evaluate_one, calls = evaluate.evaluate_one, []
+    monkeypatch.setattr(evaluate, "evaluate_one", lambda *a: calls.append(a[-3:]) or evaluate_one(*a))
+    final = evaluate.main(argv)
+    last = json.loads(last)
+    assert calls == [(last["task"], last["seed"], last["method"])]
+    assert lines(out) == lines(whole) and len(lines(out)) == 16
+    calls.clear()
+    assert evaluate.main(argv) == final and calls == [] and lines(out) == lines(whole)
+
+
+@pytest.mark.parametrize("flag, value", [("--k", "3"), ("--limit", "5"), ("--template", "newline"), ("--context-len", "100")])
+def test_other_settings_are_not_taken_from_the_results_file(argv, tmp_path, flag, value):
+    argv = [*argv, "--methods", "icl", "--only", "emo", "--seeds", "13"]
+    evaluate.main(argv)
+    evaluate.main([*argv, flag, value])
+    records = lines(tmp_path / "results.jsonl")
+    name = flag[2:].replace("-", "_")
+    assert len(records) == 2 and str(records[1][name]) == value != str(records[0][name])
+
+
+def test_another_checkpoint_is_not_taken_from_the_results_file(argv, tmp_path, checkpoint, llama):
+    argv = [*argv, "--methods", "icl", "mend", "--only", "emo", "--seeds", "13"]
+    evaluate.main(argv)
+    llm = load_llm(str(llama), CPU, torch.float32)
+    state = common.load_state(checkpoint / "best.safetensors")
+    other = tmp_path / "finetune-tiny"  # the same folder name, other weights
+    common.save_checkpoint(other / "best.safetensors", build_distiller("layers:2", llm, 4, "matched", 5), state)
+    evaluate.main([*argv, "--checkpoint", str(other)])
+    methods = Counter(r["method"] for r in lines(tmp_path / "results.jsonl"))
+    assert methods == {"icl": 1, "mend": 2}  # the checkpoint has no part in icl
+
+
+def test_default_results_file_is_named_after_the_split(argv):
+    final = evaluate.main([*argv, "--methods", "zero_shot", "--only", "emo", "--seeds", "13", "--out", ""])
+    assert Path(final["out"]) == common.OUT / "eval-class_to_class.jsonl" and len(lines(Path(final["out"]))) == 1
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_summary_against_a_count_by_hand(seed):
+    rng = random.Random(seed)
+    methods, tasks, seeds = ["icl", "mend"], ["a", "b", "c"], [13, 21, 42][:rng.randint(1, 3)]
+    records = [{"method": m, "task": t, "seed": s, "headline": rng.random()} for m in methods for t in tasks for s in seeds]
+    rng.shuffle(records)
+    values = defaultdict(dict)
+    for r in records:
+        values[r["method"]][r["task"], r["seed"]] = 100 * r["headline"]
+
+    def spread(v):
+        return np.std(v, ddof=1) if len(v) > 1 else 0.0
+    table = evaluate.summarise(records, methods)
+    assert list(table) == [*tasks, "average"]
+    for m in methods:
+        for t in tasks:
+            over_seeds = [values[m][t, s] for s in seeds]
+            assert table[t][m] == pytest.approx((np.mean(over_seeds), spread(over_seeds)))
+        averages = [np.mean([values[m][t, s] for t in tasks]) for s in seeds]
+        assert table["average"][m] == pytest.approx((np.mean(averages), spread(averages)))
+
+
+# Errors
+
+
+@pytest.mark.parametrize("change, message", [
+    (["--seeds", "13", "7"], "--seeds 7 is unknown"), (["--only", "agnews"], "--only agnews is no meta-test task.*ag_news"),
+    (["--k", "17"], "has 16 training examples for seed 13, and --k is 17"), (["--limit", "-1"], "--limit is -1"),
+    (["--context-len", "0"], "--context-len is 0"), (["--checkpoint", "/nowhere"], "no checkpoint at /nowhere"),
+    (["--context-len", "3"], "not one of 4 demonstrations fits into 3 tokens")])
+def test_user_errors(argv, change, message):
+    with pytest.raises(UserError, match=message):
+        evaluate.main([*argv, *change])
+
+
+def test_mend_needs_a_checkpoint(argv):
+    at = argv.index("--checkpoint")
+    with pytest.raises(UserError, match="--methods mend needs --checkpoint DIR"):
+        evaluate.main([*argv[:at], *argv[at + 2:]])
+
+
+def test_a_checkpoint_of_another_llm(argv, gpt2):
+    with pytest.raises(UserError, match="was trained for the LLM .*tiny-llama.*tiny-gpt2"):
+        evaluate.main([*argv, "--llm", str(gpt2)])
+
+
+def test_flag_faults_come_together(argv):
+    with pytest.raises(UserError) as error:
+        evaluate.main([*argv, "--seeds", "7", "--limit", "-1", "--k", "0", "--split", "x"])
+    assert all(part in str(error.value) for part in ("--seeds 7", "--limit is -1", "--k is 0", "--split x"))
+
+
+def test_a_file_that_is_no_results_file(argv, tmp_path):
+    (tmp_path / "results.jsonl").write_text("no json\n")
+    with pytest.raises(UserError, match="is not a results file"):
+        evaluate.main(argv)
+
+
+def test_examples_without_options_cannot_be_scored(argv, tasks_dir, tmp_path):
+    shutil.copytree(tasks_dir, tmp_path / "tasks")
+    path = tmp_path / "tasks" / "emo" / "emo_16_13_test.jsonl"
+    path.write_text("".join(json.dumps(e | {"options": []}) + "\n" for e in lines(path)))
+    with pytest.raises(UserError, match="task emo: .* it has no options"):
+        evaluate.main([*argv, "--tasks", str(tmp_path / "tasks")])

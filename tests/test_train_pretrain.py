@@ -1,0 +1,380 @@
+"""Tests of train_pretrain.py, through main(argv): interrupted against uninterrupted, two processes against one."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import common
+import train_pretrain
+from common import UserError, load_checkpoint, load_state
+from data import Corpus, Tokenizer
+from model import build_distiller, load_llm
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def argv(flags, corpus_dir) -> list[str]:
+    return [*flags, "--corpus", str(corpus_dir), "--window", "96", "--k", "4", "--batch-size", "2", "--grad-accum", "2",
+            "--eval-docs", "3", "--steps", "4", "--eval-every", "2", "--lr", "1e-3"]
+
+
+@pytest.fixture
+def quick_dev(monkeypatch):
+    """The tasks' dev data costs the most time; most tests here are not about it."""
+    monkeypatch.setattr(train_pretrain, "dev_figures", lambda *_: {"val_kl": 1.0})
+
+
+def metrics(folder: Path, key: str) -> dict[int, float]:
+    """step -> value; a step that is logged twice fails."""
+    found = {}
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        if key in record:
+            assert record["step"] not in found, f"step {record['step']} is logged twice"
+            found[record["step"]] = record[key]
+    return found
+
+
+def assert_same(folder: Path, other: Path, file: str = "last.safetensors") -> None:
+    """Every tensor equal bit by bit, and the run's state but for its flags."""
+    (a, state), (b, other_state) = load_checkpoint(folder / file), load_checkpoint(other / file)
+    assert a.keys() == b.keys() and len(a) > 20
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+    assert {**state, "flags": 0} == {**other_state, "flags": 0}
+
+
+def interrupt_after(monkeypatch, step: int) -> None:
+    """A Ctrl-C right after the record of optimiser step `step` was written, so before its checkpoint."""
+    log = common.Run.log
+
+    def stop(run, **record):
+        log(run, **record)
+        if run.step == step and "grad_norm" in record:
+            raise KeyboardInterrupt
+    monkeypatch.setattr(common.Run, "log", stop)
+
+
+def test_end_to_end(argv, tmp_path, capsys, llama, corpus_dir):
+    final = train_pretrain.main([*argv, "--out-dir", str(tmp_path / "run")])
+    assert final.keys() == {"stage", "steps", "val_kl", "val_kl_no_context", "val_kl_last_l", "recovered", "dev_kl", "out_dir"}
+    assert (final["stage"], final["steps"], final["out_dir"]) == ("pretrain", 4, str(tmp_path / "run"))
+    assert final["recovered"] == pytest.approx(1 - final["val_kl"] / final["val_kl_no_context"])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == final
+    assert list(metrics(tmp_path / "run", "kl")) == [1, 2, 3, 4] and list(metrics(tmp_path / "run", "val_kl")) == [2, 4]
+    state = load_state(tmp_path / "run" / "last.safetensors")
+    assert state["trained_on"]["pretrain"]["corpus"] == corpus_dir.name and state["flags"]["window"] == 96
+    assert (state["step"], state["evaluated"], state["figures"]["val_kl"]) == (4, 4, final["val_kl"])
+    assert state["best"] == min(metrics(tmp_path / "run", "dev_kl").values())  # App. A: the tasks' dev data decides
+    llm = load_llm(str(llama), CPU, torch.float32)
+    assert state["model"]["llm"]["hidden_size"] == llm.config.hidden_size
+
+
+def test_default_folder_is_named_after_the_llm(argv, quick_dev, llama):
+    final = train_pretrain.main([*argv, "--steps", "1"])
+    assert Path(final["out_dir"]) == common.OUT / f"pretrain-{llama.name}"
+    assert (common.OUT / f"pretrain-{llama.name}" / "best.safetensors").exists()
+
+
+def log_softmaxes(llm, context: torch.Tensor, x: list[int]) -> torch.Tensor:
+    """What an LLM without cache or packing says about x behind embedded `context`, (len(x) or len(x) - 1, V)."""
+    inputs = torch.cat([context, llm.get_input_embeddings()(torch.tensor([x]))], dim=1)
+    logits = llm(inputs_embeds=inputs, attention_mask=torch.ones(inputs.shape[:2], dtype=torch.long)).logits[0]
+    return logits[max(context.shape[1] - 1, 0):-1].log_softmax(dim=1)
+
+
+def test_the_first_step_is_eq_3_on_the_whole_step(argv, quick_dev, tmp_path, llama, corpus_dir):
+    """Loss and gradient norm of step 1, from one window at a time, full logits and autograd."""
+    train_pretrain.main([*argv, "--steps", "1", "--beta", "0.6", "--out-dir", str(tmp_path / "run")])
+    llm = load_llm(str(llama), CPU, torch.float32)
+    distiller = build_distiller("layers:2", llm, 4, "matched", 100)
+    corpus = Corpus([str(corpus_dir)], Tokenizer(str(llama)), 96, 64)
+    rows = corpus.training_rows(100, 0, 4, 0.6)
+    counts = [len(row["queries"][0][0]) for row in rows]
+    assert sum(counts[:2]) != sum(counts[2:])  # else a mean of means would pass
+    total, n = 0, 0
+    for row in rows:
+        demo, ((x, _),) = torch.tensor([row["demo"]]), row["queries"]
+        student = log_softmaxes(llm, distiller(demo, torch.ones_like(demo, dtype=torch.bool)), x)
+        teacher = log_softmaxes(llm, llm.get_input_embeddings()(demo), x).detach()
+        total = total + (teacher.exp() * (teacher - student)).sum()
+        n += len(x)
+    (total / n).backward()
+    norm = torch.stack([p.grad.norm() for p in distiller.parameters() if p.grad is not None]).norm().item()
+    assert metrics(tmp_path / "run", "kl")[1] == pytest.approx((total / n).item(), rel=1e-4)
+    assert metrics(tmp_path / "run", "grad_norm")[1] == pytest.approx(norm, rel=1e-3)
+    assert metrics(tmp_path / "run", "tokens")[1] == n
+
+
+def test_held_out_kl_and_its_references_against_one_window_at_a_time(argv, quick_dev, tmp_path, llama, corpus_dir):
+    final = train_pretrain.main([*argv, "--steps", "1", "--eval-docs", "5", "--min-doc-len", "8", "--out-dir", str(tmp_path / "run")])
+    llm = load_llm(str(llama), CPU, torch.float32)
+    distiller = build_distiller("layers:2", llm, 4, "matched", 100).eval()
+    tensors, _ = load_checkpoint(tmp_path / "run" / "last.safetensors")
+    distiller.load_state_dict({k.removeprefix("distiller."): t for k, t in tensors.items() if k.startswith("distiller.")})
+    corpus = Corpus([str(corpus_dir)], Tokenizer(str(llama)), 96, 8)
+    kl = {"val_kl": [], "val_kl_no_context": [], "val_kl_last_l": []}
+    with torch.no_grad():
+        for d in corpus.held_out[:5]:
+            row = corpus.row(d, 0.8)
+            demo, ((x, _),) = torch.tensor([row["demo"]]), row["queries"]
+            embedded = llm.get_input_embeddings()(demo)
+            teacher = log_softmaxes(llm, embedded, x)[1:]
+            contexts = {"val_kl": distiller(demo, torch.ones_like(demo, dtype=torch.bool)), "val_kl_no_context": embedded[:, :0],
+                        "val_kl_last_l": embedded[:, -4:]}
+            for name, context in contexts.items():
+                student = log_softmaxes(llm, context, x)[-(len(x) - 1):]
+                kl[name] += F.kl_div(student, teacher, reduction="none", log_target=True).sum(dim=1).tolist()
+    assert {name: final[name] for name in kl} == pytest.approx({name: np.mean(v) for name, v in kl.items()}, rel=1e-4)
+
+
+def test_learning_rate_rises_and_falls_over_all_steps(argv, quick_dev, tmp_path, monkeypatch):
+    rates, update = [], common.Run.update
+    monkeypatch.setattr(common.Run, "update", lambda run, clip: (
+        rates.append([group["lr"] for group in run.optimizer.param_groups]), update(run, clip))[1])
+    argv = [*argv, "--steps", "6", "--warmup", "0.34", "--lr", "0.01", "--eval-every", "6", "--out-dir", str(tmp_path / "run")]
+    train_pretrain.main(argv)
+    assert rates == [pytest.approx([0.01 * share] * 2) for share in (1 / 2, 1, 1, 3 / 4, 2 / 4, 1 / 4)]
+
+
+@pytest.mark.parametrize("clip, bound", [("0.001", 0.001), ("0", None)])
+def test_gradients_are_clipped_to_the_given_norm(argv, quick_dev, tmp_path, monkeypatch, clip, bound):
+    norms, step = [], torch.optim.AdamW.step
+
+    def record(optimizer, *a, **kw):
+        gradients = [p.grad.norm() for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norms.append(torch.stack(gradients).norm().item())
+        return step(optimizer, *a, **kw)
+    monkeypatch.setattr(torch.optim.AdamW, "step", record)
+    train_pretrain.main([*argv, "--clip", clip, "--eval-every", "4", "--out-dir", str(tmp_path / "run")])
+    logged = list(metrics(tmp_path / "run", "grad_norm").values())  # as they were before clipping
+    assert min(logged) > 0.001
+    assert norms == pytest.approx([bound] * 4 if bound else logged, rel=1e-2 if bound else 1e-5)
+
+
+def test_two_micro_batches_equal_one_large_batch(argv, quick_dev, tmp_path):
+    for name, size in (("two", ["--batch-size", "2", "--grad-accum", "2"]), ("one", ["--batch-size", "4", "--grad-accum", "1"]),
+                       ("other", ["--batch-size", "3", "--grad-accum", "1"])):
+        train_pretrain.main([*argv, *size, "--out-dir", str(tmp_path / name)])
+    two, one, other = (load_checkpoint(tmp_path / name / "last.safetensors")[0] for name in ("two", "one", "other"))
+    differences = {name: (two[name] - one[name]).abs().max().item() for name in one if name.startswith("distiller.")}
+    assert max(differences.values()) < 1e-5
+    assert max((other[name] - one[name]).abs().max().item() for name in differences) > 1e-4
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])  # gpt2 has dropout, which must be drawn again alike
+def test_a_run_that_was_interrupted_equals_one_that_was_not(argv, request, tmp_path, monkeypatch, family):
+    argv = [*argv, "--llm", str(request.getfixturevalue(family)), "--save-every", "1"]
+    train_pretrain.main([*argv, "--out-dir", str(tmp_path / "whole")])
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 3)
+        with pytest.raises(KeyboardInterrupt):
+            train_pretrain.main([*argv, "--out-dir", str(tmp_path / "cut")])
+    assert load_state(tmp_path / "cut" / "last.safetensors")["step"] == 2
+    with (tmp_path / "cut" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "k')  # a kill in the middle of a line
+    final = train_pretrain.main([*argv, "--out-dir", str(tmp_path / "cut"), "--resume"])
+    assert_same(tmp_path / "whole", tmp_path / "cut")
+    assert_same(tmp_path / "whole", tmp_path / "cut", "best.safetensors")
+    for key in ("kl", "grad_norm", "val_kl", "dev_kl"):
+        assert metrics(tmp_path / "cut", key) == metrics(tmp_path / "whole", key)
+    again = train_pretrain.main([*argv, "--out-dir", str(tmp_path / "cut"), "--resume"])  # nothing is left to do
+    assert again == final
+    assert_same(tmp_path / "whole", tmp_path / "cut")
+
+
+@pytest.mark.parametrize("where", ["best.safetensors", "last.safetensors"])
+def test_an_evaluation_cut_off_before_its_checkpoint_is_logged_once(argv, quick_dev, tmp_path, monkeypatch, where):
+    argv = [*argv, "--save-every", "1", "--out-dir", str(tmp_path / "run")]
+    save = common.save_checkpoint
+
+    def crash(path, distiller, state, optimizer=None):
+        if path.name == where and state["evaluated"] == 2:
+            raise KeyboardInterrupt
+        save(path, distiller, state, optimizer)
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "save_checkpoint", crash)
+        with pytest.raises(KeyboardInterrupt):
+            train_pretrain.main(argv)
+    train_pretrain.main([*argv, "--resume"])
+    assert list(metrics(tmp_path / "run", "val_kl")) == [2, 4]
+
+
+def test_dropout_is_drawn_in_training_and_not_in_evaluation(argv, quick_dev, tmp_path, gpt2, monkeypatch):
+    argv = [*argv, "--llm", str(gpt2), "--steps", "1", "--lr", "1e-30"]
+    finals = []
+    for seed_shift in (0, 1):  # the same weights and data, other dropout
+        seed = torch.manual_seed
+        monkeypatch.setattr(torch, "manual_seed", lambda s, seed=seed, shift=seed_shift: seed(s + shift * (s > 1_000_000)))
+        finals.append(train_pretrain.main([*argv, "--out-dir", str(tmp_path / str(seed_shift))]))
+    assert finals[0]["val_kl"] == pytest.approx(finals[1]["val_kl"], rel=1e-6)
+    assert metrics(tmp_path / "0", "kl")[1] != pytest.approx(metrics(tmp_path / "1", "kl")[1], rel=1e-6)
+
+
+def test_pretraining_lowers_the_kl(argv, quick_dev, tmp_path, corpus_dir):
+    lines = (corpus_dir / "part.jsonl").read_text().splitlines()[:22]  # few enough to learn by heart
+    (tmp_path / "few.jsonl").write_text("\n".join(lines))
+    argv = [*argv, "--corpus", str(tmp_path / "few.jsonl"), "--steps", "80", "--lr", "1e-2", "--batch-size", "8", "--grad-accum", "1",
+            "--eval-every", "80"]
+    train_pretrain.main([*argv, "--out-dir", str(tmp_path / "run")])
+    kl = list(metrics(tmp_path / "run", "kl").values())
+    assert np.mean(kl[-5:]) < 0.7 * np.mean(kl[:3])
+
+
+def stub_dev(monkeypatch, values: list[float], seen: list) -> None:
+    feed = iter(values)
+
+    def figures(llm, distiller, *_):
+        seen.append({name: t.clone() for name, t in distiller.state_dict().items()})
+        return {"val_kl": next(feed)}
+    monkeypatch.setattr(train_pretrain, "dev_figures", figures)
+
+
+def test_best_is_the_checkpoint_with_the_lowest_dev_kl(argv, tmp_path, monkeypatch):
+    seen = []
+    stub_dev(monkeypatch, [3.0, 1.0, 2.0, 1.0], seen)
+    train_pretrain.main([*argv, "--eval-every", "1", "--out-dir", str(tmp_path / "run")])
+    best, state = load_checkpoint(tmp_path / "run")
+    assert (state["step"], state["best"], state["figures"]["dev_kl"]) == (2, 1.0, 1.0)
+    assert all(torch.equal(best[f"distiller.{name}"], t) for name, t in seen[1].items())
+    assert not all(torch.equal(best[f"distiller.{name}"], t) for name, t in seen[2].items())
+    assert load_state(tmp_path / "run" / "last.safetensors")["bad_evaluations"] == 2
+
+
+@pytest.mark.parametrize("patience, values, last_step", [
+    ("1", [2.0, 3.0, 1.0, 1.0], 2), ("2", [2.0, 3.0, 1.0, 4.0, 4.0, 0.5], 5), ("0", [1.0, 2.0, 3.0, 4.0, 5.0, 6.0], 6)])
+def test_early_stopping(argv, tmp_path, monkeypatch, patience, values, last_step):
+    stub_dev(monkeypatch, values, [])
+    argv = [*argv, "--eval-every", "1", "--steps", "6", "--patience", patience, "--out-dir", str(tmp_path / "run")]
+    assert train_pretrain.main(argv)["steps"] == last_step
+    assert train_pretrain.main([*argv, "--resume"])["steps"] == last_step  # stays stopped
+
+
+# Errors
+
+
+def test_an_existing_run_needs_resume(argv, quick_dev, tmp_path):
+    argv = [*argv, "--steps", "1", "--out-dir", str(tmp_path / "run")]
+    train_pretrain.main(argv)
+    before = (tmp_path / "run" / "last.safetensors").read_bytes(), (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    with pytest.raises(UserError, match="holds a run already; add --resume"):
+        train_pretrain.main(argv)
+    with pytest.raises(UserError, match="give the flags of that run"):
+        train_pretrain.main([*argv, "--distill-len", "5", "--resume"])
+    assert before == ((tmp_path / "run" / "last.safetensors").read_bytes(), (tmp_path / "run" / "metrics.jsonl").read_bytes())
+
+
+def test_flag_faults_come_together(argv):
+    faults = {"--beta": "1", "--window": "4", "--lr": "0", "--steps": "0", "--grad-accum": "0", "--batch-size": "0", "--clip": "-1",
+              "--warmup": "2", "--patience": "-1", "--eval-every": "0", "--save-every": "0", "--min-doc-len": "0", "--k": "0"}
+    with pytest.raises(UserError) as error:
+        train_pretrain.main([*argv, *itertools.chain(*faults.items())])
+    assert [flag for flag in faults if f"{flag} is " not in str(error.value)] == []
+
+
+@pytest.mark.parametrize("change, message", [
+    (["--eval-docs", "0"], "--eval-docs"), (["--context-len", "0"], "--context-len"),
+    (["--distiller", "layers:9"], "give layers:1 to layers:3"), (["--corpus", "/nowhere"], "--corpus /nowhere"),
+    (["--min-doc-len", "5000"], "0 of 60 documents"), (["--tasks", "/nowhere"], "--tasks /nowhere")])
+def test_user_errors_come_before_the_first_step(argv, tmp_path, monkeypatch, change, message):
+    monkeypatch.setattr(common.Run, "begin_step", lambda *_: pytest.fail("a step was made"))
+    with pytest.raises(UserError, match=message):
+        train_pretrain.main([*argv, *change])
+
+
+def test_batch_must_be_shared_evenly_by_the_ranks(argv, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(UserError, match="--batch-size 2 cannot be shared by 3 ranks"):
+        train_pretrain.main(argv)
+
+
+def test_window_longer_than_the_llm_reads(argv, gpt2):
+    with pytest.raises(UserError, match="--window is 700, and the LLM reads at most 640 tokens"):
+        train_pretrain.main([*argv, "--llm", str(gpt2), "--window", "700"])
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_the_step(argv, quick_dev, tmp_path, monkeypatch):
+    loss, calls = train_pretrain.distill_loss, []
+
+    def breaks(*a):
+        calls.append(1)
+        return loss(*a) * (float("nan") if len(calls) == 4 else 1)  # the second micro-batch of the second step
+    monkeypatch.setattr(train_pretrain, "distill_loss", breaks)
+    with pytest.raises(UserError, match="the loss at step 1 is nan; lower --lr"):
+        train_pretrain.main([*argv, "--eval-every", "4", "--save-every", "1", "--out-dir", str(tmp_path / "run")])
+    tensors, state = load_checkpoint(tmp_path / "run" / "last.safetensors")
+    assert state["step"] == 1 and all(t.isfinite().all() for t in tensors.values())
+
+
+def test_user_errors_end_with_code_2(argv, capsys):
+    with pytest.raises(SystemExit) as stop:
+        common.run_main(lambda: train_pretrain.main([*argv, "--beta", "2"]))
+    assert stop.value.code == 2 and "Traceback" not in capsys.readouterr().err
+
+
+# Processes
+
+DRIVER = """
+import sys, time
+sys.path.insert(0, {root!r})
+from pathlib import Path
+import torch, common, data, train_pretrain
+torch.set_num_threads(1)
+data.CACHE, common.OUT = Path({folder!r}) / "cache", Path({folder!r}) / "out"
+begin = common.Run.begin_step
+common.Run.begin_step = lambda run, args: (time.sleep({pause}), begin(run, args))
+common.run_main(train_pretrain.main)
+"""
+
+
+def driver(folder: Path, pause: float = 0.0) -> str:
+    """A script that runs train_pretrain.py with its cache in `folder`, resting `pause` seconds before each step."""
+    path = folder / "driver.py"
+    path.write_text(DRIVER.format(root=str(ROOT), folder=str(folder), pause=pause))
+    return str(path)
+
+
+ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+
+
+@pytest.mark.slow
+def test_two_processes_train_like_one(argv, tmp_path):
+    train_pretrain.main([*argv, "--out-dir", str(tmp_path / "one")])
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_addr", "127.0.0.1",
+                    "--master_port", "29517", driver(tmp_path), *argv, "--out-dir", str(tmp_path / "two")],
+                   check=True, env=ENVIRONMENT, timeout=300, stdout=subprocess.PIPE)
+    one, state = load_checkpoint(tmp_path / "one" / "last.safetensors")
+    two, other = load_checkpoint(tmp_path / "two" / "last.safetensors")
+    assert one.keys() == two.keys()
+    assert max((one[name] - two[name]).abs().max().item() for name in one if name.startswith("distiller.")) < 1e-5
+    assert other["figures"] == pytest.approx(state["figures"], rel=1e-4)
+    assert list(metrics(tmp_path / "two", "kl").values()) == pytest.approx(list(metrics(tmp_path / "one", "kl").values()), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_killed_process_goes_on_as_if_nothing_had_been(argv, tmp_path):
+    argv = [*argv, "--steps", "30", "--eval-every", "10", "--save-every", "2"]
+    train_pretrain.main([*argv, "--out-dir", str(tmp_path / "whole")])
+    last = tmp_path / "killed" / "last.safetensors"
+    process = subprocess.Popen([sys.executable, driver(tmp_path, pause=0.2), *argv, "--out-dir", str(last.parent)], env=ENVIRONMENT,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 200
+    while not (last.exists() and load_state(last)["step"] >= 12) and time.time() < deadline and process.poll() is None:
+        time.sleep(0.03)
+    process.kill()
+    process.wait()
+    assert 12 <= load_state(last)["step"] < 30
+    train_pretrain.main([*argv, "--out-dir", str(last.parent), "--resume"])
+    assert_same(tmp_path / "whole", last.parent)
+    for key in ("kl", "grad_norm", "val_kl"):
+        assert metrics(last.parent, key) == metrics(tmp_path / "whole", key)
