@@ -11,6 +11,7 @@ import datetime
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -96,7 +97,7 @@ def add_training_flags(parser: argparse.ArgumentParser, run_name: str) -> None:
     group = parser.add_argument_group("output")
     group.add_argument("--out-dir", help=f"folder of this run; default out/{run_name}")
     group.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out-dir, if any")
-    group.add_argument("--save-every", type=int, default=50, help="steps between checkpoints")
+    group.add_argument("--save-every", type=int, default=25, help="steps between checkpoints")
     group.add_argument("--eval-every", type=int, help="steps between evaluations; the last step is always evaluated")
     group.add_argument("--patience", type=int, help="stop after this many evaluations without a better one; 0 = never")
 
@@ -139,9 +140,11 @@ def shared_rules(args: argparse.Namespace) -> list[tuple[bool, str]]:
         (args.distill_len >= 1, f"--distill-len is {args.distill_len}; give at least 1"),
         (args.k >= 1, f"--k is {args.k}; give at least 1 demonstration"),
         (args.seed >= 0, f"--seed is {args.seed}; give 0 or more"),
+        (re.fullmatch(r"auto|cpu|cuda(:\d+)?", args.device) is not None,
+         f"--device {args.device} is unknown; give auto, cpu, cuda or cuda:N"),
         (not args.device.startswith("cuda") or torch.cuda.is_available(),
          f"--device {args.device}, but torch sees no CUDA device; use --device cpu"),
-        (not (args.dtype == "fp16" and pick_device(args.device).type == "cpu"),
+        (args.dtype != "fp16" or (args.device != "cpu" and torch.cuda.is_available()),
          "--dtype fp16 on a CPU; use fp32 or bf16 there"),
     ]
 
@@ -301,23 +304,19 @@ def save_checkpoint(path: Path, distiller: nn.Module, state: dict, optimizer: to
     os.replace(temporary, path)
 
 
-def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], dict]:
-    """Read (tensors, state) of a checkpoint file, or of the best (else last) one in a run's folder."""
+def load_checkpoint(path: str | Path, device: torch.device | str = "cpu",
+                    weights: bool = True) -> tuple[dict[str, Tensor], dict]:
+    """Read (tensors, state) of a checkpoint file, or of the best (else last) one in a run's folder; without `weights`
+    only the state."""
     from safetensors import SafetensorError, safe_open
     path = checkpoint_file(path)
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["state"])
+            names = file.keys() if weights else ()
+            return {name: file.get_tensor(name) for name in names}, json.loads(file.metadata()["state"])
     except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise UserError(f"{path} is not a whole checkpoint of this project ({error}); take another one, or train "
                         "again") from error
-
-
-def load_state(path: Path) -> dict:
-    """Only the run state of a checkpoint file."""
-    from safetensors import safe_open
-    with safe_open(path, framework="pt") as file:
-        return json.loads(file.metadata()["state"])
 
 
 def checkpoint_id(path: str | Path) -> str:
@@ -360,7 +359,10 @@ class Run:
             kept = []
             for line in self.metrics.read_text().splitlines() if self.metrics.exists() else []:
                 with contextlib.suppress(json.JSONDecodeError):  # a kill may have cut the last line
-                    kept += [line] if json.loads(line)["step"] <= self.step else []
+                    record = json.loads(line)
+                    # an evaluation is logged before it is saved: one that was not saved will be made again
+                    until = self.state["evaluated"] if "val_kl" in record else self.step
+                    kept += [line] if record["step"] <= until else []
             self.metrics.write_text("".join(f"{line}\n" for line in kept))
 
     def restore(self, path: Path) -> None:

@@ -25,6 +25,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -330,6 +331,7 @@ def hub_tasks() -> Path:
     import datasets
     require_hub("--tasks metaicl")
     temporary = CACHE / f"metaicl.{os.getpid()}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
     for split in ("meta_train", "meta_eval"):
         for row in tqdm(datasets.load_dataset(HUB_TASKS, split=split, streaming=True), desc=f"MetaICL {split}"):
             name, part = row["task"], row["split"]
@@ -476,7 +478,7 @@ def collate(rows: list[dict], device: torch.device | str = "cpu") -> dict[str, t
             end_of_x = len(tokens)
             for o, option in enumerate(options):
                 start = len(tokens)
-                tokens += [(t, s, o + 1, len(x) + i, start + i if i else end_of_x) for i, t in enumerate(option)]
+                tokens += [(t, s, o + 1, len(x) + i, start + i if i else end_of_x if x else 0) for i, t in enumerate(option)]
         columns.append(torch.tensor(tokens, dtype=torch.long).view(-1, 5))
     T = max(len(c) for c in columns)
     packed = torch.stack([torch.nn.functional.pad(c, (0, 0, 0, T - len(c))) for c in columns])        # (B, T, 5)

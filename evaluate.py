@@ -225,8 +225,8 @@ def main(argv: list[str] | None = None) -> dict:
     device = setup(args, training=False)
     tasks = load_tasks(args.tasks, args.split)
     for name in args.only or []:
-        check((name in tasks.test, f"--only {name} is no meta-test task of {args.split} here; "
-                                   f"{common.did_you_mean(name, tasks.test)}"))
+        nearest = common.did_you_mean(name, tasks.test)
+        check((name in tasks.test, f"--only {name} is no meta-test task of {args.split} here; {nearest}"))
     llm = load_llm(args.llm, device, common.torch_dtype(args.dtype))
     distiller = None
     if args.checkpoint:

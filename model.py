@@ -203,9 +203,11 @@ class Distiller(nn.Module):
             # DEVIATION: final-norm states are some ten times larger than an LLM's token embeddings; a learned scalar,
             # set so that both have the same root mean square at the start, learns faster. The paper has no such scale.
             self.gain = nn.Parameter(torch.ones(()))
+            self.eval()  # no dropout while measuring
             with torch.no_grad():
                 probe = torch.randint(0, vocab, (4, 64), generator=generator).to(rows.device)
                 self.gain.fill_(output_rms / self(probe, torch.ones_like(probe, dtype=torch.bool)).pow(2).mean().sqrt())
+            self.train()
 
     @property
     def distill_len(self) -> int:
@@ -317,7 +319,7 @@ def build_distiller(spec: str, llm: PreTrainedModel, distill_len: int, output_sc
             raise UserError(f"--distiller {spec} has a vocabulary of {backbone.config.vocab_size} and the LLM one of "
                             f"{llm.config.vocab_size}; both must share a tokenizer: take a sibling, or layers:N")
     else:
-        if not spec[7:].isdigit():
+        if not spec[7:].isdecimal():
             raise UserError(f"--distiller {spec}: expected layers:N with a whole number N, as in layers:6")
         backbone = first_layers(llm, int(spec[7:]))
     rms = embedding_rms(embed, llm.config.vocab_size) if output_scale == "matched" else None

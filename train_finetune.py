@@ -61,7 +61,7 @@ def find_pretrained(llm, args) -> Path | None:
               "output_scale": args.output_scale}
     found = []
     for path in sorted((common.OUT).glob("*/best.safetensors")):
-        state = common.load_state(path)
+        _, state = common.load_checkpoint(path, weights=False)
         if state["trained_on"].keys() == {"pretrain"} and wanted.items() <= state["model"].items():
             found.append((state["figures"]["val_kl"], path))
     return min(found)[1] if found else None
@@ -80,8 +80,8 @@ def start(args, llm):
         return build_distiller(args.distiller, llm, args.distill_len, args.output_scale, args.seed), {}
     distiller, state = load_distiller(source, llm)
     check(*((state["model"][name] == getattr(args, name),
-             f"--init-from {source} has --{name.replace('_', '-')} {state['model'][name]}, and the flag is "
-             f"{getattr(args, name)}; give the former") for name in ("distiller", "distill_len", "output_scale")))
+             (f"--init-from {source} has --{name.replace('_', '-')} {state['model'][name]}, and the flag is "
+              f"{getattr(args, name)}; give the former")) for name in ("distiller", "distill_len", "output_scale")))
     return distiller, state["trained_on"]
 
 
@@ -90,16 +90,16 @@ def main(argv: list[str] | None = None) -> dict:
     check(*common.shared_rules(args), *common.training_rules(args),
           (args.lam >= 0, f"--lam is {args.lam}; give 0 (no distillation) or more"),
           (args.queries_per_demo >= 1, f"--queries-per-demo is {args.queries_per_demo}; give at least 1"),
-          (args.context_len >= MAX_INPUT, f"--context-len is {args.context_len}; give at least {MAX_INPUT}, so that a "
-                                          "demonstration of the longest input fits"))
+          (args.context_len >= MAX_INPUT, (f"--context-len is {args.context_len}; give at least {MAX_INPUT}, so that "
+                                           "a demonstration of the longest input fits")))
     device = setup(args, training=True)
     tasks = load_tasks(args.tasks, args.split)
     if is_main():
         print(f"{args.split}: {len(tasks.train)} meta-training and {len(tasks.test)} meta-test tasks of "
               f"{tasks.collection} are here; reading them")
     need = args.k + args.queries_per_demo
-    check(*((len(tasks.pool(t)) >= need, f"task {t} has {len(tasks.pool(t))} different examples, and --k {args.k} with "
-             f"--queries-per-demo {args.queries_per_demo} needs {need}") for t in tasks.train))
+    check(*((len(tasks.pool(t)) >= need, (f"task {t} has {len(tasks.pool(t))} different examples, and --k {args.k} with "
+             f"--queries-per-demo {args.queries_per_demo} needs {need}")) for t in tasks.train))
     llm = load_llm(args.llm, device, common.torch_dtype(args.dtype))
     distiller, trained_on = start(args, llm)
     encoder = make_encoder(args, Tokenizer(args.llm), llm, distiller)

@@ -90,6 +90,8 @@ def main(argv: list[str] | None = None) -> dict:
     check(*common.shared_rules(args), *common.training_rules(args),
           (0 < args.beta < 1, f"--beta is {args.beta}; give a share above 0 and below 1 (the paper: 0.8)"),
           (args.window >= 8, f"--window is {args.window}; give at least 8 tokens"),
+          (args.eval_docs >= 1, f"--eval-docs is {args.eval_docs}; give at least 1"),
+          (args.context_len >= 1, f"--context-len is {args.context_len}; give at least 1 token"),
           (args.min_doc_len >= 8, f"--min-doc-len is {args.min_doc_len}; give at least 8 tokens"))
     device = setup(args, training=True)
     llm = load_llm(args.llm, device, common.torch_dtype(args.dtype))

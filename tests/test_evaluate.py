@@ -142,6 +142,17 @@ def test_dev_figures_against_one_query_at_a_time(tiny, tasks_dir, llama):
     assert whole == pytest.approx({"val_pred": np.mean(pred), "val_kl": np.mean(kl), "dev_headline": np.mean(headlines)}, rel=1e-4)
 
 
+def test_dev_figures_are_taken_without_dropout(gpt2, tasks_dir):
+    llm = load_llm(str(gpt2), CPU, torch.float32)
+    distiller = build_distiller("layers:2", llm, 4, "matched", 0).train()
+    assert distiller.backbone.config.resid_pdrop > 0
+    encoder = Encoder(Tokenizer(str(gpt2)), "space", 300, 4, 640, 640)
+    args = SimpleNamespace(seed=13, k=3, distill_len=4, dtype="fp32")
+    tasks = load_tasks(str(tasks_dir), "class_to_class")
+    first = evaluate.dev_figures(llm, distiller, tasks, encoder, args, CPU)
+    assert evaluate.dev_figures(llm, distiller, tasks, encoder, args, CPU) == first and distiller.training
+
+
 # The script
 
 
@@ -239,7 +250,7 @@ def test_another_checkpoint_is_not_taken_from_the_results_file(argv, tmp_path, c
     argv = [*argv, "--methods", "icl", "mend", "--only", "emo", "--seeds", "13"]
     evaluate.main(argv)
     llm = load_llm(str(llama), CPU, torch.float32)
-    state = common.load_state(checkpoint / "best.safetensors")
+    state = common.load_checkpoint(checkpoint / "best.safetensors")[1]
     other = tmp_path / "finetune-tiny"  # the same folder name, other weights
     common.save_checkpoint(other / "best.safetensors", build_distiller("layers:2", llm, 4, "matched", 5), state)
     evaluate.main([*argv, "--checkpoint", str(other)])

@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_train_pretrain import assert_same, interrupt_after, log_softmaxes, metrics
+from test_train_pretrain import assert_same, furthest, interrupt_after, log_softmaxes, metrics
 
 import common
 import train_finetune
 import train_pretrain
-from common import UserError, load_checkpoint, load_state, save_checkpoint
+from common import UserError, load_checkpoint, save_checkpoint
 from data import Encoder, Tokenizer, load_tasks, sample_row
 from model import build_distiller, distiller_config, load_llm
 
@@ -57,7 +57,7 @@ def test_end_to_end(argv, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == final
     for key, steps in (("pred", [1, 2, 3, 4]), ("kl", [1, 2, 3, 4]), ("val_pred", [2, 4]), ("val_kl", [2, 4])):
         assert list(metrics(tmp_path / "run", key)) == steps
-    state = load_state(tmp_path / "run" / "last.safetensors")
+    state = load_checkpoint(tmp_path / "run" / "last.safetensors", weights=False)[1]
     assert state["trained_on"] == {"finetune": {"tasks": "metaicl", "split": "class_to_class"}}
     pred, kl = metrics(tmp_path / "run", "val_pred"), metrics(tmp_path / "run", "val_kl")
     assert state["best"] == pytest.approx(min(pred[s] + 0.1 * kl[s] for s in (2, 4)))
@@ -97,13 +97,21 @@ def test_the_first_step_is_eq_4_on_the_whole_step(argv, quick_dev, tmp_path, lla
 
 
 def test_two_micro_batches_equal_one_large_batch(argv, quick_dev, tmp_path):
+    argv = [*argv, "--lr", "2e-4"]  # Adam divides by the gradient's size, so it enlarges rounding where that is near zero
     for name, size in (("two", ["--batch-size", "2", "--grad-accum", "2"]), ("one", ["--batch-size", "4", "--grad-accum", "1"]),
                        ("other", ["--batch-size", "3", "--grad-accum", "1"])):
         train_finetune.main([*argv, *size, "--out-dir", str(tmp_path / name)])
     two, one, other = (load_checkpoint(tmp_path / name / "last.safetensors")[0] for name in ("two", "one", "other"))
-    differences = {name: (two[name] - one[name]).abs().max().item() for name in one if name.startswith("distiller.")}
-    assert max(differences.values()) < 1e-5
-    assert max((other[name] - one[name]).abs().max().item() for name in differences) > 1e-4
+    assert furthest(two, one, "distiller.") < 1e-5 and furthest(two, one, ".exp_avg") < 1e-6
+    assert furthest(other, one, "distiller.") > 1e-4 and furthest(other, one, ".exp_avg") > 1e-4
+
+
+def test_every_step_draws_new_samples(argv, quick_dev, tmp_path, monkeypatch):
+    drawn, sample = [], train_finetune.sample_row
+    monkeypatch.setattr(train_finetune, "sample_row", lambda tasks, encoder, seed, number, k, queries: (
+        drawn.append((seed, number, k, queries)), sample(tasks, encoder, seed, number, k, queries))[1])
+    train_finetune.main([*argv, "--out-dir", str(tmp_path / "run")])
+    assert drawn == [(100, number, 4, 2) for number in range(16)]
 
 
 def test_without_lambda_the_distillation_loss_has_no_part(argv, quick_dev, tmp_path, monkeypatch):
@@ -132,7 +140,7 @@ def test_a_run_that_was_interrupted_equals_one_that_was_not(argv, request, tmp_p
         interrupt_after(patch, 3)
         with pytest.raises(KeyboardInterrupt):
             train_finetune.main([*argv, "--out-dir", str(tmp_path / "cut")])
-    assert load_state(tmp_path / "cut" / "last.safetensors")["step"] == 2
+    assert load_checkpoint(tmp_path / "cut" / "last.safetensors", weights=False)[1]["step"] == 2
     train_finetune.main([*argv, "--out-dir", str(tmp_path / "cut"), "--resume"])
     assert_same(tmp_path / "whole", tmp_path / "cut")
     assert_same(tmp_path / "whole", tmp_path / "cut", "best.safetensors")
@@ -179,7 +187,7 @@ def test_early_stopping(argv, tmp_path, monkeypatch, patience, steps):
     stub_dev(monkeypatch, [(1.0, 1.0), (2.0, 1.0), (3.0, 1.0), (4.0, 1.0)], [])
     argv = [*argv, "--eval-every", "1", "--patience", patience, "--out-dir", str(tmp_path / "run")]
     assert train_finetune.main(argv)["steps"] == steps
-    assert load_state(tmp_path / "run" / "best.safetensors")["step"] == 1
+    assert load_checkpoint(tmp_path / "run" / "best.safetensors", weights=False)[1]["step"] == 1
 
 
 # Where it starts from
@@ -258,7 +266,7 @@ def test_pretraining_then_finetuning(argv, quick_dev, flags, corpus_dir, monkeyp
                                  "--eval-docs", "3"])
     train_finetune.main([flag for flag in argv if flag not in ("--init-from", "none")])
     assert f"starting from the pretraining checkpoint {first['out_dir']}" in capsys.readouterr().out
-    state = load_state(next(common.OUT.glob("finetune-*/last.safetensors")))
+    state = load_checkpoint(next(common.OUT.glob("finetune-*/last.safetensors")), weights=False)[1]
     assert state["trained_on"].keys() == {"pretrain", "finetune"}
 
 
