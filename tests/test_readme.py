@@ -1,0 +1,37 @@
+"""Every command that the README and the scripts' own help show is understood by the script it calls."""
+
+import re
+import shlex
+
+import pytest
+
+import assets
+import common
+import data
+import evaluate
+import train_finetune
+import train_pretrain
+
+SCRIPTS = {m.__name__: m for m in (assets, data, evaluate, train_finetune, train_pretrain)}
+PLACES = ["README.md", "results/LOG.md", "Makefile", *(f"{name}.py" for name in SCRIPTS)]
+
+
+def commands() -> list[str]:
+    found = []
+    for place in PLACES:
+        text = (common.ROOT / place).read_text().replace("\\\n", " ")
+        found += re.findall(r"((?:python|nproc_per_node \d+) (?:" + "|".join(SCRIPTS) + r")\.py[^\n`#|]*)", text)
+    return sorted(set(found))
+
+
+def test_commands_are_found():
+    text = " ".join(commands())
+    assert all(f"{name}.py" in text for name in SCRIPTS) and len(commands()) > 12
+
+
+@pytest.mark.parametrize("command", commands())
+def test_command_parses(command):
+    script, flags = re.search(r"(\w+)\.py(.*)", command).groups()
+    args = SCRIPTS[script].get_parser().parse_args(shlex.split(flags.replace("$(DEMO)", "out/demo").replace("$", "")))
+    if script != "assets":
+        assert args.split in (*common.SPLITS, "S")
