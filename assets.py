@@ -37,7 +37,7 @@ FOREIGN = re.compile(r"^(cs|de|mlsum)_|_(ru|multilingual)$")  # the non-English 
 def get_parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("--dir", default="assets", help="folder to write to; downloads go to its downloads/")
+    parser.add_argument("--dir", default=str(HERE / "assets"), help="folder to write to; downloads go to its downloads/")
     parser.add_argument("--only", choices=tuple(TARGETS), help="make this one asset (default: all three)")
     tables = parser.add_argument_group("tables beside this file")
     tables.add_argument("--pins", default=str(HERE / "assets.txt"), help="file of requirements with hashes")
@@ -299,4 +299,7 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")

@@ -255,7 +255,10 @@ def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:
 
 
 def lr_at(step: int, steps: int, warmup: float, peak: float) -> float:
-    """Learning rate of 0-based `step` out of `steps`: linear rise over the first share `warmup`, linear fall to zero."""
+    """Learning rate of 0-based `step` out of `steps`: linear rise over the first share `warmup`, linear fall to zero.
+
+    DEVIATION: the paper names no schedule.
+    """
     rise = max(1, round(warmup * steps))
     return peak * min((step + 1) / rise, (steps - step) / max(1, steps - rise))
 
@@ -367,9 +370,11 @@ class Run:
 
     def restore(self, path: Path) -> None:
         tensors, saved = load_checkpoint(path)
-        if saved["model"] != self.state["model"]:
-            raise UserError(f"--resume: {path} is of {saved['model']}, and the flags ask for {self.state['model']}; give "
-                            "the flags of that run, or another --out-dir")
+        stage, stage_saved = (list(state["trained_on"].items())[-1] for state in (self.state, saved))  # this stage's data
+        for found, wanted in ((saved["model"], self.state["model"]), (stage_saved, stage)):
+            if found != wanted:
+                raise UserError(f"--resume: {path} is of {found}, and the flags ask for {wanted}; give the flags of that "
+                                "run, or another --out-dir")
         self.distiller.load_state_dict({k.removeprefix("distiller."): t for k, t in tensors.items()
                                         if k.startswith("distiller.")})
         for name, p in self.distiller.named_parameters():
@@ -377,7 +382,8 @@ class Run:
             moments = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
             if moments:
                 self.optimizer.state[p] = {k: t if k == "step" else t.to(p.device) for k, t in moments.items()}
-        self.scaler.load_state_dict(saved.pop("scaler"))
+        if scaler := saved.pop("scaler"):
+            self.scaler.load_state_dict(scaler)
         self.state = saved | {"flags": self.state["flags"], "commit": self.state["commit"]}
 
     @property

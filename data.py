@@ -339,7 +339,10 @@ def hub_tasks() -> Path:
             (temporary / name).mkdir(parents=True, exist_ok=True)
             with (temporary / name / f"{stem}.jsonl").open("a") as file:
                 file.write(json.dumps({k: row[k] for k in ("task", "input", "output", "options")}) + "\n")
-    os.replace(temporary, folder)
+    try:
+        os.replace(temporary, folder)
+    except OSError:  # another rank was first
+        shutil.rmtree(temporary)
     return folder
 
 
@@ -513,7 +516,7 @@ def show(tasks: Tasks, encoder: Encoder, k: int, seed: int) -> None:
     """Print one training example's whole way: line, text, tokens, batch with its masks."""
     task = tasks.train[0]
     pool = tasks.pool(task)
-    check((len(pool) > k, f"task {task} has {len(pool)} examples, and --k {k} needs {k + 1}"))
+    check((len(pool) > k, f"task {task} has {len(pool)} examples, and --show {k} needs {k + 1}"))
     row = {"demo": encoder.demonstrations(pool[:k], encoder.limit(pool)), "queries": [encoder.training_query(pool[k])]}
     x, (y,) = row["queries"][0]
     decode = encoder.tokenizer.hf.decode

@@ -87,13 +87,15 @@ def passes(queries: list[tuple], device) -> Iterator[dict]:
 
 
 @torch.no_grad()
-def predict(llm, prefix: Prefix, encoder: Encoder, queries: list[dict]) -> list[str]:
+def predict(llm, prefix: Prefix, encoder: Encoder, queries: list[dict], first: bool = False) -> list[str]:
     """The chosen option of each query, Eq. (1) and (2); all queries are read behind one prefix of B = 1.
+
+    first: no demonstrations or vectors stand before the queries (zero_shot).
 
     DEVIATION: Eq. (1) takes the labels seen among the demonstrations; MetaICL and the original code score the task's
     whole option list, and so does this.
     """
-    encoded = [encoder.scoring_query(q, first=prefix.state is None) for q in queries]
+    encoded = [encoder.scoring_query(q, first=first) for q in queries]
     chosen = [c for batch in passes(encoded, llm.device)
               for c in score_options(llm, prefix, batch)[0].argmax(dim=1).tolist()]
     return [q["options"][c] for q, c in zip(queries, chosen, strict=True)]
@@ -233,6 +235,9 @@ def main(argv: list[str] | None = None) -> dict:
         distiller, state = load_distiller(args.checkpoint, llm)
         distiller.eval()
         args.distill_len = state["model"]["distill_len"]
+        refuse_seen_tasks(state.get("trained_on", {}), tasks, args)
+        if state["model"]["template"] != args.template:
+            print(f"note: trained on --template {state['model']['template']}, evaluated on {args.template} (Tab. 7)")
     encoder = make_encoder(args, Tokenizer(args.llm), llm, distiller)
     out = Path(args.out or common.OUT / f"eval-{args.split}.jsonl")
     records = evaluate(args, llm, distiller, encoder, tasks, out)
@@ -245,6 +250,16 @@ def main(argv: list[str] | None = None) -> dict:
     return finish({"split": args.split, "tasks": n_tasks, "out": str(out),
                    "headline": {m: {"mean": round(table["average"][m][0], 2), "std": round(table["average"][m][1], 2)}
                                 for m in args.methods}})
+
+
+def refuse_seen_tasks(trained_on: dict, tasks: Tasks, args) -> None:
+    """Raise when the checkpoint was finetuned on one of the tasks to evaluate: meta-test tasks must be unseen."""
+    stage = trained_on.get("finetune", {})
+    if stage.get("tasks") == tasks.collection:
+        table = json.loads((common.ROOT / "splits.json").read_text())[tasks.collection]["settings"][stage["split"]]
+        seen = sorted((set(table["train"]) - set(table["test"])) & set(args.only or tasks.test))
+        check((not seen, (f"the checkpoint was finetuned on {stage['split']}, whose training tasks include "
+                          f"{', '.join(seen)}; evaluate it on that --split, or on other tasks with --only")))
 
 
 def evaluate(args, llm, distiller, encoder: Encoder, tasks: Tasks, out: Path) -> list[dict]:
@@ -282,7 +297,7 @@ def evaluate_one(args, llm, distiller, encoder: Encoder, tasks: Tasks, task: str
         raise UserError(f"task {task} has {len(demos)} training examples for seed {seed}, and --k is {args.k}; give less")
     require_options(queries)
     prefix = make_prefix(method, demos, encoder.limit(demos + files["test"]), llm, distiller, encoder, args)
-    chosen = predict(llm, prefix, encoder, queries)
+    chosen = predict(llm, prefix, encoder, queries, first=method == "zero_shot")
     return {"n": len(queries)} | task_figures(chosen, [q["output"] for q in queries], tasks.types[task])
 
 

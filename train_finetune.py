@@ -37,6 +37,7 @@ from model import (
 PRESETS = {  # the paper's Table 5, and what two CPU cores do in minutes
     "paper": {"steps": 30000, "batch_size": 8, "grad_accum": 1, "lr": 5e-5, "queries_per_demo": 1, "context_len": 900,
               "eval_every": 2000, "patience": 5},
+    # DEVIATION: four queries share a demonstration set, which is read once for them; the paper has one.
     "pocket": {"steps": 200, "batch_size": 2, "grad_accum": 1, "lr": 3e-4, "queries_per_demo": 4, "context_len": 450,
                "eval_every": 100, "patience": 5},
 }
@@ -58,7 +59,7 @@ def get_parser() -> argparse.ArgumentParser:
 def find_pretrained(llm, args) -> Path | None:
     """The pretraining checkpoint under out/ with the lowest held-out KL that has this LLM, distiller and l."""
     wanted = {"llm": identity(llm), "distiller": args.distiller, "distill_len": args.distill_len,
-              "output_scale": args.output_scale}
+              "output_scale": args.output_scale, "template": args.template}
     found = []
     for path in sorted((common.OUT).glob("*/best.safetensors")):
         _, state = common.load_checkpoint(path, weights=False)
@@ -81,7 +82,9 @@ def start(args, llm):
     distiller, state = load_distiller(source, llm)
     check(*((state["model"][name] == getattr(args, name),
              (f"--init-from {source} has --{name.replace('_', '-')} {state['model'][name]}, and the flag is "
-              f"{getattr(args, name)}; give the former")) for name in ("distiller", "distill_len", "output_scale")))
+              f"{getattr(args, name)}; give the former")) for name in ("distiller", "distill_len", "output_scale", "template")),
+          ("finetune" not in state["trained_on"],
+           f"--init-from {source} is finetuned already; give a pretraining run, or --resume that run in its --out-dir"))
     return distiller, state["trained_on"]
 
 

@@ -95,14 +95,22 @@ def main(argv: list[str] | None = None) -> dict:
           (args.min_doc_len >= 8, f"--min-doc-len is {args.min_doc_len}; give at least 8 tokens"))
     device = setup(args, training=True)
     llm = load_llm(args.llm, device, common.torch_dtype(args.dtype))
-    limit = max_positions(llm.config)
-    check((limit is None or args.window < limit,
-           f"--window is {args.window}, and the LLM reads at most {limit} tokens; give less"))
-    tokenizer = Tokenizer(args.llm)
+    limit, tokenizer = max_positions(llm.config), Tokenizer(args.llm)
+    bos, demo = tokenizer.bos_id is not None, round(args.beta * args.window)
+    check((limit is None or args.window + bos <= limit,
+           f"--window is {args.window}, and the LLM reads at most {limit} tokens; give less"),
+          (limit is None or args.window - demo + args.distill_len + bos <= limit,
+           (f"--distill-len is {args.distill_len}, which with {args.window - demo} tokens of x passes the {limit} tokens "
+            "that the LLM reads; give less")))
     corpus = Corpus(args.corpus, tokenizer, args.window, args.min_doc_len)
-    # Early stopping looks at the Class->Class meta-test validation data (App. A).
+    # DEVIATION: early stopping looks at the Class->Class meta-test validation data (App. A); which quantity, the paper
+    # does not say. Here it is the loss of this stage, the KL.
     tasks = load_tasks(args.tasks, "class_to_class")
     distiller = build_distiller(args.distiller, llm, args.distill_len, args.output_scale, args.seed)
+    limit = max_positions(distiller.backbone.config)
+    check((limit is None or demo + args.distill_len <= limit,
+           (f"--beta {args.beta} of --window {args.window} and --distill-len {args.distill_len} make "
+            f"{demo + args.distill_len} tokens, and the distiller reads at most {limit}; give less")))
     return train(args, device, llm, distiller, corpus, tasks, make_encoder(args, tokenizer, llm, distiller))
 
 

@@ -640,7 +640,7 @@ def test_show_prints_one_examples_way(llama, tasks_dir, capsys):
         assert f"batch[{name!r}] {tuple(tensor.shape)}:\n  {tensor.long().tolist()[0]}\n" in out
 
 
-@pytest.mark.parametrize("k, message", [("0", "--show is 0"), ("60", "has .* examples, and --k 60 needs 61")])
+@pytest.mark.parametrize("k, message", [("0", "--show is 0"), ("60", "has .* examples, and --show 60 needs 61")])
 def test_show_errors(llama, tasks_dir, k, message):
     with pytest.raises(UserError, match=message):
         data.main(["--preset", "pocket", "--llm", str(llama), "--tasks", str(tasks_dir), "--show", k])

@@ -70,12 +70,12 @@ def files(tasks_dir):
 def test_packed_queries_are_answered_like_single_ones(tiny, files, monkeypatch, method, pass_tokens):
     queries = [q | {"options": q["options"][:2 + i % 2]} for i, q in enumerate(files["test"])]
     prefix = make_prefix(method, files["train"], 400, tiny.llm, tiny.distiller, tiny.encoder, tiny.args)
-    one_by_one = [predict(tiny.llm, prefix, tiny.encoder, [q])[0] for q in queries]
+    one_by_one = [predict(tiny.llm, prefix, tiny.encoder, [q], prefix.state is None)[0] for q in queries]
     sizes, score = [], evaluate.score_options
     monkeypatch.setattr(evaluate, "score_options", lambda llm, prefix, batch: (
         sizes.append(int(batch["query_mask"].sum())), score(llm, prefix, batch))[1])
     monkeypatch.setattr(evaluate, "PASS_TOKENS", pass_tokens)
-    assert predict(tiny.llm, prefix, tiny.encoder, queries) == one_by_one
+    assert predict(tiny.llm, prefix, tiny.encoder, queries, prefix.state is None) == one_by_one
     assert len(set(one_by_one)) > 1  # else an LLM that always says the same would pass
     assert {1: len(sizes) == len(queries), 60: max(sizes) <= 60 and 1 < len(sizes) < 24, 100_000: len(sizes) == 1}[pass_tokens]
     encoded = [tiny.encoder.scoring_query(q, first=prefix.state is None) for q in queries]
@@ -327,3 +327,11 @@ def test_examples_without_options_cannot_be_scored(argv, tasks_dir, tmp_path):
     path.write_text("".join(json.dumps(e | {"options": []}) + "\n" for e in lines(path)))
     with pytest.raises(UserError, match="task emo: .* it has no options"):
         evaluate.main([*argv, "--tasks", str(tmp_path / "tasks")])
+
+
+def test_tasks_that_the_checkpoint_was_finetuned_on_are_refused(tasks_dir):
+    tasks, args = load_tasks(str(tasks_dir), "class_to_class"), SimpleNamespace(only=None)
+    evaluate.refuse_seen_tasks({"finetune": {"tasks": "metaicl", "split": "class_to_class"}}, tasks, args)
+    evaluate.refuse_seen_tasks({"finetune": {"tasks": "bigbench", "split": "hr_to_lr"}}, tasks, args)
+    with pytest.raises(UserError, match="training tasks include ag_news, emo"):
+        evaluate.refuse_seen_tasks({"finetune": {"tasks": "metaicl", "split": "hr_to_lr"}}, tasks, args)

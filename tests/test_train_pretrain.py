@@ -393,3 +393,11 @@ def test_a_killed_process_goes_on_as_if_nothing_had_been(argv, tmp_path):
     assert_same(tmp_path / "whole", last.parent)
     for key in ("kl", "grad_norm", "val_kl"):
         assert metrics(last.parent, key) == metrics(tmp_path / "whole", key)
+
+
+def test_a_window_that_fills_the_llm_is_taken(argv, quick_dev, tmp_path, gpt2):
+    """As in the paper preset: gpt2-large reads 1,024 tokens and the window is 1,024."""
+    argv = [*argv, "--llm", str(gpt2), "--steps", "1", "--out-dir", str(tmp_path / "run")]
+    assert train_pretrain.main([*argv, "--window", "640"])["steps"] == 1
+    with pytest.raises(UserError, match="make 644 tokens, and the distiller reads at most 640"):
+        train_pretrain.main([*argv, "--window", "640", "--beta", "0.9", "--distill-len", "68"])
