@@ -24,8 +24,8 @@ assets: setup
 	$(BIN)/python assets.py
 
 demo: assets
-	$(BIN)/python train_pretrain.py --preset pocket --steps 60 --eval-every 60 --eval-docs 32 --out-dir $(DEMO)/pretrain --resume
-	$(BIN)/python train_finetune.py --preset pocket --steps 60 --eval-every 60 --init-from $(DEMO)/pretrain --out-dir $(DEMO)/finetune --resume
+	$(BIN)/python train_pretrain.py --preset pocket --steps 50 --eval-every 50 --eval-docs 32 --out-dir $(DEMO)/pretrain --resume
+	$(BIN)/python train_finetune.py --preset pocket --steps 40 --eval-every 40 --init-from $(DEMO)/pretrain --out-dir $(DEMO)/finetune --resume
 	$(BIN)/python evaluate.py --preset pocket --checkpoint $(DEMO)/finetune --seeds 100 --limit 32 --out $(DEMO)/results.jsonl
 
 test: setup
