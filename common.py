@@ -278,7 +278,7 @@ def sync_if(module: nn.Module, last: bool):
 
 def trim_heap() -> None:
     """Give freed memory back to the system: on a CPU, batches of ever new shapes would split the heap into pieces that
-    glibc keeps (6 GB after 80 steps of the pocket pretraining; trimming takes milliseconds)."""
+    glibc keeps (6 GB after 80 steps of the pocket pretraining)."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 

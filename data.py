@@ -394,7 +394,7 @@ class Encoder:
 
     def limit(self, examples: list[dict]) -> int:
         """Tokens that a task's demonstrations may take: `context_len`, but never so many that one of its queries would
-        not fit behind them. It looks at all of a task's labels, so that demonstrations never depend on the query."""
+        not fit behind them. DEVIATION: the paper says 900, which GPT-2's 1,024 positions cannot hold. It looks at all of a task's labels, so that demonstrations never depend on the query."""
         limits = [self.context_len]
         if self.distiller_positions is not None:
             limits.append(self.distiller_positions - self.distill_len)

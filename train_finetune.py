@@ -61,7 +61,7 @@ def find_pretrained(llm, args) -> Path | None:
     wanted = {"llm": identity(llm), "distiller": args.distiller, "distill_len": args.distill_len,
               "output_scale": args.output_scale, "template": args.template}
     found = []
-    for path in sorted((common.OUT).glob("*/best.safetensors")):
+    for path in sorted(common.OUT.glob("*/best.safetensors")):
         _, state = common.load_checkpoint(path, weights=False)
         if state["trained_on"].keys() == {"pretrain"} and wanted.items() <= state["model"].items():
             found.append((state["figures"]["val_kl"], path))
