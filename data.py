@@ -290,11 +290,24 @@ class Tasks:
         return {part: read_examples(self.folder / task / f"{task}_16_{seed}_{part}.jsonl")
                 for part in ("train", "dev", "test")}
 
-    def data_hash(self, task: str, seed: int) -> str:
+    def retrieval_files(self, task: str) -> list[Path]:
+        """Where demonstrations are retrieved from: the 100-shot training files, else those of all seeds."""
+        return sorted((self.folder / task).glob(f"{task}_100_*_train.jsonl")) or \
+            sorted((self.folder / task).glob(f"{task}_16_*_train.jsonl"))
+
+    def retrieval_pool(self, task: str, seed: int) -> list[dict]:
+        """Different examples to retrieve demonstrations from; none is in the seed's dev file or asks a test question."""
+        files = self.files(task, seed)
+        banned = {e["input"] for e in files["test"]} | {e["input"] for e in files["dev"]}
+        examples = [e for path in self.retrieval_files(task) for e in read_examples(path) if e["input"] not in banned]
+        return list({(e["input"], e["output"]): e for e in examples}.values())
+
+    def data_hash(self, task: str, seed: int, retrieval: bool = False) -> str:
         """Content hash of the files that an evaluation of (task, seed) reads."""
+        files = [self.folder / task / f"{task}_16_{seed}_{part}.jsonl" for part in ("train", "dev", "test")]
         digest = hashlib.sha256()
-        for part in ("train", "dev", "test"):
-            digest.update((self.folder / task / f"{task}_16_{seed}_{part}.jsonl").read_bytes())
+        for path in files + (self.retrieval_files(task) if retrieval else []):
+            digest.update(path.read_bytes())
         return digest.hexdigest()[:12]
 
 
@@ -410,15 +423,21 @@ class Encoder:
         return self.tokenizer.encode(separator + example["input"])[:MAX_INPUT]
 
     def answer(self, text: str) -> list[int]:
-        """y, with the separator before it; never cut."""
-        return self.tokenizer.encode(TEMPLATES[self.template][0] + text)
+        """y, with the separator before it; never cut. Nothing at all for an empty text (a label that was taken away)."""
+        return self.tokenizer.encode(TEMPLATES[self.template][0] + text) if text else []
+
+    def demonstration(self, example: dict, first: bool) -> list[int]:
+        """(x_i, y_i); without an input its answer stands alone, behind what separates demonstrations (unless `first`)."""
+        if example["input"]:
+            return self.query(example, first) + self.answer(example["output"])
+        return self.tokenizer.encode(("" if first else TEMPLATES[self.template][1]) + example["output"])
 
     def demonstrations(self, examples: list[dict], limit: int) -> list[int]:
         """D = concat(x_1, y_1, ..., x_K, y_K): whole demonstrations; the first that would pass `limit` tokens and all
         after it are left out (one that is too long even alone is skipped)."""
         ids: list[int] = []
         for example in examples:
-            piece = self.query(example, first=not ids) + self.answer(example["output"])
+            piece = self.demonstration(example, first=not ids)
             if len(ids) + len(piece) <= limit:
                 ids += piece
             elif ids:
@@ -435,12 +454,12 @@ class Encoder:
         """
         ids: list[int] = []
         for example in examples:
-            piece = self.query(example, first=not ids) + self.answer(example["output"])
+            piece = self.demonstration(example, first=not ids)
             if len(ids) + len(piece) <= limit:
                 ids += piece
         if ids:
             return ids
-        shortest = min(examples, key=lambda e: len(self.query(e, first=True)) + len(self.answer(e["output"])))
+        shortest = min(examples, key=lambda e: len(self.demonstration(e, first=True)))
         answer = self.answer(shortest["output"])[:limit]
         return self.query(shortest, first=True)[:limit - len(answer)] + answer
 

@@ -2,6 +2,7 @@
 
     python evaluate.py --split class_to_class --methods zero_shot icl icl_budget mend --checkpoint out/finetune-LLM
     python evaluate.py --tasks FOLDER --methods icl mend --checkpoint DIR --seeds 13 21 --limit 100 --out results.jsonl
+    python evaluate.py --table 2 results.jsonl           # the paper's Table 2 from results files, beside the paper's own
 
 The label is the argmax over a query's options of the mean token log-likelihood, Eq. (1) for demonstrations and Eq. (2)
 for vectors. One line of --out holds one (method, task, seed); a run that was stopped goes on where it was.
@@ -10,7 +11,7 @@ for vectors. One line of --out holds one (method, task, seed); a run that was st
 import argparse
 import json
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from tqdm import tqdm
 import common
 from common import UserError, autocast, check, finish, parse, run_main, setup, sum_over_ranks, world
 from data import SEEDS, Encoder, Tasks, Tokenizer, collate, load_tasks, require_options
+from demos import PERTURBATIONS, SentenceEncoder, has_labels, perturb, retrieve
 from model import (
     Prefix,
     demo_prefix,
@@ -33,10 +35,14 @@ from model import (
     score_options,
     vector_prefix,
 )
+from tables import METHODS, TABLES, mean_std, read_results, table_lines
 
-PRESETS = {"paper": {"methods": ["zero_shot", "icl", "icl_budget", "mend"]},
-           "pocket": {"methods": ["zero_shot", "icl", "icl_budget", "mend"]}}
+DEFAULT_METHODS = ["zero_shot", "majority", "icl", "icl_budget", "mend"]
+PRESETS = {"paper": {"methods": DEFAULT_METHODS}, "pocket": {"methods": DEFAULT_METHODS}}
 PASS_TOKENS = 512  # query and option tokens scored in one pass
+PREFIX_TOKENS = 4096  # demonstration tokens read in one pass where each query has its own demonstrations
+VECTOR_METHODS = ("prompt_tuning", "hypertuning", "mend")  # the LLM reads vectors of a checkpoint
+SEEDLESS = ("zero_shot", "prompt_tuning")  # the same for every demonstration set
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Methods: what stands before the query
@@ -45,27 +51,30 @@ PASS_TOKENS = 512  # query and option tokens scored in one pass
 def make_encoder(args: argparse.Namespace, tokenizer: Tokenizer, llm, distiller) -> Encoder:
     """The encoder of examples with the length limits of this LLM and distiller (None where no vectors are made)."""
     return Encoder(tokenizer, args.template, args.context_len, args.distill_len, max_positions(llm.config),
-                   None if distiller is None else max_positions(distiller.backbone.config))
+                   max_positions(distiller.backbone.config) if distiller is not None and distiller.backbone else None)
 
 
-def make_prefix(method: str, demos: list[dict], limit: int, llm, distiller, encoder: Encoder, args) -> Prefix:
-    """What the LLM reads in place of the demonstrations under one method, read once, B = 1.
+def demo_tokens(method: str, demos: list[dict], limit: int, encoder: Encoder) -> list[int]:
+    """What one method reads of the demonstrations. zero_shot: nothing. icl_budget: those that fit into l tokens, the
+    honest baseline of equal length. icl and the methods of distilled vectors: all that fit into `limit` tokens."""
+    if method == "zero_shot":
+        return []
+    return encoder.budget(demos, encoder.distill_len) if method == "icl_budget" else encoder.demonstrations(demos, limit)
 
-    zero_shot: nothing. icl: all of D (Eq. 1). icl_budget: the demonstrations that fit into l tokens, the honest
-    baseline of equal length. mend: the distilled vectors (Eq. 2).
-    """
-    bos_id = encoder.tokenizer.bos_id
-    ids = {"zero_shot": list, "icl_budget": lambda: encoder.budget(demos, args.distill_len),
-           "icl": lambda: encoder.demonstrations(demos, limit), "mend": lambda: encoder.demonstrations(demos, limit)}
-    demo_ids = torch.tensor([ids[method]()], dtype=torch.long, device=llm.device)                    # (1, T_d)
-    demo_mask = torch.ones_like(demo_ids, dtype=torch.bool)
-    if method == "mend":
+
+def make_prefix(method: str, demo_ids: torch.Tensor, demo_mask: torch.Tensor, llm, distiller, bos_id, args) -> Prefix:
+    """What the LLM reads before the queries: the demonstrations, Eq. (1), or their vectors, Eq. (2). ids, mask: (B, T_d)."""
+    if method in VECTOR_METHODS:
         with autocast(llm.device, args.dtype):
             return vector_prefix(llm, distiller(demo_ids, demo_mask), bos_id)
     return demo_prefix(llm, demo_ids, demo_mask, bos_id)
 
 
-METHODS = ("zero_shot", "icl", "icl_budget", "mend")
+def one_prefix(method: str, demos: list[dict], limit: int, llm, distiller, encoder: Encoder, args) -> Prefix:
+    """The prefix, B = 1, of one demonstration set, read once for all queries behind it."""
+    demo_ids = torch.tensor([demo_tokens(method, demos, limit, encoder)], dtype=torch.long, device=llm.device)  # (1, T_d)
+    return make_prefix(method, demo_ids, torch.ones_like(demo_ids, dtype=torch.bool), llm, distiller,
+                       encoder.tokenizer.bos_id, args)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -101,6 +110,34 @@ def predict(llm, prefix: Prefix, encoder: Encoder, queries: list[dict], first: b
     return [q["options"][c] for q, c in zip(queries, chosen, strict=True)]
 
 
+@torch.no_grad()
+def predict_each(method: str, sets: list[list[dict]], limit: int, llm, distiller, encoder: Encoder, queries: list[dict],
+                 args) -> list[str]:
+    """As `predict`, but with a demonstration set for each query, sets[i] for queries[i]: rows of similar length are read
+    together, PREFIX_TOKENS or so at a time."""
+    rows = [{"demo": demo_tokens(method, demos, limit, encoder), "queries": [encoder.scoring_query(q)]}
+            for demos, q in zip(sets, queries, strict=True)]
+    lengths = [len(row["demo"]) for row in rows]
+    order, chosen = sorted(range(len(rows)), key=lambda i: lengths[i]), [""] * len(rows)
+    while order:
+        n = max(1, min(len(order), PREFIX_TOKENS // max(1, lengths[order[-1]])))
+        group, order = order[-n:], order[:-n]
+        batch = collate([rows[i] for i in group], llm.device)
+        prefix = make_prefix(method, batch["demo_ids"], batch["demo_mask"], llm, distiller, encoder.tokenizer.bos_id, args)
+        for i, option in zip(group, score_options(llm, prefix, batch)[:, 0].argmax(dim=1).tolist(), strict=True):
+            chosen[i] = queries[i]["options"][option]
+    return chosen
+
+
+def majority(demos: list[dict], queries: list[dict]) -> list[str]:
+    """The most frequent label of the demonstrations (of equally frequent ones the first), without any LLM. Where it is
+    none of a query's options, as in multiple choice, the option at the position that was right most often."""
+    labels = Counter(d["output"] for d in demos).most_common(1)
+    places = Counter(d["options"].index(d["output"]) for d in demos if d["output"] in d["options"]).most_common(1)
+    label, place = labels[0][0], places[0][0] if places else 0
+    return [label if label in q["options"] else q["options"][min(place, len(q["options"]) - 1)] for q in queries]
+
+
 def accuracy(predictions: list[str], golds: list[str]) -> float:
     return float(np.mean([p == g for p, g in zip(predictions, golds, strict=True)]))
 
@@ -129,49 +166,38 @@ def dev_figures(llm, distiller, tasks: Tasks, encoder: Encoder, args, device) ->
     """Both terms of Eq. (4) and the headline on the meta-test tasks' dev examples, tasks shared out over the ranks.
 
     Returns:
-        val_pred (nats per answer token), val_kl (nats per query and answer token), dev_headline (mean over tasks).
+        val_pred (nats per answer token), val_kl and val_clm (negative log-likelihood), both in nats per query and answer
+        token, dev_headline (mean over tasks).
     """
     rank, ranks = world()
     seed = args.seed if args.seed in SEEDS else SEEDS[0]
-    sums = dict.fromkeys(("pred", "answers", "kl", "tokens", "headline", "tasks"), 0.0)
+    sums = dict.fromkeys(("pred", "answers", "kl", "clm", "tokens", "headline", "tasks"), 0.0)
     distiller.eval()
     for task in tasks.test[rank::ranks]:
-        files = tasks.files(task, seed)
-        demos, queries = files["train"][:args.k], files["dev"]
+        demos, files = demonstration_set(tasks, task, seed, args.k)
+        queries = files["dev"]
         require_options(queries)
         limit = encoder.limit(demos + queries)
-        teacher_prefix = make_prefix("icl", demos, limit, llm, distiller, encoder, args)
-        student_prefix = make_prefix("mend", demos, limit, llm, distiller, encoder, args)
+        teacher_prefix = one_prefix("icl", demos, limit, llm, distiller, encoder, args)
+        student_prefix = one_prefix("mend", demos, limit, llm, distiller, encoder, args)
         for batch in passes([encoder.training_query(q) for q in queries], device):
             student, teacher = query_states(llm, student_prefix, batch), query_states(llm, teacher_prefix, batch)
             mask, answers = batch["query_mask"], batch["query_mask"] & (batch["branch"] > 0)
             sums["kl"] += distill_loss(llm, student[mask], teacher[mask], 1).item()
             sums["pred"] += pred_loss(llm, student[answers], batch["query_ids"][answers], 1).item()
+            sums["clm"] += pred_loss(llm, student[mask], batch["query_ids"][mask], 1).item()
             sums["tokens"] += int(mask.sum())
             sums["answers"] += int(answers.sum())
         chosen = predict(llm, student_prefix, encoder, queries)
         sums["headline"] += task_figures(chosen, [q["output"] for q in queries], tasks.types[task])["headline"]
         sums["tasks"] += 1
     distiller.train()
-    pred, answers, kl, tokens, headline, n_tasks = sum_over_ranks(list(sums.values()), device)
-    return {"val_pred": pred / answers, "val_kl": kl / tokens, "dev_headline": headline / n_tasks}
+    pred, answers, kl, clm, tokens, headline, n_tasks = sum_over_ranks(list(sums.values()), device)
+    return {"val_pred": pred / answers, "val_kl": kl / tokens, "val_clm": clm / tokens, "dev_headline": headline / n_tasks}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Results
-
-
-def read_results(path: Path) -> list[dict]:
-    """The lines of a results file; a last line that a kill cut short is dropped from the file."""
-    if not path.exists():
-        return []
-    lines = path.read_text().split("\n")
-    if lines[-1]:
-        path.write_text("".join(f"{line}\n" for line in lines[:-1]))
-    try:
-        return [json.loads(line) for line in lines[:-1]]
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not a results file of evaluate.py ({error}); give another --out") from error
 
 
 def summarise(records: list[dict], methods: list[str]) -> dict:
@@ -180,14 +206,9 @@ def summarise(records: list[dict], methods: list[str]) -> dict:
     for r in records:
         by_task[r["task"], r["method"]].append(100 * r["headline"])
         by_seed[r["method"], r["seed"]].append(100 * r["headline"])
-    table = {task: {m: cell(by_task[task, m]) for m in methods} for task in sorted({r["task"] for r in records})}
-    table["average"] = {m: cell([np.mean(v) for (method, _), v in by_seed.items() if method == m]) for m in methods}
+    table = {task: {m: mean_std(by_task[task, m]) for m in methods} for task in sorted({r["task"] for r in records})}
+    table["average"] = {m: mean_std([np.mean(v) for (method, _), v in by_seed.items() if method == m]) for m in methods}
     return table
-
-
-def cell(values: list[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation over seeds (0 for one seed)."""
-    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
 def print_table(table: dict, methods: list[str]) -> None:
@@ -207,40 +228,59 @@ def get_parser() -> argparse.ArgumentParser:
     common.add_shared_flags(parser)
     group = parser.add_argument_group("evaluation")
     group.add_argument("--methods", nargs="+", choices=METHODS, help="what stands before the query")
-    group.add_argument("--checkpoint", help="run folder or checkpoint file of the distiller; needed for mend")
+    group.add_argument("--checkpoint", help="run folder or checkpoint file; needed for mend, hypertuning and prompt_tuning, "
+                                            "of which one call takes one")
     group.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS), help="MetaICL's seeds: demonstration sets")
     group.add_argument("--limit", type=int, default=0, help="test examples per task; 0 = all")
     group.add_argument("--context-len", type=int, default=900, help="demonstration tokens at most")
     group.add_argument("--only", nargs="+", metavar="TASK", help="these meta-test tasks only")
+    group.add_argument("--retrieve", choices=("bm25", "dense"), help="each query's own K demonstrations, the nearest of all "
+                       "training examples, in place of one random set (Tab. 3)")
+    group.add_argument("--dense-model", help="sentence encoder of --retrieve dense; default: the LLM's own mean state")
+    group.add_argument("--perturb", choices=PERTURBATIONS, help="what is taken from the demonstrations (Tab. 3)")
     group.add_argument("--out", default="", help="results file, one JSON line each; default out/eval-SPLIT.jsonl")
+    group.add_argument("--table", nargs="+", metavar=("NUMBER", "FILE"), help="evaluate nothing; print the paper's table "
+                       f"NUMBER ({', '.join(TABLES)}) from results files, in Markdown")
     return parser
 
 
 def main(argv: list[str] | None = None) -> dict:
     args = parse(get_parser(), argv, PRESETS)
+    if args.table:
+        return print_paper_table(*args.table)
+    vector_methods = [m for m in args.methods if m in VECTOR_METHODS]
+    blind = [m for m in args.methods if m in (*SEEDLESS, "majority")]
     check(*common.shared_rules(args),
           (args.limit >= 0, f"--limit is {args.limit}; give 0 (all) or more"),
           (args.context_len >= 1, f"--context-len is {args.context_len}; give at least 1 token"),
-          ("mend" not in args.methods or args.checkpoint is not None,
-           "--methods mend needs --checkpoint DIR, the folder of a train_pretrain.py or train_finetune.py run"),
+          (not vector_methods or args.checkpoint is not None, (f"--methods {' '.join(vector_methods)} needs --checkpoint DIR, "
+           "the folder of a train_pretrain.py or train_finetune.py run")),
+          (len(vector_methods) <= 1, (f"--methods {' '.join(vector_methods)} take a checkpoint each; give one of them a call, "
+           "with the same --out")),
+          (not (args.retrieve and args.perturb), "--retrieve and --perturb exclude each other; give one"),
+          (not blind or not (args.retrieve or args.perturb),
+           f"{' '.join(blind)} would not change with --retrieve or --perturb; leave it out of --methods"),
+          (args.dense_model is None or args.retrieve == "dense", "--dense-model needs --retrieve dense"),
           *((seed in SEEDS, f"--seeds {seed} is unknown; MetaICL's are {sorted(SEEDS)}") for seed in args.seeds))
+    args.seeds, args.methods = list(dict.fromkeys(args.seeds)), list(dict.fromkeys(args.methods))
     device = setup(args, training=False)
     tasks = load_tasks(args.tasks, args.split)
     for name in args.only or []:
         nearest = common.did_you_mean(name, tasks.test)
         check((name in tasks.test, f"--only {name} is no meta-test task of {args.split} here; {nearest}"))
     llm = load_llm(args.llm, device, common.torch_dtype(args.dtype))
-    distiller = None
+    distiller, trained_on = None, None
     if args.checkpoint:
         distiller, state = load_distiller(args.checkpoint, llm)
         distiller.eval()
-        args.distill_len = state["model"]["distill_len"]
-        refuse_seen_tasks(state.get("trained_on", {}), tasks, args)
+        args.distill_len, trained_on = state["model"]["distill_len"], state.get("trained_on", {})
+        refuse_wrong_method(vector_methods, state, args.checkpoint)
+        refuse_seen_tasks(trained_on, tasks, args)
         if state["model"]["template"] != args.template:
             print(f"note: trained on --template {state['model']['template']}, evaluated on {args.template} (Tab. 7)")
     encoder = make_encoder(args, Tokenizer(args.llm), llm, distiller)
     out = Path(args.out or common.OUT / f"eval-{args.split}.jsonl")
-    records = evaluate(args, llm, distiller, encoder, tasks, out)
+    records = evaluate(args, llm, distiller, trained_on, encoder, tasks, out)
     table = summarise(records, args.methods)
     n_tasks = len({r["task"] for r in records})
     print(f"\n{args.split}: headline (macro-F1 for classification, accuracy otherwise) in percent, mean ± std over "
@@ -250,6 +290,27 @@ def main(argv: list[str] | None = None) -> dict:
     return finish({"split": args.split, "tasks": n_tasks, "out": str(out),
                    "headline": {m: {"mean": round(table["average"][m][0], 2), "std": round(table["average"][m][1], 2)}
                                 for m in args.methods}})
+
+
+def print_paper_table(number: str, *files: str) -> dict:
+    check((number in TABLES, f"--table {number} is unknown; give one of {', '.join(TABLES)}"),
+          (bool(files), f"--table {number} needs at least one results file after the number"),
+          *((Path(f).is_file(), f"--table: {f} does not exist; give a results file of evaluate.py") for f in files))
+    lines = table_lines([r for f in files for r in read_results(Path(f))], number)
+    print("\n".join(lines))
+    return finish({"table": number, "files": list(files)})
+
+
+def refuse_wrong_method(methods: list[str], state: dict, path: str) -> None:
+    """Raise when a checkpoint was not trained in the way that the method's name says."""
+    stages, free = state.get("trained_on", {}), state["model"]["distiller"] == "free"
+    distils = stages.get("pretrain", {"objective": "clm"})["objective"] != "clm" or stages.get("finetune", {"lam": 0})["lam"]
+    check((free or "prompt_tuning" not in methods, (f"{path} holds a distiller, which --methods prompt_tuning has none of; "
+           "give mend or hypertuning, or a checkpoint trained with --distiller free")),
+          (not free or methods in ([], ["prompt_tuning"]),
+           f"{path} holds free vectors (--distiller free); evaluate it with --methods prompt_tuning"),
+          (not distils or "hypertuning" not in methods, (f"{path} was trained with L_distill, which HyperTuning has none of; "
+           "train with --objective clm, then --lam 0, or evaluate it as mend")))
 
 
 def refuse_seen_tasks(trained_on: dict, tasks: Tasks, args) -> None:
@@ -262,25 +323,34 @@ def refuse_seen_tasks(trained_on: dict, tasks: Tasks, args) -> None:
                           f"{', '.join(seen)}; evaluate it on that --split, or on other tasks with --only")))
 
 
-def evaluate(args, llm, distiller, encoder: Encoder, tasks: Tasks, out: Path) -> list[dict]:
+def evaluate(args, llm, distiller, trained_on: dict | None, encoder: Encoder, tasks: Tasks, out: Path) -> list[dict]:
     """Fill the results file with every (method, task, seed) that it lacks; return the asked ones."""
     out.parent.mkdir(parents=True, exist_ok=True)
+    retrieval = f"dense:{args.dense_model}" if args.dense_model else args.retrieve
     setting = {"llm": Path(args.llm).name, "split": args.split, "tasks": tasks.collection, "k": args.k,
                "distill_len": args.distill_len, "context_len": args.context_len, "template": args.template,
-               "retrieval": None, "perturbation": None, "limit": args.limit, "dtype": args.dtype}
+               "retrieval": retrieval, "perturbation": args.perturb, "limit": args.limit, "dtype": args.dtype}
     checkpoint = common.checkpoint_id(args.checkpoint) if args.checkpoint else None
     key_fields = ("method", "checkpoint", "task", "seed", "data_hash", *setting)
     done = {tuple(r.get(f) for f in key_fields): r for r in read_results(out)}
+    sentence_encoder = SentenceEncoder(args.dense_model, llm, encoder.tokenizer) if args.retrieve == "dense" else None
+    same_for_all_seeds: dict[tuple, dict] = {}
     records = []
-    plan = [(task, seed, m) for task in args.only or tasks.test for seed in args.seeds for m in args.methods]
+    plan = [(task, seed, m) for task in perturbable(args, tasks) for seed in args.seeds for m in args.methods]
     with out.open("a") as file:
         for task, seed, method in tqdm(plan, desc="evaluate", unit="set"):
-            record = {"method": method, "checkpoint": checkpoint if method == "mend" else None, "task": task,
-                      "seed": seed, "data_hash": tasks.data_hash(task, seed), **setting}
+            uses_checkpoint = method in VECTOR_METHODS
+            record = {"method": method, "checkpoint": checkpoint if uses_checkpoint else None, "task": task, "seed": seed,
+                      "data_hash": tasks.data_hash(task, seed, args.retrieve is not None), **setting}
             key = tuple(record[f] for f in key_fields)
             if key not in done:
-                figures = evaluate_one(args, llm, distiller, encoder, tasks, task, seed, method)
-                done[key] = record | figures | {"commit": common.commit(), "date": common.today()}
+                memo = (method, task, json.dumps(tasks.files(task, seed)["test"])) if method in SEEDLESS else None
+                figures = same_for_all_seeds.get(memo) or evaluate_one(args, llm, distiller, encoder, tasks, task, seed, method,
+                                                                       sentence_encoder)
+                if memo:
+                    same_for_all_seeds[memo] = figures
+                done[key] = record | figures | {"trained_on": trained_on if uses_checkpoint else None,
+                                                "commit": common.commit(), "date": common.today()}
                 file.write(json.dumps(done[key]) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
@@ -288,16 +358,45 @@ def evaluate(args, llm, distiller, encoder: Encoder, tasks: Tasks, out: Path) ->
     return records
 
 
-@torch.no_grad()
-def evaluate_one(args, llm, distiller, encoder: Encoder, tasks: Tasks, task: str, seed: int, method: str) -> dict:
-    """One (method, task, seed): n, macro_f1, accuracy, headline."""
+def demonstration_set(tasks: Tasks, task: str, seed: int, k: int) -> tuple[list[dict], dict[str, list[dict]]]:
+    """The first k training examples of (task, seed), and all its files."""
     files = tasks.files(task, seed)
-    demos, queries = files["train"][:args.k], files["test"][:args.limit or None]
-    if len(demos) < args.k:
-        raise UserError(f"task {task} has {len(demos)} training examples for seed {seed}, and --k is {args.k}; give less")
+    if len(files["train"]) < k:
+        raise UserError(f"task {task} has {len(files['train'])} training examples for seed {seed}, and --k is {k}; give less")
+    return files["train"][:k], files
+
+
+def perturbable(args, tasks: Tasks) -> list[str]:
+    """The tasks to evaluate; those where random and wrong labels mean nothing are left out, with a message."""
+    names = args.only or tasks.test
+    if args.perturb not in ("random_label", "wrong_label"):
+        return names
+    kept = [t for t in names if all(has_labels(demonstration_set(tasks, t, s, args.k)[0]) for s in args.seeds)]
+    if left_out := sorted(set(names) - set(kept)):
+        print(f"note: --perturb {args.perturb} means nothing without at least two options; left out: {', '.join(left_out)}")
+    check((bool(kept), f"--perturb {args.perturb}: no task has options in its demonstrations; give other tasks"))
+    return kept
+
+
+@torch.no_grad()
+def evaluate_one(args, llm, distiller, encoder: Encoder, tasks: Tasks, task: str, seed: int, method: str,
+                 sentence_encoder: SentenceEncoder | None = None) -> dict:
+    """One (method, task, seed): n, macro_f1, accuracy, headline."""
+    demos, files = demonstration_set(tasks, task, seed, args.k)
+    queries = files["test"][:args.limit or None]
     require_options(queries)
-    prefix = make_prefix(method, demos, encoder.limit(demos + files["test"]), llm, distiller, encoder, args)
-    chosen = predict(llm, prefix, encoder, queries, first=method == "zero_shot")
+    if method == "majority":
+        chosen = majority(demos, queries)
+    elif args.retrieve:
+        pool = tasks.retrieval_pool(task, seed)
+        limit = encoder.limit(pool + files["test"])
+        sets = retrieve(args.retrieve, pool, queries, args.k, sentence_encoder)
+        chosen = predict_each(method, sets, limit, llm, distiller, encoder, queries, args)
+    else:
+        limit = encoder.limit(demos + files["test"])
+        shown = perturb(demos, args.perturb, seed) if args.perturb else demos
+        prefix = one_prefix(method, shown, limit, llm, distiller, encoder, args)
+        chosen = predict(llm, prefix, encoder, queries, first=method == "zero_shot")
     return {"n": len(queries)} | task_figures(chosen, [q["output"] for q in queries], tasks.types[task])
 
 

@@ -182,8 +182,6 @@ class Distiller(nn.Module):
     def __init__(self, backbone: PreTrainedModel, embed: nn.Module, distill_len: int, llm_width: int,
                  own_embedding: bool = True, output_rms: float | None = None, seed: int = 0):
         super().__init__()
-        if distill_len < 1:
-            raise ValueError(f"distill_len is {distill_len}; the distiller needs at least one placeholder (l >= 1)")
         self.backbone = backbone
         backbone.set_input_embeddings(nn.Identity())  # the backbone only ever gets embeddings
         if own_embedding:
@@ -192,10 +190,7 @@ class Distiller(nn.Module):
             object.__setattr__(self, "embed", embed)  # hidden from parameters() and state_dict()
         generator = torch.Generator().manual_seed(seed)
         width, vocab = backbone.config.hidden_size, backbone.config.vocab_size
-        ids = torch.randint(min(100, vocab // 2), vocab, (distill_len,), generator=generator)
-        with torch.no_grad():
-            rows = self.embed(ids.to(next(embed.parameters()).device))
-        self.placeholders = nn.Parameter(rows.detach().float().clone())                              # (l, d_s)
+        self.placeholders = nn.Parameter(random_rows(embed, vocab, distill_len, generator))          # (l, d_s)
         same_width = width == llm_width
         self.project = nn.Identity() if same_width else nn.Sequential(nn.Linear(width, llm_width), nn.Tanh())
         self.gain = None
@@ -205,7 +200,7 @@ class Distiller(nn.Module):
             self.gain = nn.Parameter(torch.ones(()))
             self.eval()  # no dropout while measuring
             with torch.no_grad():
-                probe = torch.randint(0, vocab, (4, 64), generator=generator).to(rows.device)
+                probe = torch.randint(0, vocab, (4, 64), generator=generator).to(self.placeholders.device)
                 self.gain.fill_(output_rms / self(probe, torch.ones_like(probe, dtype=torch.bool)).pow(2).mean().sqrt())
             self.train()
 
@@ -229,6 +224,39 @@ class Distiller(nn.Module):
         states = run_backbone(self.backbone, embeds, causal_mask(mask), positions_of(mask)).last_hidden_state
         vectors = self.project(states[:, -self.distill_len:]).float()                                # (B, l, d)
         return vectors if self.gain is None else vectors * self.gain
+
+
+class FreeVectors(nn.Module):
+    """PromptTuning (Lester et al., 2021), Sec. 4.1: l free vectors in the place of S_D, the same for all demonstrations.
+
+    Stands where a Distiller stands, and starts like one's placeholders, from rows of the LLM's own embedding.
+
+    Args:
+        embed: the LLM's token embedding, of width d. vocab: V. distill_len: l. seed: of the initial ids.
+    """
+
+    backbone = None
+
+    def __init__(self, embed: nn.Module, vocab: int, distill_len: int, seed: int = 0):
+        super().__init__()
+        self.vectors = nn.Parameter(random_rows(embed, vocab, distill_len, torch.Generator().manual_seed(seed)))
+
+    @property
+    def distill_len(self) -> int:
+        return self.vectors.shape[0]
+
+    def forward(self, demo_ids: Tensor, demo_mask: Tensor) -> Tensor:
+        """(B, T_d), (B, T_d) -> (B, l, d); what the demonstrations say does not matter."""
+        return self.vectors.expand(demo_ids.shape[0], -1, -1)
+
+
+def random_rows(embed: nn.Module, vocab: int, n: int, generator: torch.Generator) -> Tensor:
+    """(n, width) fp32: embedding rows of ids drawn uniformly from [100, vocab), the start of placeholders (Sec. 3)."""
+    if n < 1:
+        raise ValueError(f"distill_len is {n}; at least one vector is needed (l >= 1)")
+    ids = torch.randint(min(100, vocab // 2), vocab, (n,), generator=generator)
+    with torch.no_grad():
+        return embed(ids.to(next(embed.parameters()).device)).detach().float().clone()
 
 
 def first_layers(llm: PreTrainedModel, n_layers: int) -> PreTrainedModel:
@@ -296,14 +324,17 @@ def max_positions(config) -> int | None:
 
 
 def build_distiller(spec: str, llm: PreTrainedModel, distill_len: int, output_scale: str, seed: int,
-                    backbone_config: dict | None = None) -> Distiller:
+                    backbone_config: dict | None = None) -> "Distiller | FreeVectors":
     """A distiller for `llm`, on its device.
 
     Args:
-        spec: layers:N for the LLM's own first layers, or the hub name or folder of a sibling with the same tokenizer.
+        spec: layers:N for the LLM's own first layers, or the hub name or folder of a sibling with the same tokenizer;
+            free for l free vectors (PromptTuning).
         backbone_config: of a checkpoint: build the architecture from it and leave the weights to be loaded.
     """
     embed, own = llm.get_input_embeddings(), not spec.startswith("layers:")
+    if spec == "free":
+        return FreeVectors(embed, llm.config.vocab_size, distill_len, seed).to(llm.device)
     if backbone_config is not None:
         config = AutoConfig.for_model(**backbone_config)
         backbone = AutoModel.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
@@ -327,14 +358,15 @@ def build_distiller(spec: str, llm: PreTrainedModel, distill_len: int, output_sc
                      llm.config.hidden_size, own_embedding=own, output_rms=rms, seed=seed).to(llm.device)
 
 
-def distiller_config(distiller: Distiller, llm: PreTrainedModel, args) -> dict:
+def distiller_config(distiller: Distiller | FreeVectors, llm: PreTrainedModel, args) -> dict:
     """What `load_distiller` needs to build the distiller again, for a checkpoint's state. args: the script's flags."""
+    config = distiller.backbone and distiller.backbone.config
     return {"llm": identity(llm), "distiller": args.distiller, "distill_len": args.distill_len,
             "output_scale": args.output_scale, "template": args.template,
-            "backbone": distiller.backbone.config.to_diff_dict() | {"model_type": distiller.backbone.config.model_type}}
+            "backbone": config and config.to_diff_dict() | {"model_type": config.model_type}}
 
 
-def load_distiller(path: str | Path, llm: PreTrainedModel) -> tuple[Distiller, dict]:
+def load_distiller(path: str | Path, llm: PreTrainedModel) -> tuple[Distiller | FreeVectors, dict]:
     """The distiller of a checkpoint file or run folder, for this LLM, and the checkpoint's state."""
     tensors, state = load_checkpoint(path)
     config, found = state["model"], identity(llm)
@@ -420,9 +452,14 @@ def pred_loss(llm: PreTrainedModel, student_states: Tensor, target_ids: Tensor, 
     return total / (student_states.shape[0] if denominator is None else denominator)
 
 
-def finetune_loss(pred: Tensor, distill: Tensor, lam: float) -> Tensor:
-    """L_finetune = L_pred + lambda L_distill, Eq. (4), Sec. 3.2."""
-    return pred + lam * distill
+def pretrain_loss(clm: Tensor, distill: Tensor, gamma: float) -> Tensor:
+    """L = L_CLM + gamma L_distill, App. B: the ablation's pretraining objective; MEND's own is L_distill alone."""
+    return clm + gamma * distill
+
+
+def finetune_loss(pred: Tensor, distill: Tensor, lam: float, pred_weight: float = 1.0) -> Tensor:
+    """L_finetune = L_pred + lambda L_distill, Eq. (4), Sec. 3.2; pred_weight 0 is Table 4's row without L_pred."""
+    return pred_weight * pred + lam * distill
 
 
 @torch.no_grad()

@@ -2,7 +2,8 @@
 
     python train_finetune.py --split non_para_to_para
     python train_finetune.py --preset pocket --split class_to_class --tasks FOLDER --steps 1000 --resume
-    python train_finetune.py --init-from none --lam 0
+    python train_finetune.py --init-from out/pretrain-clm --lam 0                        # HyperTuning
+    python train_finetune.py --distiller free --init-from none --lam 0                   # PromptTuning
 
 A step draws tasks and, from each, K demonstrations and the queries that share them. The teacher reads the
 demonstrations, the student their vectors; both then read the same queries.
@@ -49,6 +50,7 @@ def get_parser() -> argparse.ArgumentParser:
     common.add_training_flags(parser, "finetune-LLM-SPLIT")
     group = parser.add_argument_group("finetuning")
     group.add_argument("--lam", type=float, default=1.0, help="lambda, weight of L_distill in Eq. (4); 0 = without it")
+    group.add_argument("--pred-weight", type=float, default=1.0, help="weight of L_pred in Eq. (4); 0 = without it (Tab. 4)")
     group.add_argument("--context-len", type=int, help="demonstration tokens at most; those that would pass it are dropped")
     group.add_argument("--queries-per-demo", type=int, help="queries that share one demonstration set; the paper: 1")
     group.add_argument("--init-from", metavar="DIR|none", help="pretraining run to start from; none = no pretraining; "
@@ -63,7 +65,8 @@ def find_pretrained(llm, args) -> Path | None:
     found = []
     for path in sorted(common.OUT.glob("*/best.safetensors")):
         _, state = common.load_checkpoint(path, weights=False)
-        if state["trained_on"].keys() == {"pretrain"} and wanted.items() <= state["model"].items():
+        stages = state["trained_on"]
+        if stages.keys() == {"pretrain"} and stages["pretrain"]["objective"] == "kl" and wanted.items() <= state["model"].items():
             found.append((state["figures"]["val_kl"], path))
     return min(found)[1] if found else None
 
@@ -92,6 +95,10 @@ def main(argv: list[str] | None = None) -> dict:
     args = parse(get_parser(), argv, PRESETS)
     check(*common.shared_rules(args), *common.training_rules(args),
           (args.lam >= 0, f"--lam is {args.lam}; give 0 (no distillation) or more"),
+          (args.pred_weight >= 0, f"--pred-weight is {args.pred_weight}; give 0 (no prediction loss) or more"),
+          (args.lam + args.pred_weight > 0, "--lam and --pred-weight are both 0, so there is no loss; give one of them"),
+          (args.distiller != "free" or args.init_from == "none",
+           "--distiller free (PromptTuning) has no pretraining stage; add --init-from none"),
           (args.queries_per_demo >= 1, f"--queries-per-demo is {args.queries_per_demo}; give at least 1"),
           (args.context_len >= MAX_INPUT, (f"--context-len is {args.context_len}; give at least {MAX_INPUT}, so that "
                                            "a demonstration of the longest input fits")))
@@ -114,7 +121,8 @@ def train(args, device, llm, distiller, trained_on, tasks, encoder) -> dict:
     optimizer = common.make_optimizer(distiller, args.lr)
     scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "fp16")
     run = common.Run(out_dir, args, distiller, optimizer, scaler, distiller_config(distiller, llm, args),
-                     trained_on | {"finetune": {"tasks": tasks.collection, "split": args.split}})
+                     trained_on | {"finetune": {"tasks": tasks.collection, "split": args.split, "lam": args.lam,
+                                                "pred_weight": args.pred_weight}})
     rank, ranks = world()
     ddp = DistributedDataParallel(distiller) if ranks > 1 else distiller
     bos_id, per_step = encoder.tokenizer.bos_id, args.batch_size * args.grad_accum
@@ -123,7 +131,7 @@ def train(args, device, llm, distiller, trained_on, tasks, encoder) -> dict:
     while True:
         if run.evaluation_due(args.eval_every, args.steps):
             figures = dev_figures(llm, distiller, tasks, encoder, args, device)
-            run.evaluated(figures, figures["val_pred"] + args.lam * figures["val_kl"])
+            run.evaluated(figures, finetune_loss(figures["val_pred"], figures["val_kl"], args.lam, args.pred_weight))
             bar.write(f"step {run.step:6d} · dev answer loss {figures['val_pred']:.4f} · dev KL {figures['val_kl']:.4f} · "
                       f"dev headline {figures['dev_headline']:.2%}")
         if run.done(args.steps, args.patience):
@@ -135,26 +143,31 @@ def train(args, device, llm, distiller, trained_on, tasks, encoder) -> dict:
         queries = [query for row in rows for query in row["queries"]]
         n_answers = sum(len(y) for _, (y,) in queries)
         n_tokens = sum(len(x) for x, _ in queries) + n_answers
-        totals = [0.0, 0.0]
+        totals = {name: 0.0 for name, weight in (("pred", args.pred_weight), ("kl", args.lam)) if weight}
         for micro in range(args.grad_accum):
             batch = collate(rows[micro * args.batch_size:(micro + 1) * args.batch_size][rank::ranks], device)
             mask, answers = batch["query_mask"], batch["query_mask"] & (batch["branch"] > 0)
-            with torch.no_grad():
-                teacher = query_states(llm, demo_prefix(llm, batch["demo_ids"], batch["demo_mask"], bos_id), batch)
+            if args.lam:
+                with torch.no_grad():
+                    teacher = query_states(llm, demo_prefix(llm, batch["demo_ids"], batch["demo_mask"], bos_id), batch)
             with common.sync_if(ddp, micro == args.grad_accum - 1):
                 with autocast(device, args.dtype):
                     vectors = ddp(batch["demo_ids"], batch["demo_mask"])                             # (B, l, d)
                 student = query_states(llm, vector_prefix(llm, vectors, bos_id), batch)
-                pred = pred_loss(llm, student[answers], batch["query_ids"][answers], n_answers)
-                distill = distill_loss(llm, student[mask], teacher[mask], n_tokens)                  # Eq. (3)
-                loss = finetune_loss(pred, distill, args.lam)                                        # Eq. (4)
+                losses = {}
+                if args.pred_weight:
+                    losses["pred"] = pred_loss(llm, student[answers], batch["query_ids"][answers], n_answers)
+                if args.lam:
+                    losses["kl"] = distill_loss(llm, student[mask], teacher[mask], n_tokens)         # Eq. (3)
+                loss = finetune_loss(losses.get("pred", 0), losses.get("kl", 0), args.lam, args.pred_weight)  # Eq. (4)
                 scaler.scale(loss * ranks).backward()  # DDP averages over ranks; the counts are those of all ranks
-            totals = [totals[0] + pred.item(), totals[1] + distill.item()]
-        pred_sum, kl_sum = sum_over_ranks(totals, device)
-        common.finite(pred_sum + kl_sum, run.step)
+            for name, value in losses.items():
+                totals[name] += value.item()
+        totals = dict(zip(totals, sum_over_ranks(list(totals.values()), device), strict=True))
+        common.finite(sum(totals.values()), run.step)
         grad_norm = run.update(args.clip)
-        run.log(pred=pred_sum, kl=kl_sum, grad_norm=grad_norm, tokens=n_tokens, seconds=round(time.time() - started, 3))
-        bar.set_postfix_str(f"answer loss {pred_sum:.3f}, KL {kl_sum:.3f}")
+        run.log(**totals, grad_norm=grad_norm, tokens=n_tokens, seconds=round(time.time() - started, 3))
+        bar.set_postfix_str(", ".join(f"{name} {value:.3f}" for name, value in totals.items()))
         bar.update()
         if run.step % args.save_every == 0:
             run.save()

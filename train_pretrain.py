@@ -2,6 +2,7 @@
 
     python train_pretrain.py --beta 0.8
     python train_pretrain.py --preset pocket --corpus FOLDER --steps 2000 --resume
+    python train_pretrain.py --objective clm --out-dir out/pretrain-clm      # HyperTuning; the ablations of App. B
     torchrun --nproc_per_node 8 train_pretrain.py --preset paper --batch-size 8
 
 Each window of text is cut at beta: its first part is D, the rest x. At each evaluation the held-out KL stands next to
@@ -28,6 +29,8 @@ from model import (
     distiller_config,
     load_llm,
     max_positions,
+    pred_loss,
+    pretrain_loss,
     query_states,
     vector_prefix,
 )
@@ -47,6 +50,9 @@ def get_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("pretraining")
     group.add_argument("--window", type=int, help="tokens taken from each document")
     group.add_argument("--beta", type=float, default=0.8, help="share of a window that is D; the rest is x")
+    group.add_argument("--objective", choices=("kl", "clm", "clm+kl"), default="kl",
+                       help="kl: Eq. (3), MEND's; clm: negative log-likelihood of x, HyperTuning's; clm+kl: App. B")
+    group.add_argument("--gamma", type=float, default=1.0, help="weight of Eq. (3) in --objective clm+kl")
     group.add_argument("--min-doc-len", type=int, default=64,
                        help="shortest document to use, in tokens; set it to --window for full windows only")
     group.add_argument("--eval-docs", type=int, default=64, help="held-out windows per evaluation")
@@ -89,6 +95,10 @@ def main(argv: list[str] | None = None) -> dict:
     args = parse(get_parser(), argv, PRESETS)
     check(*common.shared_rules(args), *common.training_rules(args),
           (0 < args.beta < 1, f"--beta is {args.beta}; give a share above 0 and below 1 (the paper: 0.8)"),
+          (args.gamma > 0, f"--gamma is {args.gamma}; give a positive number"),
+          (args.gamma == 1 or args.objective == "clm+kl", "--gamma only has a meaning with --objective clm+kl; add that"),
+          (args.distiller != "free", ("--distiller free reads no text, so there is nothing to pretrain; go straight to "
+                                     "train_finetune.py --distiller free --init-from none --lam 0")),
           (args.window >= 8, f"--window is {args.window}; give at least 8 tokens"),
           (args.eval_docs >= 1, f"--eval-docs is {args.eval_docs}; give at least 1"),
           (args.context_len >= 1, f"--context-len is {args.context_len}; give at least 1 token"),
@@ -119,7 +129,9 @@ def train(args, device, llm, distiller, corpus, tasks, encoder) -> dict:
     optimizer = common.make_optimizer(distiller, args.lr)
     scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "fp16")
     run = common.Run(out_dir, args, distiller, optimizer, scaler, distiller_config(distiller, llm, args),
-                     {"pretrain": {"corpus": corpus.name, "hash": corpus.hash}})
+                     {"pretrain": {"corpus": corpus.name, "hash": corpus.hash, "objective": args.objective,
+                                   "gamma": args.gamma, "beta": args.beta}})
+    uses_kl, uses_clm = args.objective != "clm", args.objective != "kl"
     rank, ranks = world()
     ddp = DistributedDataParallel(distiller) if ranks > 1 else distiller
     bos_id, per_step = encoder.tokenizer.bos_id, args.batch_size * args.grad_accum
@@ -128,8 +140,9 @@ def train(args, device, llm, distiller, corpus, tasks, encoder) -> dict:
     while True:
         if run.evaluation_due(args.eval_every, args.steps):
             figures = evaluate_kl(llm, distiller, corpus, args, device, bos_id)
-            figures["dev_kl"] = dev_figures(llm, distiller, tasks, encoder, args, device)["val_kl"]
-            run.evaluated(figures, figures["dev_kl"])
+            dev = dev_figures(llm, distiller, tasks, encoder, args, device)
+            figures |= {"dev_kl": dev["val_kl"], "dev_clm": dev["val_clm"]}
+            run.evaluated(figures, pretrain_loss(uses_clm * dev["val_clm"], uses_kl * dev["val_kl"], args.gamma))
             bar.write(f"step {run.step:6d} · held-out KL {figures['val_kl']:.4f} · no context "
                       f"{figures['val_kl_no_context']:.4f} · last {args.distill_len} tokens "
                       f"{figures['val_kl_last_l']:.4f} · recovered {figures['recovered']:.1%} · class_to_class dev KL "
@@ -140,23 +153,31 @@ def train(args, device, llm, distiller, corpus, tasks, encoder) -> dict:
         run.begin_step(args)
         rows = corpus.training_rows(args.seed, run.step * per_step, per_step, args.beta)
         n_tokens = sum(len(x) for row in rows for x, _ in row["queries"])
-        total = 0.0
+        totals = {name: 0.0 for name, used in (("kl", uses_kl), ("clm", uses_clm)) if used}
         for micro in range(args.grad_accum):
             batch = collate(rows[micro * args.batch_size:(micro + 1) * args.batch_size][rank::ranks], device)
             mask = batch["query_mask"]
-            with torch.no_grad():
-                teacher = query_states(llm, demo_prefix(llm, batch["demo_ids"], batch["demo_mask"], bos_id), batch)
+            if uses_kl:
+                with torch.no_grad():
+                    teacher = query_states(llm, demo_prefix(llm, batch["demo_ids"], batch["demo_mask"], bos_id), batch)
             with common.sync_if(ddp, micro == args.grad_accum - 1):
                 with autocast(device, args.dtype):
                     vectors = ddp(batch["demo_ids"], batch["demo_mask"])                             # (B, l, d)
                 student = query_states(llm, vector_prefix(llm, vectors, bos_id), batch)
-                loss = distill_loss(llm, student[mask], teacher[mask], n_tokens)                     # Eq. (3)
+                losses = {}
+                if uses_kl:
+                    losses["kl"] = distill_loss(llm, student[mask], teacher[mask], n_tokens)         # Eq. (3)
+                if uses_clm:
+                    losses["clm"] = pred_loss(llm, student[mask], batch["query_ids"][mask], n_tokens)
+                loss = pretrain_loss(losses.get("clm", 0), losses.get("kl", 0), args.gamma)          # App. B
                 scaler.scale(loss * ranks).backward()  # DDP averages over ranks; n_tokens counts those of all ranks
-            total += loss.item()
-        total, = sum_over_ranks([common.finite(total, run.step)], device)
+            for name, value in losses.items():
+                totals[name] += value.item()
+        totals = dict(zip(totals, sum_over_ranks(list(totals.values()), device), strict=True))
+        common.finite(sum(totals.values()), run.step)
         grad_norm = run.update(args.clip)
-        run.log(kl=total, grad_norm=grad_norm, tokens=n_tokens, seconds=round(time.time() - started, 3))
-        bar.set_postfix_str(f"KL {total:.3f}")
+        run.log(**totals, grad_norm=grad_norm, tokens=n_tokens, seconds=round(time.time() - started, 3))
+        bar.set_postfix_str(", ".join(f"{name} {value:.3f}" for name, value in totals.items()))
         bar.update()
         if run.step % args.save_every == 0:
             run.save()

@@ -16,7 +16,7 @@ import common
 import evaluate
 from common import UserError
 from data import Encoder, Tokenizer, load_tasks
-from evaluate import macro_f1, make_prefix, predict, task_figures
+from evaluate import macro_f1, one_prefix, predict, task_figures
 from model import build_distiller, demo_prefix, distiller_config, load_llm
 
 CPU = torch.device("cpu")
@@ -57,7 +57,7 @@ def tiny(llama):
     distiller = build_distiller("layers:2", llm, 4, "matched", 0).eval()
     args = SimpleNamespace(distill_len=24, dtype="fp32")
     return SimpleNamespace(llm=llm, distiller=distiller, args=args, tokenizer=Tokenizer(str(llama)),
-                           encoder=Encoder(Tokenizer(str(llama)), "space", context_len=900))
+                           encoder=Encoder(Tokenizer(str(llama)), "space", context_len=900, distill_len=24))
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def files(tasks_dir):
 @pytest.mark.parametrize("pass_tokens", [1, 60, 100_000])
 def test_packed_queries_are_answered_like_single_ones(tiny, files, monkeypatch, method, pass_tokens):
     queries = [q | {"options": q["options"][:2 + i % 2]} for i, q in enumerate(files["test"])]
-    prefix = make_prefix(method, files["train"], 400, tiny.llm, tiny.distiller, tiny.encoder, tiny.args)
+    prefix = one_prefix(method, files["train"], 400, tiny.llm, tiny.distiller, tiny.encoder, tiny.args)
     one_by_one = [predict(tiny.llm, prefix, tiny.encoder, [q], prefix.state is None)[0] for q in queries]
     sizes, score = [], evaluate.score_options
     monkeypatch.setattr(evaluate, "score_options", lambda llm, prefix, batch: (
@@ -84,7 +84,7 @@ def test_packed_queries_are_answered_like_single_ones(tiny, files, monkeypatch, 
 
 def test_what_each_method_puts_before_the_query(tiny, files):
     demos, encoder = files["train"], tiny.encoder
-    prefix = {m: make_prefix(m, demos, 200, tiny.llm, tiny.distiller, encoder, tiny.args) for m in METHODS}
+    prefix = {m: one_prefix(m, demos, 200, tiny.llm, tiny.distiller, encoder, tiny.args) for m in METHODS}
     for method, ids in (("zero_shot", []), ("icl", encoder.demonstrations(demos, 200)), ("icl_budget", encoder.budget(demos, 24))):
         expected = demo_prefix(tiny.llm, torch.tensor([ids], dtype=torch.long), torch.ones(1, len(ids), dtype=torch.bool))
         assert prefix[method].mask.shape == (1, len(ids)) and (prefix[method].state is None) == (not ids)
@@ -100,7 +100,7 @@ def test_only_zero_shot_ignores_the_demonstrations(tiny, tasks_dir, tmp_path, mo
     for part in ("dev", "test"):  # seed 21 gets the queries of seed 13; its demonstrations stay others
         shutil.copy(tasks_dir / "emo" / f"emo_16_13_{part}.jsonl", tmp_path / "tasks" / "emo" / f"emo_16_21_{part}.jsonl")
     tasks = load_tasks(str(tmp_path / "tasks"), "class_to_class")
-    args = SimpleNamespace(k=16, limit=0, distill_len=24, dtype="fp32")
+    args = SimpleNamespace(k=16, limit=0, distill_len=24, dtype="fp32", retrieve=None, perturb=None)
     scores, score = [], evaluate.score_options
     monkeypatch.setattr(evaluate, "score_options", lambda *a: scores.append(score(*a)) or scores[-1])
     monkeypatch.setattr(evaluate, "PASS_TOKENS", 100_000)
@@ -117,7 +117,7 @@ def test_dev_figures_against_one_query_at_a_time(tiny, tasks_dir, llama):
     whole = evaluate.dev_figures(tiny.llm, tiny.distiller, tasks, tiny.encoder, args, CPU)
     assert tiny.distiller.training  # left as the training loop needs it
     embed, distiller = tiny.llm.get_input_embeddings(), tiny.distiller.eval()
-    kl, pred, headlines = [], [], []
+    kl, clm, pred, headlines = [], [], [], []
     with torch.no_grad():
         for task in tasks.test:
             files = tasks.files(task, 13)
@@ -133,13 +133,15 @@ def test_dev_figures_against_one_query_at_a_time(tiny, tasks_dir, llama):
                     return logits[context.shape[1] - 1:-1].log_softmax(dim=1)
                 student, teacher = log_p(vectors, y), log_p(embed(demo), y)
                 kl += (teacher.exp() * (teacher - student)).sum(dim=1).tolist()
+                clm += [-student[i, token].item() for i, token in enumerate(x + y)]
                 pred += [-student[len(x) + i, token].item() for i, token in enumerate(y)]
                 options = [tiny.encoder.answer(option) for option in query["options"]]
                 scores = [np.mean([log_p(vectors, o)[len(x) + i, t].item() for i, t in enumerate(o)]) for o in options]
                 chosen.append(query["options"][int(np.argmax(scores))])
             golds = [q["output"] for q in files["dev"]]
             headlines.append(f1_score(golds, chosen, labels=sorted(set(golds)), average="macro", zero_division=0))
-    assert whole == pytest.approx({"val_pred": np.mean(pred), "val_kl": np.mean(kl), "dev_headline": np.mean(headlines)}, rel=1e-4)
+    assert whole == pytest.approx({"val_pred": np.mean(pred), "val_kl": np.mean(kl), "val_clm": np.mean(clm),
+                                   "dev_headline": np.mean(headlines)}, rel=1e-4)
 
 
 def test_dev_figures_are_taken_without_dropout(gpt2, tasks_dir):
@@ -227,7 +229,7 @@ def test_a_run_that_was_killed_goes_on_where_it_was(argv, tmp_path, monkeypatch)
     last = text.splitlines()[-1]
     out.write_text(text[:len(text) - len(last) // 2])
     evaluate_one, calls = evaluate.evaluate_one, []
-    monkeypatch.setattr(evaluate, "evaluate_one", lambda *a: calls.append(a[-3:]) or evaluate_one(*a))
+    monkeypatch.setattr(evaluate, "evaluate_one", lambda *a: calls.append(a[5:8]) or evaluate_one(*a))
     final = evaluate.main(argv)
     last = json.loads(last)
     assert calls == [(last["task"], last["seed"], last["method"])]

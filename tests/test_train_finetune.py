@@ -18,6 +18,8 @@ from model import build_distiller, distiller_config, load_llm
 
 CPU = torch.device("cpu")
 
+FINETUNED = {"tasks": "metaicl", "split": "class_to_class", "lam": 1.0, "pred_weight": 1.0}
+
 
 @pytest.fixture
 def argv(flags) -> list[str]:
@@ -37,14 +39,16 @@ def pretrained(argv, llama):
     llm = load_llm(str(llama), CPU, torch.float32)
 
     def write(name: str, val_kl: float, seed: int, distiller: str = "layers:2", distill_len: int = 4,
-              output_scale: str = "matched", trained_on=("pretrain",), llm_name: str = llama.name) -> Path:
+              output_scale: str = "matched", trained_on=("pretrain",), llm_name: str = llama.name,
+              objective: str = "kl") -> Path:
         class Flags:
             template = "space"
         Flags.distiller, Flags.distill_len, Flags.output_scale = distiller, distill_len, output_scale
         module = build_distiller(distiller, llm, distill_len, output_scale, seed)
         config = distiller_config(module, llm, Flags)
         config["llm"] = config["llm"] | {"name": llm_name}
-        state = {"model": config, "figures": {"val_kl": val_kl}, "trained_on": {s: {"run": name} for s in trained_on}}
+        state = {"model": config, "figures": {"val_kl": val_kl},
+                 "trained_on": {s: {"run": name, "objective": objective} for s in trained_on}}
         save_checkpoint(common.OUT / name / "best.safetensors", module, state)
         return common.OUT / name
     return write
@@ -52,13 +56,13 @@ def pretrained(argv, llama):
 
 def test_end_to_end(argv, tmp_path, capsys):
     final = train_finetune.main([*argv, "--out-dir", str(tmp_path / "run"), "--lam", "0.1"])
-    assert final.keys() == {"stage", "split", "steps", "val_pred", "val_kl", "dev_headline", "out_dir"}
+    assert final.keys() == {"stage", "split", "steps", "val_pred", "val_kl", "val_clm", "dev_headline", "out_dir"}
     assert (final["stage"], final["split"], final["steps"]) == ("finetune", "class_to_class", 4)
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == final
     for key, steps in (("pred", [1, 2, 3, 4]), ("kl", [1, 2, 3, 4]), ("val_pred", [2, 4]), ("val_kl", [2, 4])):
         assert list(metrics(tmp_path / "run", key)) == steps
     state = load_checkpoint(tmp_path / "run" / "last.safetensors", weights=False)[1]
-    assert state["trained_on"] == {"finetune": {"tasks": "metaicl", "split": "class_to_class"}}
+    assert state["trained_on"] == {"finetune": FINETUNED | {"lam": 0.1}}
     pred, kl = metrics(tmp_path / "run", "val_pred"), metrics(tmp_path / "run", "val_kl")
     assert state["best"] == pytest.approx(min(pred[s] + 0.1 * kl[s] for s in (2, 4)))
 
@@ -68,11 +72,12 @@ def test_default_folder_is_named_after_llm_and_split(argv, quick_dev, llama):
         common.OUT / f"finetune-{llama.name}-class_to_class"
 
 
-@pytest.mark.parametrize("lam", [0.0, 0.5])
+@pytest.mark.parametrize("lam, pred_weight", [(0.0, 1.0), (0.5, 1.0), (0.5, 0.0)])
 @pytest.mark.parametrize("template", ["space", "newline"])
-def test_the_first_step_is_eq_4_on_the_whole_step(argv, quick_dev, tmp_path, llama, tasks_dir, lam, template):
+def test_the_first_step_is_eq_4_on_the_whole_step(argv, quick_dev, tmp_path, llama, tasks_dir, lam, pred_weight, template):
     """Losses and gradient norm of step 1, from one query at a time, full logits and autograd."""
-    train_finetune.main([*argv, "--steps", "1", "--lam", str(lam), "--template", template, "--out-dir", str(tmp_path / "run")])
+    train_finetune.main([*argv, "--steps", "1", "--lam", str(lam), "--pred-weight", str(pred_weight), "--template", template,
+                         "--out-dir", str(tmp_path / "run")])
     llm = load_llm(str(llama), CPU, torch.float32)
     distiller = build_distiller("layers:2", llm, 4, "matched", 100)
     encoder = Encoder(Tokenizer(str(llama)), template, 450, 4, 2048, 2048)
@@ -90,10 +95,11 @@ def test_the_first_step_is_eq_4_on_the_whole_step(argv, quick_dev, tmp_path, lla
             pred = pred - student[range(len(x), len(x + y)), y].sum()
             answers, tokens = answers + len(y), tokens + len(x + y)
     pred, kl = pred / answers, kl / tokens
-    (pred + lam * kl).backward()
+    (pred_weight * pred + lam * kl).backward()
     norm = torch.stack([p.grad.norm() for p in distiller.parameters() if p.grad is not None]).norm().item()
-    found = {key: metrics(tmp_path / "run", key)[1] for key in ("pred", "kl", "grad_norm", "tokens")}
-    assert found == pytest.approx({"pred": pred.item(), "kl": kl.item(), "grad_norm": norm, "tokens": tokens}, rel=1e-3)
+    expected = {"grad_norm": norm, "tokens": tokens} | ({"pred": pred.item()} if pred_weight else {}) | ({"kl": kl.item()} if lam else {})
+    assert {key: metrics(tmp_path / "run", key)[1] for key in expected} == pytest.approx(expected, rel=1e-3)
+    assert all(not metrics(tmp_path / "run", key) for key in {"pred", "kl"} - expected.keys())
 
 
 def test_two_micro_batches_equal_one_large_batch(argv, quick_dev, tmp_path):
@@ -158,7 +164,7 @@ def test_resume_keeps_what_pretraining_was_seen(argv, quick_dev, tmp_path, pretr
     train_finetune.main([*argv, "--steps", "2", "--resume"])
     after = load_checkpoint(tmp_path / "run" / "last.safetensors")
     assert before[1]["trained_on"] == after[1]["trained_on"]
-    assert after[1]["trained_on"] == {"pretrain": {"run": "pretrain-a"}, "finetune": {"tasks": "metaicl", "split": "class_to_class"}}
+    assert after[1]["trained_on"] == {"pretrain": {"run": "pretrain-a", "objective": "kl"}, "finetune": FINETUNED}
     assert all(torch.equal(before[0][name], t) for name, t in after[0].items())
 
 
@@ -261,7 +267,7 @@ def test_init_from_none_ignores_pretraining_runs(argv, tmp_path, monkeypatch, ca
 
 def test_pretraining_then_finetuning(argv, quick_dev, flags, corpus_dir, monkeypatch, capsys):
     """The two stages as the quickstart runs them: the second finds what the first left."""
-    monkeypatch.setattr(train_pretrain, "dev_figures", lambda *_: {"val_kl": 1.0})
+    monkeypatch.setattr(train_pretrain, "dev_figures", lambda *_: {"val_kl": 1.0, "val_clm": 2.0})
     first = train_pretrain.main([*flags, "--corpus", str(corpus_dir), "--window", "48", "--batch-size", "2", "--steps", "2",
                                  "--eval-docs", "3"])
     train_finetune.main([flag for flag in argv if flag not in ("--init-from", "none")])

@@ -32,7 +32,7 @@ def argv(flags, corpus_dir) -> list[str]:
 @pytest.fixture
 def quick_dev(monkeypatch):
     """The tasks' dev data costs the most time; most tests here are not about it."""
-    monkeypatch.setattr(train_pretrain, "dev_figures", lambda *_: {"val_kl": 1.0})
+    monkeypatch.setattr(train_pretrain, "dev_figures", lambda *_: {"val_kl": 1.0, "val_clm": 2.0})
 
 
 def metrics(folder: Path, key: str) -> dict[int, float]:
@@ -74,7 +74,8 @@ def interrupt_after(monkeypatch, step: int) -> None:
 
 def test_end_to_end(argv, tmp_path, capsys, llama, corpus_dir):
     final = train_pretrain.main([*argv, "--out-dir", str(tmp_path / "run")])
-    assert final.keys() == {"stage", "steps", "val_kl", "val_kl_no_context", "val_kl_last_l", "recovered", "dev_kl", "out_dir"}
+    assert final.keys() == {"stage", "steps", "val_kl", "val_kl_no_context", "val_kl_last_l", "recovered", "dev_kl",
+                            "dev_clm", "out_dir"}
     assert (final["stage"], final["steps"], final["out_dir"]) == ("pretrain", 4, str(tmp_path / "run"))
     assert final["recovered"] == pytest.approx(1 - final["val_kl"] / final["val_kl_no_context"])
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == final
@@ -251,7 +252,7 @@ def stub_dev(monkeypatch, values: list[float], seen: list) -> None:
 
     def figures(llm, distiller, *_):
         seen.append({name: t.clone() for name, t in distiller.state_dict().items()})
-        return {"val_kl": next(feed)}
+        return {"val_kl": next(feed), "val_clm": 0.0}
     monkeypatch.setattr(train_pretrain, "dev_figures", figures)
 
 

@@ -1,0 +1,126 @@
+"""Which demonstrations a set holds, and what is done to them: retrieval and perturbation (Sec. 5.2, Table 3).
+
+    python evaluate.py --methods icl --retrieve bm25
+    python evaluate.py --methods icl mend --checkpoint out/finetune-LLM --perturb wrong_label
+
+Both only change the list of examples; everything after it (lengths, tokens, vectors, scoring) is the same as for
+demonstrations drawn at random, and the same for the LLM that reads them and for the distiller.
+"""
+
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import bm25s
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoModel
+
+from common import UserError, require_hub
+from data import MAX_INPUT, Tokenizer
+
+PERTURBATIONS = ("no_label", "no_input", "random_label", "wrong_label")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Perturbation
+
+
+def has_labels(examples: list[dict]) -> bool:
+    """Whether random and wrong labels mean something: every example has at least two options."""
+    return all(len(set(e["options"])) > 1 for e in examples)
+
+
+def perturb(examples: list[dict], kind: str, seed: int) -> list[dict]:
+    """Sec. 5.2, negative perturbations. A function of (examples' task, seed), so that every method reads the same ones.
+
+    Args:
+        kind: no_label (inputs alone), no_input (labels alone), random_label (uniform over the example's options), or
+            wrong_label (uniform over its options but the right one).
+    """
+    rng = np.random.default_rng((seed, zlib.crc32(examples[0]["task"].encode())))
+    changed = []
+    for example in examples:
+        options = sorted(set(example["options"]))
+        if kind == "no_label":
+            changed.append(example | {"output": ""})
+        elif kind == "no_input":
+            changed.append(example | {"input": ""})
+        else:
+            labels = options if kind == "random_label" else [o for o in options if o != example["output"]]
+            changed.append(example | {"output": labels[rng.integers(len(labels))]})
+    return changed
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Retrieval: for each query the K nearest examples of a pool, the nearest first. What passes the context limit is dropped
+# from the end of a set, so the nearest are the ones that stay.
+
+
+def bm25_neighbours(pool: list[str], queries: list[str], k: int) -> np.ndarray:
+    """The k texts of `pool` with the highest BM25 score for each query: (queries, k) indices; equal scores in pool order."""
+    index = bm25s.BM25()
+    index.index(bm25s.tokenize(pool, show_progress=False), show_progress=False)
+    tokens = bm25s.tokenize(queries, return_ids=False, show_progress=False)
+    scores = np.stack([index.get_scores(t) if t else np.zeros(len(pool)) for t in tokens])           # (queries, pool)
+    return np.argsort(-scores, axis=1, kind="stable")[:, :k]
+
+
+def dense_neighbours(pool: list[str], queries: list[str], k: int, embed: Callable[[list[str]], Tensor]) -> np.ndarray:
+    """The k texts of `pool` with the highest cosine similarity of `embed` for each query: (queries, k) indices."""
+    similarity = embed(queries) @ embed(pool).T                                                      # (queries, pool)
+    return similarity.argsort(dim=1, descending=True, stable=True)[:, :k].cpu().numpy()
+
+
+class SentenceEncoder:
+    """Texts to unit vectors: the mean of a model's final hidden states over a text's tokens.
+
+    DEVIATION: the paper does not name its dense retriever. Without a name the frozen LLM itself is taken.
+    """
+
+    def __init__(self, name: str | None, llm, tokenizer: Tokenizer):
+        if name is None:
+            self.tokenizer = tokenizer
+            self.backbone = llm.get_encoder() if llm.config.is_encoder_decoder else llm.base_model
+            return
+        if not Path(name).exists():
+            require_hub(f"--dense-model {name}")
+        self.tokenizer = Tokenizer(name)
+        try:
+            self.backbone = AutoModel.from_pretrained(name).to(llm.device).eval()
+        except (OSError, ValueError) as error:
+            raise UserError(f"--dense-model {name} cannot be loaded ({str(error).splitlines()[0]}); give an encoder's hub "
+                            "name or folder, or leave the flag out to use the LLM itself") from error
+
+    @torch.no_grad()
+    def __call__(self, texts: list[str]) -> Tensor:
+        """(n, width) fp32 on the CPU, each row of length 1."""
+        ids = [self.tokenizer.encode(text)[:MAX_INPUT] or [0] for text in texts]
+        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # little padding
+        vectors: list[Tensor] = [torch.empty(0)] * len(ids)
+        for start in range(0, len(order), 16):
+            rows = order[start:start + 16]
+            padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids[i]) for i in rows], batch_first=True)
+            mask = torch.arange(padded.shape[1])[None] < torch.tensor([len(ids[i]) for i in rows])[:, None]
+            device = self.backbone.device
+            states = self.backbone(input_ids=padded.to(device), attention_mask=mask.long().to(device)).last_hidden_state
+            weights = mask[:, :, None].to(device)
+            mean = (states.float() * weights).sum(dim=1) / weights.sum(dim=1)                        # (n, width)
+            for i, vector in zip(rows, torch.nn.functional.normalize(mean, dim=1).cpu(), strict=True):
+                vectors[i] = vector
+        return torch.stack(vectors)
+
+
+def retrieve(kind: str, pool: list[dict], queries: list[dict], k: int, encoder: SentenceEncoder | None) -> list[list[dict]]:
+    """Sec. 5.2, positive perturbation: each query's own demonstrations.
+
+    Args:
+        kind: bm25 or dense. pool: candidates, none of which has a query's input.
+    Returns:
+        for each query k examples of the pool, by similarity of the inputs, the nearest first.
+    """
+    if len(pool) < k:
+        raise UserError(f"task {queries[0]['task']}: {len(pool)} examples to retrieve from, and --k is {k}; give less")
+    texts, asked = [e["input"] for e in pool], [q["input"] for q in queries]
+    rows = bm25_neighbours(texts, asked, k) if kind == "bm25" else dense_neighbours(texts, asked, k, encoder)
+    return [[pool[i] for i in row] for row in rows]
