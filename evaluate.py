@@ -240,7 +240,7 @@ def get_parser() -> argparse.ArgumentParser:
     group.add_argument("--perturb", choices=PERTURBATIONS, help="what is taken from the demonstrations (Tab. 3)")
     group.add_argument("--out", default="", help="results file, one JSON line each; default out/eval-SPLIT.jsonl")
     group.add_argument("--table", nargs="+", metavar=("NUMBER", "FILE"), help="evaluate nothing; print the paper's table "
-                       f"NUMBER ({', '.join(TABLES)}) from results files, in Markdown")
+                       f"NUMBER (1, {', '.join(TABLES)}) from results files, in Markdown")
     return parser
 
 
@@ -293,7 +293,7 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 def print_paper_table(number: str, *files: str) -> dict:
-    check((number in TABLES, f"--table {number} is unknown; give one of {', '.join(TABLES)}"),
+    check((number in ("1", *TABLES), f"--table {number} is unknown; give one of 1, {', '.join(TABLES)}"),
           (bool(files), f"--table {number} needs at least one results file after the number"),
           *((Path(f).is_file(), f"--table: {f} does not exist; give a results file of evaluate.py") for f in files))
     lines = table_lines([r for f in files for r in read_results(Path(f))], number)

@@ -33,6 +33,11 @@ def read_results(path: Path) -> list[dict]:
         raise UserError(f"{path} is not a results file of evaluate.py ({error}); give another one") from error
 
 
+def read_paper(number: str) -> dict:
+    """The paper's own table `number`."""
+    return json.loads((ROOT / "results" / "paper.json").read_text())["tables"][number]
+
+
 def mean_std(values: list[float]) -> tuple[float, float]:
     """Mean and sample standard deviation over seeds (0 for one seed)."""
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
@@ -114,6 +119,16 @@ def paired_bootstrap(ours: dict, base: dict, draws: int = 10_000) -> dict:
 # Printing
 
 
+def table1_lines(records: list[dict], paper: dict) -> list[str]:
+    """Table 1 in Markdown from data.py's last lines: tasks here of tasks in all, and average lengths in tokens."""
+    lines = ["| setting | meta-train tasks | average length | meta-test tasks | average length | paper |", "|---" * 6 + "|"]
+    for r in records:
+        ours = [f"{r[part]['tasks']} of {r[part]['of']} | {r[part]['avg_len']:.2f}" for part in ("train", "test")]
+        train, train_len, test, test_len = paper[r["split"]]
+        lines.append(f"| {r['split']} | {' | '.join(ours)} | {train}, {train_len:.2f}; {test}, {test_len:.2f} |")
+    return lines
+
+
 def marked(values: dict[str, float | None]) -> dict[str, str]:
     """How each row's mean is set: the best bold, the second underlined."""
     ranked = sorted({round(v, 2) for v in values.values() if v is not None}, reverse=True)
@@ -149,12 +164,14 @@ def table_lines(records: list[dict], number: str) -> list[str]:
     Raises:
         UserError: no record belongs to this table.
     """
+    if number == "1":
+        return table1_lines(records, read_paper("1"))
     _, _, rows, columns = TABLES[number]
     table = group(records, number)
     if not table:
         raise UserError(f"no line of the results belongs to table {number}; runs/ has the script that makes them")
     columns = [c for c in columns if any(c in row for found in table.values() for row in found.values())]
-    paper = json.loads((ROOT / "results" / "paper.json").read_text())["tables"][number]
+    paper = read_paper(number)
     n_tasks = {s: len(setting["test"]) for s, setting in
                json.loads((ROOT / "splits.json").read_text())[records[-1]["tasks"]]["settings"].items()}
     lines, details, header = [], [], None
