@@ -11,7 +11,7 @@ for vectors. One line of --out holds one (method, task, seed); a run that was st
 import argparse
 import json
 import os
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,7 +35,7 @@ from model import (
     score_options,
     vector_prefix,
 )
-from tables import METHODS, TABLES, mean_std, read_results, table_lines
+from tables import METHODS, TABLES, print_summary, read_results, summarise, table_lines
 
 DEFAULT_METHODS = ["zero_shot", "majority", "icl", "icl_budget", "mend"]
 PRESETS = {"paper": {"methods": DEFAULT_METHODS}, "pocket": {"methods": DEFAULT_METHODS}}
@@ -197,30 +197,6 @@ def dev_figures(llm, distiller, tasks: Tasks, encoder: Encoder, args, device) ->
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Results
-
-
-def summarise(records: list[dict], methods: list[str]) -> dict:
-    """Per task and on average: mean and standard deviation over seeds of the headline, in percent."""
-    by_task, by_seed = defaultdict(list), defaultdict(list)
-    for r in records:
-        by_task[r["task"], r["method"]].append(100 * r["headline"])
-        by_seed[r["method"], r["seed"]].append(100 * r["headline"])
-    table = {task: {m: mean_std(by_task[task, m]) for m in methods} for task in sorted({r["task"] for r in records})}
-    table["average"] = {m: mean_std([np.mean(v) for (method, _), v in by_seed.items() if method == m]) for m in methods}
-    return table
-
-
-def print_table(table: dict, methods: list[str]) -> None:
-    width = max(len(task) for task in table) + 2
-    print("task".ljust(width) + "".join(m.rjust(16) for m in methods))
-    for task, row in table.items():
-        if task == "average":
-            print("-" * (width + 16 * len(methods)))
-        print(task.ljust(width) + "".join(f"{mean:9.2f} ±{std:5.2f}" for mean, std in (row[m] for m in methods)))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -285,7 +261,7 @@ def main(argv: list[str] | None = None) -> dict:
     n_tasks = len({r["task"] for r in records})
     print(f"\n{args.split}: headline (macro-F1 for classification, accuracy otherwise) in percent, mean ± std over "
           f"{len(args.seeds)} seeds; {n_tasks} of {len(tasks.test + tasks.missing_test)} tasks")
-    print_table(table, args.methods)
+    print_summary(table, args.methods)
     print(f"written to {out}")
     return finish({"split": args.split, "tasks": n_tasks, "out": str(out),
                    "headline": {m: {"mean": round(table["average"][m][0], 2), "std": round(table["average"][m][1], 2)}
@@ -326,13 +302,16 @@ def refuse_seen_tasks(trained_on: dict, tasks: Tasks, args) -> None:
 def evaluate(args, llm, distiller, trained_on: dict | None, encoder: Encoder, tasks: Tasks, out: Path) -> list[dict]:
     """Fill the results file with every (method, task, seed) that it lacks; return the asked ones."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    retrieval = f"dense:{args.dense_model}" if args.dense_model else args.retrieve
+    retrieval = f"dense:{Path(args.dense_model).name}" if args.dense_model else args.retrieve
     setting = {"llm": Path(args.llm).name, "split": args.split, "tasks": tasks.collection, "k": args.k,
                "distill_len": args.distill_len, "context_len": args.context_len, "template": args.template,
                "retrieval": retrieval, "perturbation": args.perturb, "limit": args.limit, "dtype": args.dtype}
     checkpoint = common.checkpoint_id(args.checkpoint) if args.checkpoint else None
     key_fields = ("method", "checkpoint", "task", "seed", "data_hash", *setting)
-    done = {tuple(r.get(f) for f in key_fields): r for r in read_results(out)}
+    lines = read_results(out)
+    if out.exists() and not out.read_text(encoding="utf-8").endswith("\n"):  # a kill has cut the last line short
+        out.write_text("".join(f"{json.dumps(r)}\n" for r in lines), encoding="utf-8")
+    done = {tuple(r.get(f) for f in key_fields): r for r in lines}
     sentence_encoder = SentenceEncoder(args.dense_model, llm, encoder.tokenizer) if args.retrieve == "dense" else None
     same_for_all_seeds: dict[tuple, dict] = {}
     records = []

@@ -6,13 +6,14 @@ A results file holds one JSON line a (method, task, seed), as evaluate.py writes
 own LLMs, stand in results/paper.json.
 """
 
+import contextlib
 import json
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 
-from common import ROOT, SPLITS, UserError
+from common import ROOT, SPLITS, UserError, check
 
 METHODS = ("zero_shot", "majority", "icl", "icl_budget", "prompt_tuning", "hypertuning", "mend")
 
@@ -21,14 +22,17 @@ METHODS = ("zero_shot", "majority", "icl", "icl_budget", "prompt_tuning", "hyper
 
 
 def read_results(path: Path) -> list[dict]:
-    """The lines of a results file; a last line that a kill cut short is dropped from the file."""
+    """The lines of a results file; a last line that a kill cut short is left out."""
     if not path.exists():
         return []
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-        if lines[-1]:
-            path.write_text("".join(f"{line}\n" for line in lines[:-1]), encoding="utf-8")
-        return [json.loads(line) for line in lines[:-1]]
+        *lines, last = path.read_text(encoding="utf-8").split("\n")
+        records = [json.loads(line) for line in lines]
+        with contextlib.suppress(ValueError):
+            records.append(json.loads(last))
+        if not all(isinstance(r, dict) for r in records):
+            raise ValueError("a line is no JSON object")
+        return records
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is not a results file of evaluate.py ({error}); give another one") from error
 
@@ -43,21 +47,44 @@ def mean_std(values: list[float]) -> tuple[float, float]:
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
+def summarise(records: list[dict], methods: list[str]) -> dict:
+    """Per task and on average: mean and standard deviation over seeds of the headline, in percent."""
+    by_task, by_seed = defaultdict(list), defaultdict(list)
+    for r in records:
+        by_task[r["task"], r["method"]].append(100 * r["headline"])
+        by_seed[r["method"], r["seed"]].append(100 * r["headline"])
+    table = {task: {m: mean_std(by_task[task, m]) for m in methods} for task in sorted({r["task"] for r in records})}
+    table["average"] = {m: mean_std([np.mean(v) for (method, _), v in by_seed.items() if method == m]) for m in methods}
+    return table
+
+
+def print_summary(table: dict, methods: list[str]) -> None:
+    """What `summarise` returns, as aligned text."""
+    width = max(len(task) for task in table) + 2
+    print("task".ljust(width) + "".join(m.rjust(16) for m in methods))
+    for task, row in table.items():
+        if task == "average":
+            print("-" * (width + 16 * len(methods)))
+        print(task.ljust(width) + "".join(f"{mean:9.2f} ±{std:5.2f}" for mean, std in (row[m] for m in methods)))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The paper's tables: what is a row, what is a column
 
 
 def variant_of(record: dict) -> str:
-    """Table 4's row: what a distiller's training left out, from the record's `trained_on`."""
-    stages = record["trained_on"]
-    if stages is None:
+    """Table 4's row: mend, or what its training did otherwise, from the record's `trained_on`; else the method."""
+    if record["method"] != "mend":
         return record["method"]
-    if "pretrain" not in stages:
-        return "no_pretraining"
-    if stages["pretrain"]["objective"] != "kl":
-        return stages["pretrain"]["objective"]
-    finetune = stages.get("finetune", {"lam": 1, "pred_weight": 1})
-    return "without_pred" if not finetune["pred_weight"] else "without_distill" if not finetune["lam"] else "mend"
+    # a checkpoint that is older than the flags for it was trained with their defaults
+    pretrain, finetune = (record["trained_on"].get(stage) for stage in ("pretrain", "finetune"))
+    objective = pretrain.get("objective", "kl") if pretrain else "no_pretraining"
+    changes = [objective] * (objective != "kl")
+    if not finetune:
+        changes += ["no_finetuning"]  # Fig. 6, which is no row of Table 4
+    else:
+        changes += ["without_pred"] * (not finetune.get("pred_weight", 1)) + ["without_distill"] * (not finetune.get("lam", 1))
+    return " and ".join(changes) or "mend"
 
 
 def change_of(record: dict) -> str:
@@ -65,30 +92,52 @@ def change_of(record: dict) -> str:
     return record["perturbation"] or (record["retrieval"] or "none").split(":")[0]
 
 
-TABLES = {  # number: (row, column, their order)
-    "2": (lambda r: r["method"], lambda r: r["split"], METHODS, SPLITS),
-    "3": (lambda r: r["method"], change_of, METHODS,
-          ("none", "bm25", "dense", "no_label", "no_input", "random_label", "wrong_label")),
-    "4": (variant_of, lambda r: r["split"], ("icl", "mend", "no_pretraining", "clm", "clm+kl", "without_pred",
-                                              "without_distill"), SPLITS),
-    "6": (lambda r: r["method"], lambda r: r["split"], METHODS, SPLITS),
-    "7": (lambda r: r["method"], lambda r: r["template"], METHODS, ("space", "newline")),
+TABLES = {  # number: (what makes a row, what makes a column, rows, columns)
+    "2": ("method", "split", METHODS, SPLITS),
+    "3": ("method", "change", METHODS, ("none", "bm25", "dense", "no_label", "no_input", "random_label", "wrong_label")),
+    "4": ("variant", "split", ("icl", "mend", "no_pretraining", "clm", "clm+kl", "without_pred", "without_distill"), SPLITS),
+    "6": ("method", "split", METHODS, SPLITS),
+    "7": ("method", "template", METHODS, ("space", "newline")),
 }
+FIXED = ("tasks", "split", "k", "context_len", "template", "limit")  # one value in a table, unless it makes the columns
+SHOWN = (*FIXED, "distill_len", "dtype", "commit")
+NEEDED = {*SHOWN, "llm", "method", "checkpoint", "trained_on", "retrieval", "perturbation", "task", "seed", "headline", "n"}
+
+Scores = dict[tuple[str, int], tuple[float, int]]  # (task, seed): headline in percent, n
 
 
-def group(records: list[dict], number: str) -> dict[str, dict[str, dict[str, dict]]]:
-    """Records by LLM, row and column: {(task, seed): headline in percent and n}. Of two lines of one cell's (task, seed)
-    the later one counts."""
-    row_of, column_of, rows, columns = TABLES[number]
-    table = defaultdict(lambda: defaultdict(lambda: defaultdict(dict)))
+def belonging(records: list[dict], number: str) -> list[dict]:
+    """The records of table `number`, with their `variant` and `change`. A cell takes only its newest checkpoint's.
+
+    Raises:
+        UserError: no record belongs to this table, or they differ in what it does not compare.
+    """
+    row, column, rows, columns = TABLES[number]
+    lacking = sorted({name for r in records for name in NEEDED - r.keys()})
+    check((not lacking, f"the results lack {', '.join(lacking)}; --table {number} takes lines that evaluate.py wrote"))
+    mine = [r | {"variant": variant_of(r), "change": change_of(r)} for r in records]
+    mine = [r for r in mine if r[row] in rows and r[column] in columns and (column == "change" or r["change"] == "none")]
+    if not mine:
+        raise UserError(f"no line of the results belongs to table {number}; runs/ has the script that makes them")
+    values = {name: sorted({str(r[name]) for r in mine}) for name in FIXED if name != column}
+    check(*((len(found) == 1, (f"the results differ in {name} ({', '.join(found)}), which table {number} does not compare; "
+                               "give files of one setting")) for name, found in values.items()))
+    newest = {(r["llm"], r[row], r[column]): r["checkpoint"] for r in mine}
+    return [r for r in mine if r["checkpoint"] == newest[r["llm"], r[row], r[column]]]
+
+
+def group(records: list[dict], number: str) -> dict[tuple[str, str, str], Scores]:
+    """What `belonging` returns by (LLM, row, column), in the table's order. Of two lines of one (task, seed) the later
+    one counts."""
+    row, column, rows, columns = TABLES[number]
+    cells = defaultdict(dict)
     for r in records:
-        row, column = row_of(r), column_of(r)
-        if row in rows and column in columns:
-            table[r["llm"]][row][column][r["task"], r["seed"]] = (100 * r["headline"], r["n"])
-    return table
+        cells[r["llm"], r[row], r[column]][r["task"], r["seed"]] = (100 * r["headline"], r["n"])
+    llms = dict.fromkeys(r["llm"] for r in records)
+    return {(llm, m, c): cells[llm, m, c] for llm in llms for c in columns for m in rows if (llm, m, c) in cells}
 
 
-def summary(scores: dict[tuple[str, int], tuple[float, int]]) -> dict:
+def summary(scores: Scores) -> dict:
     """One cell: for each seed the mean over tasks, then mean and std over seeds. Tasks that a seed lacks are left out.
 
     Returns:
@@ -97,18 +146,21 @@ def summary(scores: dict[tuple[str, int], tuple[float, int]]) -> dict:
     seeds = sorted({seed for _, seed in scores})
     tasks = sorted(t for t in {task for task, _ in scores} if all((t, s) in scores for s in seeds))
     if not tasks:
-        raise UserError("no task has a result for every seed; let the evaluation run to its end first")
+        raise UserError(f"none of {', '.join(sorted({task for task, _ in scores}))} has a result for each of the seeds "
+                        f"{seeds}; let the evaluation run to its end first")
     mean, std = mean_std([np.mean([scores[t, s][0] for t in tasks]) for s in seeds])
     return {"mean": mean, "std": std, "tasks": len(tasks), "seeds": len(seeds),
             "queries": sum(scores[t, seeds[0]][1] for t in tasks)}
 
 
-def paired_bootstrap(ours: dict, base: dict, draws: int = 10_000) -> dict:
-    """Ours minus a baseline over the (task, seed) that both have, with a 95% interval.
+def paired_bootstrap(ours: Scores, base: Scores, draws: int = 10_000) -> dict | None:
+    """Ours minus a baseline over the (task, seed) that both have, with a 95% interval; None where they share none.
 
     Resamples the pairs with replacement; both methods keep their own result of each drawn pair.
     """
     pairs = sorted(ours.keys() & base.keys())
+    if not pairs:
+        return None
     gaps = np.array([ours[p][0] - base[p][0] for p in pairs])
     means = gaps[np.random.default_rng(0).integers(len(gaps), size=(draws, len(gaps)))].mean(axis=1)
     low, high = np.percentile(means, [2.5, 97.5])
@@ -121,12 +173,28 @@ def paired_bootstrap(ours: dict, base: dict, draws: int = 10_000) -> dict:
 
 def table1_lines(records: list[dict], paper: dict) -> list[str]:
     """Table 1 in Markdown from data.py's last lines: tasks here of tasks in all, and average lengths in tokens."""
+    check((all({"split", "train", "test"} <= r.keys() for r in records),
+           "--table 1 takes the last lines that data.py printed; runs/table1.sh collects them"))
     lines = ["| setting | meta-train tasks | average length | meta-test tasks | average length | paper |", "|---" * 6 + "|"]
     for r in records:
         ours = [f"{r[part]['tasks']} of {r[part]['of']} | {r[part]['avg_len']:.2f}" for part in ("train", "test")]
         train, train_len, test, test_len = paper[r["split"]]
         lines.append(f"| {r['split']} | {' | '.join(ours)} | {train}, {train_len:.2f}; {test}, {test_len:.2f} |")
     return lines
+
+
+Row = dict[str, tuple[float, float] | None]  # column: mean and std, None where nothing is known
+
+DERIVED = {"2": ("AVG", lambda *means: float(np.mean(means))), "4": ("AVG", lambda *means: float(np.mean(means))),
+           "7": ("difference", lambda space, newline: newline - space)}
+
+
+def extended(row: Row, number: str) -> Row:
+    """A row with Table 2's and 4's AVG or Table 7's difference, which need all of several columns."""
+    if number not in DERIVED or len(row) < 2:
+        return row
+    name, combine = DERIVED[number]
+    return row | {name: (combine(*(mean for mean, _ in row.values())), 0.0) if all(row.values()) else None}
 
 
 def marked(values: dict[str, float | None]) -> dict[str, str]:
@@ -136,72 +204,55 @@ def marked(values: dict[str, float | None]) -> dict[str, str]:
     return {row: "{}" if v is None else form[round(v, 2)] for row, v in values.items()}
 
 
-def block(llm: str, cells: dict[str, dict[str, tuple[float, float] | None]], columns: list[str]) -> list[str]:
-    """Markdown lines of one LLM: a line for each row; cells[row][column] is (mean, std) or None."""
-    forms = {c: marked({row: value[c] and value[c][0] for row, value in cells.items()}) for c in columns}
-    lines = []
-    for row, value in cells.items():
-        texts = ["–" if value[c] is None else
-                 forms[c][row].format(f"{value[c][0]:.2f}") + (f" ±{value[c][1]:.2f}" if value[c][1] else "") for c in columns]
-        lines.append(f"| {llm} | {row} | " + " | ".join(texts) + " |")
-    return lines
+def block(llm: str, rows: dict[str, Row], header: list[str]) -> list[str]:
+    """Markdown lines of one LLM, a line for each row."""
+    lines = {name: f"| {llm} | {name} |" for name in rows}
+    for column in header:
+        means = {name: row[column] and row[column][0] for name, row in rows.items()}
+        forms = marked(means) if column != "difference" else dict.fromkeys(rows, "{}")
+        for name, row in rows.items():
+            std = f" ±{row[column][1]:.2f}" if row[column] and row[column][1] >= 0.005 else ""
+            lines[name] += " – |" if row[column] is None else f" {forms[name].format(f'{means[name]:.2f}')}{std} |"
+    return [*lines.values()]
 
 
-def with_average(cells: dict, columns: list[str], number: str) -> tuple[dict, list[str]]:
-    """Add Table 2's and 4's AVG, where a row has all columns, and Table 7's difference."""
-    if number == "7" and len(columns) == 2:
-        return {row: value | {"difference": (value["newline"][0] - value["space"][0], 0.0) if all(value.values()) else None}
-                for row, value in cells.items()}, [*columns, "difference"]
-    if number in "24" and len(columns) > 1:
-        return {row: value | {"AVG": (float(np.mean([v[0] for v in value.values()])), 0.0) if all(value.values()) else None}
-                for row, value in cells.items()}, [*columns, "AVG"]
-    return cells, columns
+def notes(cells: dict[tuple[str, str, str], Scores], summaries: dict[tuple[str, str, str], dict],
+          n_tasks: dict[str, int]) -> list[str]:
+    """How much stands behind each cell, and MEND against the other rows. n_tasks: a column's tasks, here or not."""
+    behind, gaps = defaultdict(list), []
+    for (llm, row, column), scores in cells.items():
+        s = summaries[llm, row, column]
+        behind[llm, column, s["tasks"], s["queries"], s["seeds"]].append(row)
+        if row != "mend" and (b := paired_bootstrap(cells.get((llm, "mend", column), {}), scores)):
+            gaps.append(f"- {llm}, {column}, mend minus {row}: {b['gap']:+.2f} [{b['low']:+.2f}, {b['high']:+.2f}] "
+                        f"(95%, paired bootstrap over {b['pairs']} (task, seed))")
+    return [f"- {llm}, {column}, {', '.join(rows)}: {tasks} of {n_tasks[column]} tasks, {queries:,} queries, {seeds} seeds"
+            for (llm, column, tasks, queries, seeds), rows in behind.items()] + gaps
 
 
 def table_lines(records: list[dict], number: str) -> list[str]:
-    """The paper's table `number` in Markdown: ours, how much stands behind it, MEND against the others, the paper's own.
+    """The paper's table `number` in Markdown: ours, the paper's own, how much stands behind ours, MEND against the others.
 
     Raises:
-        UserError: no record belongs to this table.
+        UserError: as `belonging`.
     """
     if number == "1":
         return table1_lines(records, read_paper("1"))
-    _, _, rows, columns = TABLES[number]
-    table = group(records, number)
-    if not table:
-        raise UserError(f"no line of the results belongs to table {number}; runs/ has the script that makes them")
-    columns = [c for c in columns if any(c in row for found in table.values() for row in found.values())]
-    paper = read_paper(number)
-    n_tasks = {s: len(setting["test"]) for s, setting in
-               json.loads((ROOT / "splits.json").read_text())[records[-1]["tasks"]]["settings"].items()}
-    lines, details, header = [], [], None
-    for llm, found in table.items():
-        summaries = {row: {c: summary(found[row][c]) if found[row].get(c) else None for c in columns}
-                     for row in rows if row in found}
-        cells, header = with_average({row: {c: s and (s["mean"], s["std"]) for c, s in value.items()}
-                                      for row, value in summaries.items()}, columns, number)
-        lines += block(llm, cells, header)
-        for c in columns:
-            behind = {(s["tasks"], s["queries"], s["seeds"]): [] for value in summaries.values() if (s := value[c])}
-            for row, value in summaries.items():
-                if s := value[c]:
-                    behind[s["tasks"], s["queries"], s["seeds"]].append(row)
-            total = n_tasks[c if c in n_tasks else records[-1]["split"]]
-            details += [f"- {c}, {', '.join(names)}: {tasks} of {total} tasks, {queries:,} queries, {seeds} seeds"
-                        for (tasks, queries, seeds), names in behind.items()]
-            for row in found:
-                if row != "mend" and c in found[row] and c in found.get("mend", {}):
-                    b = paired_bootstrap(found["mend"][c], found[row][c])
-                    details.append(f"- {c}, mend minus {row}: {b['gap']:+.2f} [{b['low']:+.2f}, {b['high']:+.2f}] "
-                                   f"(95%, paired bootstrap over {b['pairs']} (task, seed))")
-    for llm, known in paper.items():
-        cells = {row: {c: known[row][c] and tuple(known[row][c]) if c in known[row] else None for c in columns}
-                 for row in rows if row in known}
-        if any(v for value in cells.values() for v in value.values()):
-            cells, _ = with_average(cells, columns, number)
-            lines += block(f"paper, {llm}", cells, header)
-    settings = {name: sorted({str(r[name]) for r in records}) for name in
-                ("tasks", "k", "distill_len", "context_len", "template", "limit", "dtype", "commit")}
+    records = belonging(records, number)
+    cells = group(records, number)
+    columns = [c for c in TABLES[number][3] if any(c == column for _, _, column in cells)]
+    header = [*columns, *([DERIVED[number][0]] if number in DERIVED and len(columns) > 1 else [])]
+    summaries = {place: summary(scores) for place, scores in cells.items()}
+    figures = {place: (s["mean"], s["std"]) for place, s in summaries.items()}
+    figures |= {(f"paper, {llm}", row, c): tuple(known[c]) for llm, rows in read_paper(number).items()
+                for row, known in rows.items() for c in columns if c in known}
+    lines = []
+    for llm in dict.fromkeys(llm for llm, _, _ in figures):
+        rows = {row: {c: figures.get((llm, row, c)) for c in columns} for row in TABLES[number][2]}
+        lines += block(llm, {name: extended(row, number) for name, row in rows.items() if any(row.values())}, header)
+    settings = json.loads((ROOT / "splits.json").read_text())[records[0]["tasks"]]["settings"]
+    n_tasks = {c: len(settings[c if c in settings else records[0]["split"]]["test"]) for c in columns}
+    shown = {name: sorted({str(r[name]) for r in records}) for name in SHOWN}
     return [f"| LLM | row | {' | '.join(header)} |", "|" + "---|" * (len(header) + 2), *lines, "",
             "Headline (macro-F1 for classification, accuracy otherwise) in percent, mean ± std over seeds. "
-            + " · ".join(f"{name} {', '.join(v)}" for name, v in settings.items()), *details]
+            + " · ".join(f"{name} {', '.join(v)}" for name, v in shown.items()), *notes(cells, summaries, n_tasks)]

@@ -1,0 +1,273 @@
+"""Tests of tables.py: means, spreads and intervals against hand-worked numbers and plain loops, and the paper's figures."""
+
+import json
+import random
+import statistics
+
+import numpy as np
+import pytest
+
+import common
+import evaluate
+import tables
+from common import UserError
+from tables import (
+    METHODS,
+    block,
+    group,
+    marked,
+    paired_bootstrap,
+    read_results,
+    summary,
+    table_lines,
+    variant_of,
+)
+
+PAPER = json.loads((common.ROOT / "results" / "paper.json").read_text())["tables"]
+
+
+def record(**changes) -> dict:
+    """A line as evaluate.py writes it."""
+    return {"method": "icl", "checkpoint": None, "task": "emo", "seed": 13, "data_hash": "0", "llm": "tiny", "k": 16,
+            "split": "class_to_class", "tasks": "metaicl", "distill_len": 4, "context_len": 900, "template": "space",
+            "retrieval": None, "perturbation": None, "limit": 0, "dtype": "fp32", "n": 10, "macro_f1": 0.5, "accuracy": 0.5,
+            "headline": 0.5, "trained_on": None, "commit": "abc", "date": "2026-01-01"} | changes
+
+
+def mend(pretrain: dict | None, finetune: dict | None, **changes) -> dict:
+    stages = {"pretrain": pretrain, "finetune": finetune}
+    return record(method="mend", checkpoint="run@1", trained_on={k: v for k, v in stages.items() if v}) | changes
+
+
+KL, FULL = {"objective": "kl"}, {"lam": 1.0, "pred_weight": 1.0}
+
+
+def cells(lines: list[str]) -> dict[tuple[str, str], list[str]]:
+    """(LLM, row): its cells, of a table in Markdown."""
+    rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("|") and "---" not in line]
+    return {(llm, row): rest for llm, row, *rest in rows}
+
+
+# One cell
+
+
+def test_summary_by_hand():
+    scores = {("a", 1): (50.0, 10), ("a", 2): (60.0, 10), ("b", 1): (30.0, 4), ("b", 2): (20.0, 4), ("c", 1): (99.0, 7)}
+    # over tasks a and b: 40 and 40; c has no seed 2
+    assert summary(scores) == {"mean": 40.0, "std": 0.0, "tasks": 2, "seeds": 2, "queries": 14}
+    scores["b", 2] = (26.0, 4)  # 40 and 43: mean 41.5, sample std 3 / sqrt(2)
+    assert summary(scores) == pytest.approx({"mean": 41.5, "std": 3 / 2 ** 0.5, "tasks": 2, "seeds": 2, "queries": 14})
+    with pytest.raises(UserError, match=r"none of a, b has a result for each of the seeds \[1, 2\]"):
+        summary({("a", 1): (1.0, 1), ("b", 2): (1.0, 1)})
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_summary_against_plain_loops(seed):
+    rng = random.Random(seed)
+    tasks, seeds = "abcd"[:rng.randint(1, 4)], [1, 2, 3][:rng.randint(1, 3)]
+    scores = {(t, s): (100 * rng.random(), 5) for t in tasks for s in seeds}
+    means = [statistics.mean(scores[t, s][0] for t in tasks) for s in seeds]
+    std = statistics.stdev(means) if len(seeds) > 1 else 0
+    found = summary(dict(rng.sample(sorted(scores.items()), len(scores))))
+    assert (found["mean"], found["std"]) == pytest.approx((statistics.mean(means), std))
+
+
+def test_bootstrap_by_hand():
+    ours = {("a", 1): (51.0, 1), ("b", 1): (43.0, 1), ("only ours", 1): (0.0, 1)}
+    base = {("b", 1): (40.0, 1), ("a", 1): (50.0, 1), ("only theirs", 1): (99.0, 1)}
+    # gaps 1 and 3; of two draws a quarter are both 1 and a quarter both 3, so the 95% interval holds either end
+    assert paired_bootstrap(ours, base) == {"gap": 2.0, "low": 1.0, "high": 3.0, "pairs": 2}
+    assert paired_bootstrap(base, ours)["gap"] == -2.0
+    assert paired_bootstrap(ours, {("c", 1): (1.0, 1)}) is None
+
+
+def test_bootstrap_against_a_plain_one():
+    rng = random.Random(0)
+    ours = {(t, s): (100 * rng.random(), 1) for t in "abcdef" for s in range(5)}
+    base = {pair: (score - 3 + 8 * rng.gauss(0, 1), 1) for pair, (score, _) in ours.items()}
+    gaps = [ours[p][0] - base[p][0] for p in ours]
+    means = sorted(statistics.mean(rng.choices(gaps, k=30)) for _ in range(4000))
+    found = paired_bootstrap(ours, base)
+    assert found["gap"] == pytest.approx(statistics.mean(gaps)) and found["pairs"] == 30
+    assert (found["low"], found["high"]) == pytest.approx((means[100], means[3900]), abs=0.25)
+    assert found["high"] - found["low"] > 3  # so that 0.25 says something
+    # normal theory agrees: mean ± 1.96 standard errors
+    assert found["high"] - found["gap"] == pytest.approx(1.96 * statistics.pstdev(gaps) / 30 ** 0.5, rel=0.1)
+
+
+# Which records make a table
+
+
+def test_the_latest_line_of_a_task_and_seed_counts_and_the_newest_checkpoint_of_a_cell():
+    lines = [mend(KL, FULL, headline=0.1), mend(KL, FULL, task="ag_news", headline=0.2), mend(KL, FULL, headline=0.3),
+             record(headline=0.9)]
+    found = group(tables.belonging(lines, "2"), "2")
+    assert found == {("tiny", "icl", "class_to_class"): {("emo", 13): (90.0, 10)},
+                     ("tiny", "mend", "class_to_class"): {("emo", 13): (30.0, 10), ("ag_news", 13): (20.0, 10)}}
+    lines.append(mend(KL, FULL, headline=0.7, checkpoint="run@2"))  # trained anew; ag_news is of the old one
+    assert group(tables.belonging(lines, "2"), "2")["tiny", "mend", "class_to_class"] == {("emo", 13): (70.0, 10)}
+
+
+def test_only_table_3_takes_changed_demonstrations():
+    lines = [record(headline=0.8), record(perturbation="no_label", headline=0.1), record(retrieval="bm25", headline=0.2),
+             record(retrieval="dense:mini", headline=0.3)]
+    assert cells(table_lines(lines, "2"))["tiny", "icl"] == ["**80.00**"]
+    table = table_lines(lines, "3")
+    assert table[0] == "| LLM | row | none | bm25 | dense | no_label |"
+    assert cells(table)["tiny", "icl"] == ["**80.00**", "**20.00**", "**30.00**", "**10.00**"]
+    assert cells(table)["paper, gpt2-large", "icl"] == ["<u>41.30</u>", "<u>45.38</u>", "<u>48.33</u>", "30.57"]
+
+
+@pytest.mark.parametrize("pretrain, finetune, row", [
+    (KL, FULL, "mend"), (None, FULL, "no_pretraining"), ({"objective": "clm"}, FULL, "clm"),
+    ({"objective": "clm+kl"}, FULL, "clm+kl"), (KL, FULL | {"pred_weight": 0.0}, "without_pred"),
+    (KL, FULL | {"lam": 0.0}, "without_distill"),
+    ({"objective": "clm"}, FULL | {"lam": 0.0}, None), (None, FULL | {"lam": 0.0}, None), (KL, None, None)])
+def test_the_row_that_table_4_gives_a_variant(pretrain, finetune, row):
+    assert (variant_of(mend(pretrain, finetune)) in tables.TABLES["4"][2]) == (row is not None)
+    assert row is None or variant_of(mend(pretrain, finetune)) == row
+    hyper = mend({"objective": "clm"}, FULL | {"lam": 0.0}, method="hypertuning")  # no row of Table 4 either
+    tuned = mend(None, FULL | {"lam": 0.0}, method="prompt_tuning")
+    assert {variant_of(hyper), variant_of(tuned)} & {*tables.TABLES["4"][2]} == set()
+    assert variant_of(record()) == "icl"
+
+
+@pytest.mark.parametrize("change", [{"k": 4}, {"limit": 9}, {"template": "newline"}, {"context_len": 100}, {"tasks": "bigbench"}])
+def test_records_of_different_settings_make_no_table(change):
+    name, = change
+    with pytest.raises(UserError, match=f"differ in {name} .*which table 2 does not compare; give files of one setting"):
+        table_lines([record(), record(**change)], "2")
+
+
+def test_one_split_in_table_3_and_both_templates_in_table_7():
+    with pytest.raises(UserError, match=r"differ in split \(class_to_class, hr_to_lr\), which table 3 does not compare"):
+        table_lines([record(), record(split="hr_to_lr")], "3")
+    lines = [record(headline=0.5), record(headline=0.475, template="newline"), mend(KL, FULL, headline=0.4)]
+    table = cells(table_lines(lines, "7"))
+    assert table["LLM", "row"] == ["space", "newline", "difference"]
+    assert table["tiny", "icl"] == ["**50.00**", "**47.50**", "-2.50"]
+    assert table["tiny", "mend"] == ["<u>40.00</u>", "–", "–"]
+    assert [table["paper, gpt2-large", m][2] for m in ("icl", "hypertuning", "mend")] == ["-2.40", "-0.34", "0.15"]
+
+
+def test_no_record_and_other_files():
+    with pytest.raises(UserError, match="no line of the results belongs to table 4"):
+        table_lines([record(method="majority")], "4")
+    with pytest.raises(UserError, match="the results lack checkpoint, .*--table 2 takes lines that evaluate.py wrote"):
+        table_lines([{"step": 3, "kl": 0.5}], "2")
+    with pytest.raises(UserError, match="--table 1 takes the last lines that data.py printed"):
+        table_lines([record()], "1")
+
+
+# How it is printed
+
+
+def test_best_is_bold_and_second_underlined_ties_alike():
+    assert marked({"a": 1.0, "b": 3.0, "c": 2.0, "d": None, "e": 2.001, "f": 2.999}) == {
+        "a": "{}", "b": "**{}**", "c": "<u>{}</u>", "d": "{}", "e": "<u>{}</u>", "f": "**{}**"}
+    assert marked({"a": None}) == {"a": "{}"}
+
+
+def test_block_prints_a_spread_only_where_there_is_one():
+    lines = block("tiny", {"icl": {"x": (41.296, 2.149)}, "zero_shot": {"x": (34.36, 1e-14)}, "mend": {"x": None}}, ["x"])
+    assert lines == ["| tiny | icl | **41.30** ±2.15 |", "| tiny | zero_shot | <u>34.36</u> |", "| tiny | mend | – |"]
+
+
+def test_table_2_whole():
+    rng = random.Random(3)
+    lines = [record(method=m, split=split, task=task, seed=seed, headline=rng.random(), trained_on={} if m == "mend" else None)
+             for m in ("icl", "mend") for split in ("class_to_class", "qa_to_qa") for task in ("x", "y") for seed in (13, 42)]
+    rng.shuffle(lines)
+    table = table_lines(lines, "2")
+    assert table[0] == "| LLM | row | class_to_class | qa_to_qa | AVG |"
+    means = {}
+    for m in ("icl", "mend"):
+        found = cells(table)["tiny", m]
+        for split, text in zip(("class_to_class", "qa_to_qa"), found, strict=False):
+            seeds = [np.mean([100 * r["headline"] for r in lines if (r["method"], r["split"], r["seed"]) == (m, split, s)])
+                     for s in (13, 42)]
+            means[m, split] = np.mean(seeds)
+            assert text.strip("*<u>/").startswith(f"{np.mean(seeds):.2f}") and text.endswith(f" ±{np.std(seeds, ddof=1):.2f}")
+        assert found[2].strip("*<u>/") == f"{(means[m, 'class_to_class'] + means[m, 'qa_to_qa']) / 2:.2f}"
+    text = "\n".join(table)
+    assert "- tiny, class_to_class, icl, mend: 2 of 20 tasks, 20 queries, 2 seeds" in text
+    assert "- tiny, qa_to_qa, icl, mend: 2 of 22 tasks, 20 queries, 2 seeds" in text
+    gap = means["mend", "qa_to_qa"] - means["icl", "qa_to_qa"]
+    assert f"- tiny, qa_to_qa, mend minus icl: {gap:+.2f} [" in text and "over 4 (task, seed)" in text
+    assert "k 16 · context_len 900" in text and "commit abc" in text
+
+
+def test_a_row_without_all_columns_has_no_average():
+    table = cells(table_lines([record(), record(split="qa_to_qa"), record(method="majority")], "2"))
+    assert table["tiny", "icl"][2] == "**50.00**" and table["tiny", "majority"] == ["**50.00**", "–", "–"]
+
+
+def test_each_llm_has_its_own_lines_and_notes():
+    table = table_lines([record(llm="one", headline=0.1), record(llm="two", headline=0.9)], "6")
+    assert cells(table)["one", "icl"] == ["**10.00**"] and cells(table)["two", "icl"] == ["**90.00**"]
+    assert [line[:6] for line in table if "tasks, " in line and line.startswith("-")] == ["- one,", "- two,"]
+    assert cells(table)["paper, opt-6.7b", "mend"] == ["**44.27** ±1.12"]
+
+
+# The paper's own figures
+
+
+def test_paper_rows_are_those_of_the_paper():
+    table = cells(table_lines([record(split=s) for s in common.SPLITS], "2"))
+    for llm, rows in PAPER["2"].items():
+        for row, known in rows.items():
+            for text, split in zip(table[f"paper, {llm}", row], common.SPLITS, strict=False):
+                mean, std = known[split]
+                assert text.strip("*<u>/").split(" ")[0].strip("*<u>/") == f"{mean:.2f}"
+                assert text.endswith(f" ±{std:.2f}") == (std > 0)
+    assert table["paper, gpt2-large", "mend"][-1] == "**43.05**"
+
+
+@pytest.mark.parametrize("number, llm, averages", [  # the AVG column as printed
+    ("2", "gpt2-large", {"zero_shot": 36.04, "prompt_tuning": 38.17, "icl": 41.93, "hypertuning": 41.15, "mend": 43.05}),
+    ("2", "gpt2-xl", {"zero_shot": 35.63, "prompt_tuning": 39.64, "icl": 42.15, "hypertuning": 40.61, "mend": 43.12}),
+    ("2", "t5-large-lm-adapt",
+     {"zero_shot": 34.81, "prompt_tuning": 34.07, "icl": 38.15, "hypertuning": 35.09, "mend": 39.79}),
+    ("4", "gpt2-large", {"icl": 43.01, "mend": 43.65, "no_pretraining": 40.10, "clm": 42.92, "clm+kl": 42.24,
+                         "without_pred": 40.01, "without_distill": 40.64})])  # printed for without_pred: 40.41, results/paper.json
+def test_averages_of_the_papers_rows_are_the_printed_ones(number, llm, averages):
+    rows = PAPER[number][llm]
+    assert rows.keys() == averages.keys() and all(len(row) == (7 if number == "2" else 4) for row in rows.values())
+    differ = {name: np.mean([mean for mean, _ in row.values()]) - averages[name] for name, row in rows.items()}
+    assert {name: d for name, d in differ.items() if abs(d) > (0.0101 if number == "2" else 0.0126)} == {}
+
+
+# Files
+
+
+def test_a_line_cut_short_is_left_out_and_the_file_is_not_touched(tmp_path):
+    path = tmp_path / "results.jsonl"
+    assert read_results(path) == []
+    for text, n in (('{"a": 1}\n{"a": 2}\n', 2), ('{"a": 1}\n{"a": 2}', 2), ('{"a": 1}\n{"a": 2', 1), ("", 0)):
+        path.write_text(text)
+        assert read_results(path) == [{"a": 1}, {"a": 2}][:n] and path.read_text() == text
+    for text in ('{"a": 1\n{"a": 2}\n', "[1]\n"):
+        path.write_text(text)
+        with pytest.raises(UserError, match="is not a results file"):
+            read_results(path)
+
+
+def test_table_flag_prints_the_table(tmp_path, capsys):
+    path = tmp_path / "results.jsonl"
+    path.write_text("".join(json.dumps(record(method=m, headline=h)) + "\n" for m, h in (("icl", 0.25), ("majority", 0.5))))
+    final = evaluate.main(["--table", "2", str(path)])
+    *table, last = capsys.readouterr().out.splitlines()
+    assert json.loads(last) == final == {"table": "2", "files": [str(path)]}
+    assert "| tiny | majority | **50.00** |" in table and "| tiny | icl | <u>25.00</u> |" in table
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["5", "x"], "--table 5 is unknown; give one of 1, 2, 3, 4, 6, 7"), (["2"], "--table 2 needs at least one results file"),
+    (["2", "/nowhere.jsonl"], "--table: /nowhere.jsonl does not exist")])
+def test_table_flag_errors(argv, message):
+    with pytest.raises(UserError, match=message):
+        evaluate.main(["--table", *argv])
+
+
+def test_methods_of_the_paper_are_known():
+    assert {m for rows in PAPER["2"].values() for m in rows} | {m for rows in PAPER["6"].values() for m in rows} <= set(METHODS)
