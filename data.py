@@ -345,12 +345,12 @@ def hub_tasks() -> Path:
     require_hub("--tasks metaicl")
     temporary = CACHE / f"metaicl.{os.getpid()}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
-    for split in ("meta_train", "meta_eval"):
+    stems = {"meta_train": "16384_100_train", "meta_eval": "16_{seed}_{split}", "meta_eval_100shot": "100_{seed}_{split}"}
+    for split, stem in stems.items():
         for row in tqdm(datasets.load_dataset(HUB_TASKS, split=split, streaming=True), desc=f"MetaICL {split}"):
-            name, part = row["task"], row["split"]
-            stem = f"{name}_16384_100_train" if split == "meta_train" else f"{name}_16_{row['seed']}_{part}"
+            name = row["task"]
             (temporary / name).mkdir(parents=True, exist_ok=True)
-            with (temporary / name / f"{stem}.jsonl").open("a") as file:
+            with (temporary / name / f"{name}_{stem.format(**row)}.jsonl").open("a") as file:
                 file.write(json.dumps({k: row[k] for k in ("task", "input", "output", "options")}) + "\n")
     try:
         os.replace(temporary, folder)

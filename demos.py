@@ -59,10 +59,13 @@ def perturb(examples: list[dict], kind: str, seed: int) -> list[dict]:
 
 def bm25_neighbours(pool: list[str], queries: list[str], k: int) -> np.ndarray:
     """The k texts of `pool` with the highest BM25 score for each query: (queries, k) indices; equal scores in pool order."""
-    index = bm25s.BM25()
-    index.index(bm25s.tokenize(pool, show_progress=False), show_progress=False)
-    tokens = bm25s.tokenize(queries, return_ids=False, show_progress=False)
-    scores = np.stack([index.get_scores(t) if t else np.zeros(len(pool)) for t in tokens])           # (queries, pool)
+    pool_words, query_words = (bm25s.tokenize(texts, return_ids=False, show_progress=False) for texts in (pool, queries))
+    scores = np.zeros((len(queries), len(pool)))
+    if any(pool_words):  # bm25s cannot index texts without a single word
+        index = bm25s.BM25()
+        index.index(pool_words, show_progress=False)
+        for i, words in enumerate(query_words):
+            scores[i] = index.get_scores(words) if words else 0
     return np.argsort(-scores, axis=1, kind="stable")[:, :k]
 
 
@@ -80,12 +83,13 @@ class SentenceEncoder:
 
     def __init__(self, name: str | None, llm, tokenizer: Tokenizer):
         if name is None:
-            self.tokenizer = tokenizer
+            self.encode = tokenizer.encode
             self.backbone = llm.get_encoder() if llm.config.is_encoder_decoder else llm.base_model
             return
         if not Path(name).exists():
             require_hub(f"--dense-model {name}")
-        self.tokenizer = Tokenizer(name)
+        hf = Tokenizer(name).hf  # with the special tokens that its model was trained with, such as BERT's
+        self.encode = lambda text: hf(text, truncation=True, max_length=MAX_INPUT)["input_ids"]
         try:
             self.backbone = AutoModel.from_pretrained(name).to(llm.device).eval()
         except (OSError, ValueError) as error:
@@ -95,7 +99,7 @@ class SentenceEncoder:
     @torch.no_grad()
     def __call__(self, texts: list[str]) -> Tensor:
         """(n, width) fp32 on the CPU, each row of length 1."""
-        ids = [self.tokenizer.encode(text)[:MAX_INPUT] or [0] for text in texts]
+        ids = [self.encode(text)[:MAX_INPUT] or [0] for text in texts]
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # little padding
         vectors: list[Tensor] = [torch.empty(0)] * len(ids)
         for start in range(0, len(order), 16):

@@ -213,6 +213,22 @@ def test_budget_holds_at_most_l_tokens_and_keeps_a_label(llm_folder):
     assert cut == shortest[:-len(label)][:len(shortest) - 1 - len(label)] + label
 
 
+@pytest.mark.parametrize("template, no_input, no_label", [
+    ("space", "happy sad ok happy", "the river cold boat 12 late ships bread"),
+    ("newline", "happy\n\n\nsad\n\n\nok\n\n\nhappy", "the river\n\n\ncold boat 12\n\n\nlate ships\n\n\nbread")])
+def test_demonstrations_without_input_or_label(llm_folder, template, no_input, no_label):
+    enc = encoder(llm_folder, template)
+    demos = [example("the river"), example("cold boat 12", "sad"), example("late ships", "ok"), example("bread")]
+    assert text_of(enc, enc.demonstrations([e | {"input": ""} for e in demos], 900)) == no_input
+    assert text_of(enc, enc.demonstrations([e | {"output": ""} for e in demos], 900)) == no_label
+    for without in ({"input": ""}, {"output": ""}):  # a demonstration is read in the same tokens wherever it stands
+        parts = [enc.demonstration(e | without, first=i == 0) for i, e in enumerate(demos)]
+        assert enc.demonstrations([e | without for e in demos], 900) == [*chain(*parts)]
+    spoiled = example("boat " * 40, "ok")  # cut, it keeps the label it was given, and none where that was taken away
+    assert enc.budget([spoiled], 12)[-len(enc.answer("ok")):] == enc.answer("ok")
+    assert enc.budget([spoiled | {"output": ""}], 12) == enc.query(spoiled, first=True)[:12]
+
+
 LABELS = ["ok", "a much longer label of many tokens", "sad"]
 
 
@@ -525,6 +541,38 @@ def test_data_hash_follows_the_content(tmp_path):
         path.write_text(whole)
 
 
+def write_examples(path, examples: list[dict]) -> None:
+    path.write_text("".join(json.dumps(e) + "\n" for e in examples))
+
+
+def test_retrieval_pool(tmp_path):
+    """The union of all seeds' training files; nothing twice, no dev or test question; the 100-shot files where there are any."""
+    folder = write_tasks(tmp_path, {"emotion": [example("a")]}, {"emo": [example("a")]})
+    tasks, emo = load_tasks(str(folder), "class_to_class"), folder / "emo"
+    for seed, train in ((13, ["a", "b", "dev 13"]), (42, ["b", "c", "test"]), (100, ["d", "dev 42"])):
+        write_examples(emo / f"emo_16_{seed}_train.jsonl", [example(text) for text in train])
+        write_examples(emo / f"emo_16_{seed}_dev.jsonl", [example(f"dev {seed}")])
+        write_examples(emo / f"emo_16_{seed}_test.jsonl", [example("test", "sad")])  # asks the same with another answer
+    write_examples(emo / "emo_16384_100_train.jsonl", [example("never")])
+    assert sorted(e["input"] for e in tasks.retrieval_pool("emo", 13)) == ["a", "b", "c", "d", "dev 42"]
+    assert sorted(e["input"] for e in tasks.retrieval_pool("emo", 42)) == ["a", "b", "c", "d", "dev 13"]
+    for seed in (13, 21):
+        write_examples(emo / f"emo_100_{seed}_train.jsonl", [example(f"shot {seed}"), example("test"), example("both")])
+    assert [e["input"] for e in tasks.retrieval_pool("emo", 13)] == ["shot 13", "both", "shot 21"]
+
+
+def test_data_hash_of_retrieval_covers_the_pool(tmp_path):
+    folder = write_tasks(tmp_path, {"emotion": [example("a")]}, {"emo": [example("a")]})
+    tasks, other = load_tasks(str(folder), "class_to_class"), folder / "emo" / "emo_16_13_train.jsonl"
+    hashes = []
+    for text in ("x", "y"):
+        write_examples(other, [example(text)])
+        hashes.append((tasks.data_hash("emo", 100), tasks.data_hash("emo", 100, retrieval=True)))
+    write_examples(folder / "emo" / "emo_100_13_train.jsonl", [example("z")])
+    hashes.append((tasks.data_hash("emo", 100), tasks.data_hash("emo", 100, retrieval=True)))
+    assert len({plain for plain, _ in hashes}) == 1 and len({pool for _, pool in hashes}) == 3
+
+
 @pytest.mark.parametrize("line, message", [
     ('{"task": "t", "input": "a"', "line 2: expected"), ('{"task": "t", "input": "a"}', "KeyError"), ("[]", "TypeError"),
     ('{"task": "t", "input": 3, "output": "x"}', "AttributeError"),
@@ -578,7 +626,8 @@ def test_hub_tasks_are_written_once_in_metaicl_layout(hub):
     def row(task, text, seed, part):
         return example(text, task=task) | {"seed": seed, "split": part}
     hub.rows = {"meta_train": [row("emotion", "a", "100", "train"), row("emotion", "b", "100", "train")],
-                "meta_eval": [row("emo", f"{part} {seed}", seed, part) for seed in ("13", "100") for part in ("train", "dev", "test")]}
+                "meta_eval": [row("emo", f"{part} {seed}", seed, part) for seed in ("13", "100") for part in ("train", "dev", "test")],
+                "meta_eval_100shot": [row("emo", f"shot {seed} {i}", seed, "train") for seed in ("13", "100") for i in range(3)]}
     whole = hub.rows["meta_eval"]
     hub.rows["meta_eval"] = [*whole[:2], KeyboardInterrupt()]
     with pytest.raises(KeyboardInterrupt):  # half of it must not be taken for all of it
@@ -589,8 +638,10 @@ def test_hub_tasks_are_written_once_in_metaicl_layout(hub):
     assert tasks.pool("emotion") == [example("a", task="emotion"), example("b", task="emotion")]
     for seed in (13, 100):
         assert tasks.files("emo", seed) == {p: [example(f"{p} {seed}", task="emo")] for p in ("train", "dev", "test")}
+        shots = [example(f"shot {s} {i}", task="emo") for s in (100, 13) for i in range(3)]
+        assert tasks.retrieval_pool("emo", seed) == shots
     n = len(hub.asked)
-    assert set(hub.asked) == {(data.HUB_TASKS, "meta_train"), (data.HUB_TASKS, "meta_eval")}
+    assert set(hub.asked) == {(data.HUB_TASKS, split) for split in ("meta_train", "meta_eval", "meta_eval_100shot")}
     assert load_tasks("metaicl", "class_to_class").train == ["emotion"] and len(hub.asked) == n
 
 
