@@ -64,8 +64,8 @@ def add_shared_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--preset", choices=sorted(PRESETS),
                        help="values for flags that are not given; default: paper where CUDA is there, else pocket")
     group.add_argument("--llm", help="frozen LLM: a hub name or a folder")
-    group.add_argument("--distiller", help="distiller: a hub name or folder of the same tokenizer family, or layers:N "
-                                           "for the LLM's own first N layers")
+    group.add_argument("--distiller", help="distiller: a hub name or folder of the same tokenizer family, layers:N for "
+                                           "the LLM's own first N layers, or free for free vectors (PromptTuning)")
     group.add_argument("--distill-len", type=int, help="l, number of distilled vectors")
     group.add_argument("--tasks", help="metaicl (hub), bigbench (assets), or a folder in MetaICL's layout")
     group.add_argument("--corpus", nargs="+", help="c4 (hub), sotu (assets), or folders / .jsonl[.gz] / .txt files")

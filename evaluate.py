@@ -40,7 +40,7 @@ from tables import METHODS, TABLES, print_summary, read_results, summarise, tabl
 DEFAULT_METHODS = ["zero_shot", "majority", "icl", "icl_budget", "mend"]
 PRESETS = {"paper": {"methods": DEFAULT_METHODS}, "pocket": {"methods": DEFAULT_METHODS}}
 PASS_TOKENS = 512  # query and option tokens scored in one pass
-PREFIX_TOKENS = 4096  # demonstration tokens read in one pass where each query has its own demonstrations
+SET_TOKENS = 4096  # tokens of demonstrations, queries and options in one pass where each query has its own demonstrations
 VECTOR_METHODS = ("prompt_tuning", "hypertuning", "mend")  # the LLM reads vectors of a checkpoint
 SEEDLESS = ("zero_shot", "prompt_tuning")  # the same for every demonstration set
 
@@ -114,13 +114,13 @@ def predict(llm, prefix: Prefix, encoder: Encoder, queries: list[dict], first: b
 def predict_each(method: str, sets: list[list[dict]], limit: int, llm, distiller, encoder: Encoder, queries: list[dict],
                  args) -> list[str]:
     """As `predict`, but with a demonstration set for each query, sets[i] for queries[i]: rows of similar length are read
-    together, PREFIX_TOKENS or so at a time."""
+    together, SET_TOKENS or so at a time."""
     rows = [{"demo": demo_tokens(method, demos, limit, encoder), "queries": [encoder.scoring_query(q)]}
             for demos, q in zip(sets, queries, strict=True)]
-    lengths = [len(row["demo"]) for row in rows]
+    lengths = [len(row["demo"]) + len(x) + sum(map(len, options)) for row in rows for x, options in row["queries"]]
     order, chosen = sorted(range(len(rows)), key=lambda i: lengths[i]), [""] * len(rows)
     while order:
-        n = max(1, min(len(order), PREFIX_TOKENS // max(1, lengths[order[-1]])))
+        n = max(1, min(len(order), SET_TOKENS // lengths[order[-1]]))
         group, order = order[-n:], order[:-n]
         batch = collate([rows[i] for i in group], llm.device)
         prefix = make_prefix(method, batch["demo_ids"], batch["demo_mask"], llm, distiller, encoder.tokenizer.bos_id, args)
@@ -235,7 +235,7 @@ def main(argv: list[str] | None = None) -> dict:
            "with the same --out")),
           (not (args.retrieve and args.perturb), "--retrieve and --perturb exclude each other; give one"),
           (not blind or not (args.retrieve or args.perturb),
-           f"{' '.join(blind)} would not change with --retrieve or --perturb; leave it out of --methods"),
+           f"{' '.join(blind)} has no part in --retrieve and --perturb; leave it out of --methods"),
           (args.dense_model is None or args.retrieve == "dense", "--dense-model needs --retrieve dense"),
           *((seed in SEEDS, f"--seeds {seed} is unknown; MetaICL's are {sorted(SEEDS)}") for seed in args.seeds))
     args.seeds, args.methods = list(dict.fromkeys(args.seeds)), list(dict.fromkeys(args.methods))
@@ -280,13 +280,17 @@ def print_paper_table(number: str, *files: str) -> dict:
 def refuse_wrong_method(methods: list[str], state: dict, path: str) -> None:
     """Raise when a checkpoint was not trained in the way that the method's name says."""
     stages, free = state.get("trained_on", {}), state["model"]["distiller"] == "free"
-    distils = stages.get("pretrain", {"objective": "clm"})["objective"] != "clm" or stages.get("finetune", {"lam": 0})["lam"]
+    # a checkpoint that is older than the flags for it was trained with their defaults
+    distils = "pretrain" in stages and stages["pretrain"].get("objective", "kl") != "clm" or \
+        "finetune" in stages and stages["finetune"].get("lam", 1) > 0
     check((free or "prompt_tuning" not in methods, (f"{path} holds a distiller, which --methods prompt_tuning has none of; "
            "give mend or hypertuning, or a checkpoint trained with --distiller free")),
           (not free or methods in ([], ["prompt_tuning"]),
            f"{path} holds free vectors (--distiller free); evaluate it with --methods prompt_tuning"),
           (not distils or "hypertuning" not in methods, (f"{path} was trained with L_distill, which HyperTuning has none of; "
-           "train with --objective clm, then --lam 0, or evaluate it as mend")))
+           "train with --objective clm, then --lam 0, or evaluate it as mend")),
+          (distils or not stages or "mend" not in methods,
+           f"{path} was trained without L_distill, which is MEND's; evaluate it as hypertuning"))
 
 
 def refuse_seen_tasks(trained_on: dict, tasks: Tasks, args) -> None:

@@ -66,7 +66,8 @@ def find_pretrained(llm, args) -> Path | None:
     for path in sorted(common.OUT.glob("*/best.safetensors")):
         _, state = common.load_checkpoint(path, weights=False)
         stages = state["trained_on"]
-        if stages.keys() == {"pretrain"} and stages["pretrain"]["objective"] == "kl" and wanted.items() <= state["model"].items():
+        own = stages.keys() == {"pretrain"} and stages["pretrain"].get("objective", "kl") == "kl"  # the pretraining of MEND
+        if own and wanted.items() <= state["model"].items():
             found.append((state["figures"]["val_kl"], path))
     return min(found)[1] if found else None
 
@@ -97,8 +98,8 @@ def main(argv: list[str] | None = None) -> dict:
           (args.lam >= 0, f"--lam is {args.lam}; give 0 (no distillation) or more"),
           (args.pred_weight >= 0, f"--pred-weight is {args.pred_weight}; give 0 (no prediction loss) or more"),
           (args.lam + args.pred_weight > 0, "--lam and --pred-weight are both 0, so there is no loss; give one of them"),
-          (args.distiller != "free" or args.init_from == "none",
-           "--distiller free (PromptTuning) has no pretraining stage; add --init-from none"),
+          (args.distiller != "free" or (args.init_from == "none" and args.lam == 0),
+           "--distiller free is PromptTuning, without pretraining and L_distill; add --init-from none --lam 0"),
           (args.queries_per_demo >= 1, f"--queries-per-demo is {args.queries_per_demo}; give at least 1"),
           (args.context_len >= MAX_INPUT, (f"--context-len is {args.context_len}; give at least {MAX_INPUT}, so that "
                                            "a demonstration of the longest input fits")))
