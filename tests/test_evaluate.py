@@ -15,8 +15,9 @@ from sklearn.metrics import accuracy_score, f1_score
 import common
 import evaluate
 from common import UserError
-from data import Encoder, Tokenizer, load_tasks
-from evaluate import macro_f1, one_prefix, predict, task_figures
+from data import TEMPLATES, Encoder, Tokenizer, load_tasks
+from demos import PERTURBATIONS, bm25_neighbours, perturb
+from evaluate import macro_f1, majority, one_prefix, predict, predict_each, task_figures
 from model import build_distiller, demo_prefix, distiller_config, load_llm
 
 CPU = torch.device("cpu")
@@ -46,6 +47,22 @@ def test_metrics_by_hand():
     predictions, golds = ["a", "a", "b", "c"], ["a", "b", "b", "b"]
     assert macro_f1(predictions, golds) == pytest.approx((2 / 3 + 1 / 2) / 2)  # a: P 1/2, R 1; b: P 1, R 1/3; c not gold
     assert evaluate.accuracy(predictions, golds) == 0.5
+
+
+def shots(*labels: str, options=("a", "b", "c")) -> list[dict]:
+    return [{"task": "t", "input": f"x{i}", "output": label, "options": list(options)} for i, label in enumerate(labels)]
+
+
+def test_majority_by_hand():
+    queries = shots("a", "a")
+    assert majority(shots("b", "a", "b"), queries) == ["b", "b"]
+    assert majority(shots("c", "a", "a", "c"), queries) == ["c", "c"]  # equally frequent: the one seen first
+    # multiple choice: the labels are no option of the query; position 1 was right twice, position 0 once
+    demos = [*shots("q", options="pq"), *shots("s", options="rs"), *shots("t", options="tu")]
+    assert majority(demos, shots("a", options="abc")) == ["b"] and majority(demos[2:], shots("a", options="abc")) == ["a"]
+    far = shots("z", options="wxyz")  # position 3 of a query with two options: its last
+    assert majority(far, shots("a", options="ab")) == ["b"]
+    assert majority(demos, shots("a", options="qa")) == ["q"]  # the most frequent label, where the query has it
 
 
 # Prediction
@@ -80,6 +97,23 @@ def test_packed_queries_are_answered_like_single_ones(tiny, files, monkeypatch, 
     assert {1: len(sizes) == len(queries), 60: max(sizes) <= 60 and 1 < len(sizes) < 24, 100_000: len(sizes) == 1}[pass_tokens]
     encoded = [tiny.encoder.scoring_query(q, first=prefix.state is None) for q in queries]
     assert sum(sizes) == sum(len(x) + sum(map(len, options)) for x, options in encoded)
+
+
+@pytest.mark.parametrize("method", ["icl", "icl_budget", "mend"])
+@pytest.mark.parametrize("set_tokens", [1, 700, 100_000])
+def test_a_demonstration_set_for_each_query_is_read_like_that_set_alone(tiny, files, monkeypatch, method, set_tokens):
+    rng = random.Random(4)
+    queries = [q | {"options": q["options"][:2 + i % 2]} for i, q in enumerate(files["test"])]
+    sets = [rng.sample(files["train"], rng.randint(1, 12)) for _ in queries]
+    alone = [predict(tiny.llm, one_prefix(method, demos, 200, tiny.llm, tiny.distiller, tiny.encoder, tiny.args), tiny.encoder, [q])[0]
+             for demos, q in zip(sets, queries, strict=True)]
+    sizes, score = [], evaluate.score_options
+    monkeypatch.setattr(evaluate, "score_options", lambda llm, prefix, batch: (
+        sizes.append(len(batch["query_mask"])), score(llm, prefix, batch))[1])
+    monkeypatch.setattr(evaluate, "SET_TOKENS", set_tokens)
+    assert predict_each(method, sets, 200, tiny.llm, tiny.distiller, tiny.encoder, queries, tiny.args) == alone
+    assert len(set(alone)) > 1 and sum(sizes) == 24
+    assert {1: len(sizes) == 24, 700: 24 > len(sizes) > 1, 100_000: len(sizes) == 1}[set_tokens]
 
 
 def test_what_each_method_puts_before_the_query(tiny, files):
@@ -161,11 +195,15 @@ def test_dev_figures_are_taken_without_dropout(gpt2, tasks_dir):
 @pytest.fixture(scope="module")
 def checkpoint(llama, tmp_path_factory) -> Path:
     """A run folder as training leaves it, of an untrained distiller with l = 4."""
+    return write_run(tmp_path_factory.mktemp("runs") / "finetune-tiny", llama)
+
+
+def write_run(folder: Path, llama: Path, distiller: str = "layers:2", **stages) -> Path:
     llm = load_llm(str(llama), CPU, torch.float32)
-    distiller = build_distiller("layers:2", llm, 4, "matched", 0)
-    args = SimpleNamespace(distiller="layers:2", distill_len=4, output_scale="matched", template="space")
-    folder = tmp_path_factory.mktemp("runs") / "finetune-tiny"
-    common.save_checkpoint(folder / "best.safetensors", distiller, {"model": distiller_config(distiller, llm, args)})
+    module = build_distiller(distiller, llm, 4, "matched", 0)
+    args = SimpleNamespace(distiller=distiller, distill_len=4, output_scale="matched", template="space")
+    state = {"model": distiller_config(module, llm, args), "trained_on": stages}
+    common.save_checkpoint(folder / "best.safetensors", module, state)
     return folder
 
 
@@ -287,10 +325,172 @@ def test_summary_against_a_count_by_hand(seed):
         assert table["average"][m] == pytest.approx((np.mean(averages), spread(averages)))
 
 
+# Retrieved and perturbed demonstrations, vectors of other methods
+
+
+def read_by(monkeypatch) -> tuple[list[list[int]], list[list[int]]]:
+    """The demonstration tokens, row by row, that the LLM and the distiller are given from now on."""
+    by_llm, by_distiller, prefix, load = [], [], evaluate.demo_prefix, evaluate.load_distiller
+
+    def record(seen, ids, mask):
+        seen += [row[m].tolist() for row, m in zip(ids, mask, strict=True)]
+
+    def load_and_watch(path, llm):
+        distiller, state = load(path, llm)
+        distiller.register_forward_pre_hook(lambda module, batch: record(by_distiller, *batch))
+        return distiller, state
+    monkeypatch.setattr(evaluate, "demo_prefix", lambda llm, ids, mask, bos: (
+        record(by_llm, ids, mask), prefix(llm, ids, mask, bos))[1])
+    monkeypatch.setattr(evaluate, "load_distiller", load_and_watch)
+    return by_llm, by_distiller
+
+
+def assembled(tokenizer: Tokenizer, template: str, demos: list[dict]) -> list[int]:
+    """[x_1 y_1 x_2 y_2 ...] by the template, from the parts that each demonstration still has."""
+    before_answer, between = TEMPLATES[template]
+    ids, separator = [], ""
+    for e in demos:
+        ids += tokenizer.reference(separator + (e["input"] or e["output"]))
+        ids += tokenizer.reference(before_answer + e["output"]) if e["input"] and e["output"] else []
+        separator = between
+    return ids
+
+
+@pytest.mark.parametrize("kind", PERTURBATIONS)
+@pytest.mark.parametrize("template", ["space", "newline"])
+def test_llm_and_distiller_read_the_same_perturbed_demonstrations(argv, tmp_path, llama, tasks_dir, monkeypatch, kind, template):
+    by_llm, by_distiller = read_by(monkeypatch)
+    evaluate.main([*argv, "--methods", "icl", "mend", "icl_budget", "--perturb", kind, "--template", template, "--only", "emo"])
+    tokenizer, expected = Tokenizer(str(llama)), []
+    for seed in (13, 42):
+        clean = load_tasks(str(tasks_dir), "class_to_class").files("emo", seed)["train"][:4]
+        spoiled = perturb(clean, kind, seed)
+        golds, shown = {e["input"]: e["output"] for e in clean}, {e["input"]: e["output"] for e in spoiled}
+        assert {"no_label": set(shown.values()) == {""}, "no_input": [e["output"] for e in spoiled] == [e["output"] for e in clean],
+                "random_label": shown.keys() == golds.keys(), "wrong_label": all(shown[x] != golds.get(x) for x in shown)}[kind]
+        expected.append(assembled(tokenizer, template, spoiled))
+    assert by_distiller == expected and by_llm[::2] == expected  # by_llm: icl and icl_budget in turn
+    for ids in by_llm[1::2]:  # at most l = 4 tokens: where an example is cut, its label is the perturbed one
+        assert len(ids) <= 4
+    records = lines(tmp_path / "results.jsonl")
+    assert {(r["perturbation"], r["retrieval"], r["template"]) for r in records} == {(kind, None, template)}
+
+
+def test_a_cut_example_keeps_its_perturbed_label(argv, llama, tasks_dir, monkeypatch):
+    by_llm, _ = read_by(monkeypatch)
+    evaluate.main([*argv, "--methods", "icl_budget", "--perturb", "wrong_label", "--only", "emo"])
+    encoder = Encoder(Tokenizer(str(llama)), "space", 900)
+    for seed, ids in zip((13, 42), by_llm, strict=True):
+        clean = load_tasks(str(tasks_dir), "class_to_class").files("emo", seed)["train"][:4]
+        shortest = min(range(4), key=lambda i: len(encoder.demonstration(perturb(clean, "wrong_label", seed)[i], True)))
+        wrong = perturb(clean, "wrong_label", seed)[shortest]["output"]
+        assert wrong != clean[shortest]["output"] and ids[-len(encoder.answer(wrong)):] == encoder.answer(wrong)[:4]
+
+
+def test_tasks_without_options_are_left_out_where_labels_are_changed(argv, tasks_dir, tmp_path, capsys):
+    shutil.copytree(tasks_dir, tmp_path / "tasks")
+    path = tmp_path / "tasks" / "emo" / "emo_16_42_train.jsonl"  # of one seed only: then the task is left out for all
+    path.write_text("".join(json.dumps(e | {"options": []}) + "\n" for e in lines(path)))
+    argv = [*argv, "--tasks", str(tmp_path / "tasks"), "--methods", "icl", "--perturb"]
+    for kind in ("random_label", "wrong_label"):
+        assert evaluate.main([*argv, kind])["tasks"] == 1
+        assert f"note: --perturb {kind} means nothing without at least two options; left out: emo\n" in capsys.readouterr().out
+    assert {r["task"] for r in lines(tmp_path / "results.jsonl")} == {"ag_news"}
+    assert evaluate.main([*argv, "no_label"])["tasks"] == 2
+    with pytest.raises(UserError, match="no task has options in its demonstrations"):
+        evaluate.main([*argv, "wrong_label", "--only", "emo"])
+
+
+@pytest.mark.parametrize("method", ["icl", "mend"])
+def test_each_query_is_read_behind_its_own_retrieved_demonstrations(argv, tmp_path, llama, tasks_dir, monkeypatch, method):
+    by_llm, by_distiller = read_by(monkeypatch)
+    evaluate.main([*argv, "--methods", method, "--retrieve", "bm25", "--only", "emo", "--seeds", "13"])
+    tasks = load_tasks(str(tasks_dir), "class_to_class")
+    pool, queries = tasks.retrieval_pool("emo", 13), tasks.files("emo", 13)["test"][:8]
+    rows = bm25_neighbours([e["input"] for e in pool], [q["input"] for q in queries], 4)
+    expected = [assembled(Tokenizer(str(llama)), "space", [pool[i] for i in row]) for row in rows]
+    assert sorted(by_llm if method == "icl" else by_distiller) == sorted(expected) and len(set(map(tuple, expected))) == 8
+    record, = lines(tmp_path / "results.jsonl")
+    assert (record["retrieval"], record["perturbation"]) == ("bm25", None)
+    assert record["data_hash"] == tasks.data_hash("emo", 13, retrieval=True) != tasks.data_hash("emo", 13)
+
+
+def test_dense_retrieval_takes_the_llm_or_a_named_encoder(argv, tmp_path, gpt2, monkeypatch):
+    argv = [*argv, "--methods", "icl", "--retrieve", "dense", "--only", "emo", "--seeds", "13"]
+    by_llm, _ = read_by(monkeypatch)
+    evaluate.main(argv)
+    evaluate.main([*argv, "--dense-model", str(gpt2)])
+    assert [r["retrieval"] for r in lines(tmp_path / "results.jsonl")] == ["dense", f"dense:{gpt2.name}"]
+    assert len(by_llm) == 16 and sorted(by_llm[:8]) != sorted(by_llm[8:])
+
+
+def test_what_needs_no_demonstrations_is_scored_once_and_recorded_for_every_seed(argv, tasks_dir, tmp_path, llama, monkeypatch):
+    shutil.copytree(tasks_dir, tmp_path / "tasks")
+    shutil.copy(tasks_dir / "emo" / "emo_16_13_test.jsonl", tmp_path / "tasks" / "emo" / "emo_16_42_test.jsonl")
+    evaluate_one, calls = evaluate.evaluate_one, []
+    monkeypatch.setattr(evaluate, "evaluate_one", lambda *a: calls.append(a[5:8]) or evaluate_one(*a))
+    free = write_run(tmp_path / "free", llama, "free", finetune={"tasks": "metaicl", "split": "class_to_class", "lam": 0.0})
+    evaluate.main([*argv, "--tasks", str(tmp_path / "tasks"), "--methods", "zero_shot", "icl", "prompt_tuning", "--checkpoint", str(free)])
+    records = lines(tmp_path / "results.jsonl")
+    for method in ("zero_shot", "prompt_tuning"):
+        # the test questions of ag_news differ from seed to seed, so there each seed is scored
+        assert sorted(c[:2] for c in calls if c[2] == method) == [("ag_news", 13), ("ag_news", 42), ("emo", 13)]
+        both = [{k: v for k, v in r.items() if k not in ("seed", "data_hash")}
+                for r in records if (r["method"], r["task"]) == (method, "emo")]
+        assert len(both) == 2 and both[0] == both[1]
+    assert sum(c[2] == "icl" for c in calls) == 4 and len(records) == 12
+
+
+def test_records_carry_what_a_checkpoint_was_trained_on(argv, tmp_path, llama):
+    stages = {"pretrain": {"objective": "kl", "beta": 0.8}, "finetune": {"tasks": "metaicl", "split": "class_to_class", "lam": 0.1}}
+    run = write_run(tmp_path / "run", llama, **stages)
+    evaluate.main([*argv, "--checkpoint", str(run), "--methods", "icl", "mend", "majority", "--only", "emo", "--seeds", "13"])
+    trained_on = {r["method"]: r["trained_on"] for r in lines(tmp_path / "results.jsonl")}
+    assert trained_on == {"icl": None, "majority": None, "mend": stages}
+
+
+KL, CLM, UNSEEN = {"objective": "kl"}, {"objective": "clm"}, {"tasks": "metaicl", "split": "class_to_class"}
+
+
+@pytest.mark.parametrize("method, distiller, stages, message", [
+    ("prompt_tuning", "layers:2", {}, "holds a distiller, which --methods prompt_tuning has none of"),
+    ("mend", "free", {}, "holds free vectors .*evaluate it with --methods prompt_tuning"),
+    ("hypertuning", "free", {}, "holds free vectors .*evaluate it with --methods prompt_tuning"),
+    ("hypertuning", "layers:2", {"pretrain": KL, "finetune": UNSEEN | {"lam": 0.0}}, "was trained with L_distill"),
+    ("hypertuning", "layers:2", {"pretrain": CLM, "finetune": UNSEEN | {"lam": 0.1}}, "was trained with L_distill"),
+    ("hypertuning", "layers:2", {"pretrain": {"objective": "clm+kl"}}, "was trained with L_distill"),
+    ("hypertuning", "layers:2", {"pretrain": {"corpus": "c4"}}, "was trained with L_distill"),  # before there was a choice
+    ("mend", "layers:2", {"pretrain": CLM, "finetune": UNSEEN | {"lam": 0.0}}, "was trained without L_distill"),
+    ("mend", "layers:2", {"finetune": UNSEEN | {"lam": 0.0}}, "was trained without L_distill"),
+    ("hypertuning", "layers:2", {"pretrain": CLM, "finetune": UNSEEN | {"lam": 0.0}}, None),
+    ("hypertuning", "layers:2", {"finetune": UNSEEN | {"lam": 0.0}}, None), ("mend", "layers:2", {"pretrain": KL}, None),
+    ("mend", "layers:2", {"pretrain": CLM, "finetune": UNSEEN | {"lam": 1.0}}, None),  # Table 4's row CLM
+    ("mend", "layers:2", {"pretrain": KL, "finetune": UNSEEN | {"lam": 0.0}}, None),   # and w/o L_distill
+    ("mend", "layers:2", {"pretrain": {"corpus": "c4"}, "finetune": UNSEEN}, None)])
+def test_a_checkpoint_is_not_taken_for_another_methods(tmp_path, llama, method, distiller, stages, message):
+    state = {"model": {"distiller": distiller}, "trained_on": stages}
+    if message is None:
+        return evaluate.refuse_wrong_method([method], state, "run")
+    with pytest.raises(UserError, match=f"run {message}"):
+        evaluate.refuse_wrong_method([method], state, "run")
+
+
+def test_main_refuses_a_checkpoint_of_another_method(argv):
+    with pytest.raises(UserError, match="holds a distiller, which --methods prompt_tuning has none of"):
+        evaluate.main([*argv, "--methods", "prompt_tuning"])
+
+
 # Errors
 
 
 @pytest.mark.parametrize("change, message", [
+    (["--methods", "icl", "mend", "hypertuning"], "--methods mend hypertuning take a checkpoint each"),
+    (["--methods", "icl", "--retrieve", "bm25", "--perturb", "no_label"], "--retrieve and --perturb exclude each other"),
+    (["--retrieve", "bm25"], "zero_shot has no part in --retrieve and --perturb; leave it out of --methods"),
+    (["--methods", "majority", "prompt_tuning", "--perturb", "no_input"], "majority prompt_tuning has no part in"),
+    (["--dense-model", "x"], "--dense-model needs --retrieve dense"),
+    (["--methods", "icl", "--retrieve", "dense", "--dense-model", "some/name"], "--dense-model some/name would come from"),
+    (["--methods", "icl", "--retrieve", "bm25", "--k", "200"], "has 16 training examples for seed 13, and --k is 200"),
     (["--seeds", "13", "7"], "--seeds 7 is unknown"), (["--only", "agnews"], "--only agnews is no meta-test task.*ag_news"),
     (["--k", "17"], "has 16 training examples for seed 13, and --k is 17"), (["--limit", "-1"], "--limit is -1"),
     (["--context-len", "0"], "--context-len is 0"), (["--checkpoint", "/nowhere"], "no checkpoint at /nowhere"),
