@@ -49,6 +49,7 @@ from model import (
     load_llm,
     max_positions,
     pred_loss,
+    pretrain_loss,
     query_states,
     score_options,
     sum_in_chunks,
@@ -266,6 +267,15 @@ def test_sum_in_chunks_equals_one_sum_in_value_and_gradient(chunk):
 def test_finetune_loss_is_pred_plus_lambda_distill():
     assert finetune_loss(torch.tensor(2.0), torch.tensor(3.0), 0.1).item() == pytest.approx(2.3)
     assert finetune_loss(torch.tensor(2.0), torch.tensor(3.0), 0.0).item() == 2.0
+
+
+def test_finetune_and_pretrain_loss_weigh_their_terms():
+    pred, distill = torch.tensor(3.0, requires_grad=True), torch.tensor(5.0, requires_grad=True)
+    assert finetune_loss(pred, distill, 0.5, 0.0).item() == 2.5 and finetune_loss(pred, distill, 0.0).item() == 3.0
+    loss = pretrain_loss(pred, distill, 0.1)  # L_CLM + gamma L_distill, App. B
+    loss.backward()
+    assert (loss.item(), pred.grad.item(), distill.grad.item()) == pytest.approx((3.5, 1.0, 0.1))
+    assert pretrain_loss(0, distill, 1.0).item() == 5.0 and pretrain_loss(pred, 0, 1.0).item() == 3.0
 
 
 def test_head_logits_equal_the_models_own(llm):
@@ -747,6 +757,43 @@ def test_checkpoint_round_trip_gives_bitwise_equal_vectors(llm, llm_folder, tmp_
                            distiller(batch["demo_ids"], batch["demo_mask"]))
     assert found == json.loads(json.dumps(state))
     assert {n for n, p in again.named_parameters() if p.requires_grad} == {n for n, _ in distiller.named_parameters()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Free vectors (PromptTuning)
+
+
+def test_free_vectors_start_like_placeholders_and_ignore_the_demonstrations(llm):
+    free, batch = build_distiller("free", llm, 6, "matched", 3), collate(training_rows())
+    assert [name for name, _ in free.named_parameters()] == ["vectors"] and free.distill_len == 6
+    assert torch.equal(free.vectors, make_distiller(llm, distill_len=6, seed=3).placeholders)  # both of the LLM's width
+    vectors = free(batch["demo_ids"], batch["demo_mask"])
+    assert vectors.shape == (3, 6, 32) and all(torch.equal(v, free.vectors) for v in vectors)
+    assert torch.equal(free(batch["demo_ids"][:, :0], batch["demo_mask"][:, :0]), vectors)
+    with pytest.raises(ValueError, match="distill_len is 0; at least one vector is needed"):
+        build_distiller("free", llm, 0, "matched", 3)
+
+
+def test_gradient_of_free_vectors_equals_the_plain_one(llm):
+    """Over a whole batch, whose rows share the vectors."""
+    free, rows = build_distiller("free", llm, 4, "matched", 0), training_rows()
+    sum(losses(llm, free, rows)).backward()
+    found = gradients(free)
+    teachers = [plain_embeds(llm, row["demo"]) for row in rows]
+    students = [free.vectors] * len(rows)
+    (plain_pred_loss(llm, rows, students) + plain_distill_loss(llm, rows, students, teachers)).backward()
+    assert_same_gradients(found, gradients(free))
+
+
+def test_free_vectors_come_back_from_a_checkpoint(llm, tmp_path):
+    free = build_distiller("free", llm, 4, "matched", 0)
+    with torch.no_grad():
+        free.vectors.add_(0.5)
+    state = {"model": distiller_config(free, llm, args_for("free", "matched"))}
+    save_checkpoint(tmp_path / "run" / "best.safetensors", free, state)
+    again, found = load_distiller(tmp_path / "run", llm)
+    assert torch.equal(again.vectors, free.vectors) and again.vectors.requires_grad
+    assert found["model"]["backbone"] is None and found["model"]["distiller"] == "free"
 
 
 @pytest.mark.parametrize("changes", [{"n_embd": 16}, {"vocab_size": 421}, {"n_layer": 2}, {"folder": "other"}])

@@ -10,6 +10,7 @@ import torch
 from test_train_pretrain import assert_same, furthest, interrupt_after, log_softmaxes, metrics
 
 import common
+import evaluate
 import train_finetune
 import train_pretrain
 from common import UserError, load_checkpoint, save_checkpoint
@@ -40,7 +41,7 @@ def pretrained(argv, llama):
 
     def write(name: str, val_kl: float, seed: int, distiller: str = "layers:2", distill_len: int = 4,
               output_scale: str = "matched", trained_on=("pretrain",), llm_name: str = llama.name,
-              objective: str = "kl") -> Path:
+              objective: str | None = "kl") -> Path:
         class Flags:
             template = "space"
         Flags.distiller, Flags.distill_len, Flags.output_scale = distiller, distill_len, output_scale
@@ -48,7 +49,7 @@ def pretrained(argv, llama):
         config = distiller_config(module, llm, Flags)
         config["llm"] = config["llm"] | {"name": llm_name}
         state = {"model": config, "figures": {"val_kl": val_kl},
-                 "trained_on": {s: {"run": name, "objective": objective} for s in trained_on}}
+                 "trained_on": {s: {"run": name} | ({"objective": objective} if objective else {}) for s in trained_on}}
         save_checkpoint(common.OUT / name / "best.safetensors", module, state)
         return common.OUT / name
     return write
@@ -138,6 +139,50 @@ def test_finetuning_lowers_the_answer_loss(argv, quick_dev, tmp_path):
     assert np.mean(pred[-5:]) < np.mean(pred[:3]) - 0.5
 
 
+def test_without_lambda_the_teacher_does_not_run(argv, quick_dev, tmp_path, monkeypatch):
+    calls, prefix = [], train_finetune.demo_prefix
+    monkeypatch.setattr(train_finetune, "demo_prefix", lambda *a: calls.append(1) or prefix(*a))
+    counts = {}
+    for lam in ("0", "1"):
+        train_finetune.main([*argv, "--lam", lam, "--out-dir", str(tmp_path / lam)])
+        counts[lam] = len(calls)
+    assert counts == {"0": 0, "1": 8}  # four steps of two micro-batches
+
+
+PROMPT_TUNING = ["--distiller", "free", "--lam", "0"]
+
+
+def test_prompt_tuning_lowers_the_answer_loss(argv, tmp_path):
+    """End to end: trained, evaluated on dev data, and read back by evaluate.py's method."""
+    argv = [*argv, *PROMPT_TUNING, "--steps", "40", "--lr", "3e-2", "--batch-size", "4", "--grad-accum", "1", "--eval-every", "40"]
+    train_finetune.main([*argv, "--out-dir", str(tmp_path / "run")])
+    pred = list(metrics(tmp_path / "run", "pred").values())
+    assert np.mean(pred[-5:]) < np.mean(pred[:3]) - 0.5 and not metrics(tmp_path / "run", "kl")
+    tensors, state = load_checkpoint(tmp_path / "run")
+    assert [(name, t.shape) for name, t in tensors.items()] == [("distiller.vectors", (4, 32))]
+    assert state["trained_on"] == {"finetune": FINETUNED | {"lam": 0.0}}
+    assert state["best"] == metrics(tmp_path / "run", "val_pred")[40]
+    flags = [flag for flag in argv if flag not in ("--init-from", "none")]
+    flags = flags[:flags.index("--batch-size")]
+    final = evaluate.main([*flags, "--methods", "prompt_tuning", "--checkpoint", str(tmp_path / "run"), "--limit", "8", "--k", "4",
+                           "--out", str(tmp_path / "results.jsonl")])
+    assert final["headline"]["prompt_tuning"]["mean"] > 0
+
+
+def test_an_interrupted_prompt_tuning_run_equals_one_that_was_not(argv, tmp_path, monkeypatch):
+    argv = [*argv, *PROMPT_TUNING, "--save-every", "1"]
+    train_finetune.main([*argv, "--out-dir", str(tmp_path / "whole")])
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 3)
+        with pytest.raises(KeyboardInterrupt):
+            train_finetune.main([*argv, "--out-dir", str(tmp_path / "cut")])
+    train_finetune.main([*argv, "--out-dir", str(tmp_path / "cut"), "--resume"])
+    whole, cut = (load_checkpoint(tmp_path / name / "last.safetensors") for name in ("whole", "cut"))
+    assert whole[0].keys() == cut[0].keys() and len(whole[0]) == 4  # the vectors and Adam's two moments and step
+    assert all(torch.equal(cut[0][name], t) for name, t in whole[0].items())
+    assert {**whole[1], "flags": 0} == {**cut[1], "flags": 0}
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2"])  # gpt2 has dropout, which must be drawn again alike
 def test_a_run_that_was_interrupted_equals_one_that_was_not(argv, request, tmp_path, monkeypatch, family):
     argv = [*argv, "--llm", str(request.getfixturevalue(family)), "--save-every", "1"]
@@ -220,13 +265,15 @@ def assert_starts_from(folder: Path, weights: dict) -> None:
 
 def test_default_start_is_the_best_fitting_pretraining_run(argv, tmp_path, monkeypatch, capsys, pretrained):
     pretrained("a", 0.5, seed=1)
-    best = pretrained("b", 0.3, seed=2)
+    best = pretrained("b", 0.3, seed=2, objective=None)  # of before there was a choice
     pretrained("c", 0.4, seed=3)
     pretrained("other-length", 0.1, seed=4, distill_len=5)
     pretrained("other-depth", 0.1, seed=5, distiller="layers:1")
     pretrained("other-scale", 0.1, seed=6, output_scale="plain")
     pretrained("other-llm", 0.1, seed=7, llm_name="another")
     pretrained("finetuned", 0.1, seed=8, trained_on=("pretrain", "finetune"))
+    pretrained("clm", 0.1, seed=9, objective="clm")
+    pretrained("both", 0.1, seed=10, objective="clm+kl")
     weights, out = start_of([flag for flag in argv if flag not in ("--init-from", "none")], tmp_path, monkeypatch, capsys)
     assert_starts_from(best, weights)
     assert f"starting from the pretraining checkpoint {best / 'best.safetensors'}" in out
@@ -306,6 +353,9 @@ def test_flag_faults_come_together(argv):
 
 @pytest.mark.parametrize("change, message", [
     (["--k", "59"], "task .* has [0-9]+ different examples, and --k 59 with --queries-per-demo 2 needs 61"),
+    (["--lam", "0", "--pred-weight", "0"], "--lam and --pred-weight are both 0, so there is no loss"),
+    (["--pred-weight", "-1"], "--pred-weight is -1.0"), (["--distiller", "free"], "add --init-from none --lam 0"),
+    (["--distiller", "free", "--lam", "0", "--init-from", "/nowhere"], "add --init-from none --lam 0"),
     (["--init-from", "/nowhere"], "no checkpoint at /nowhere"), (["--split", "qa_to_qa"], "of qa_to_qa"),
     (["--tasks", "/nowhere"], "--tasks /nowhere"), (["--distiller", "layers:x"], "whole number N")])
 def test_user_errors_come_before_the_first_step(argv, monkeypatch, change, message):

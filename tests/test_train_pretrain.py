@@ -124,6 +124,57 @@ def test_the_first_step_is_eq_3_on_the_whole_step(argv, quick_dev, tmp_path, lla
     assert metrics(tmp_path / "run", "tokens")[1] == n
 
 
+def tokens_of(query: tuple[list[int], list[list[int]]]) -> list[int]:
+    """All tokens of a query with at most one answer."""
+    return [*query[0], *itertools.chain(*query[1])]
+
+
+@pytest.mark.parametrize("objective, gamma", [("clm", 1.0), ("clm+kl", 0.25)])
+def test_the_first_step_of_the_other_objectives(argv, quick_dev, tmp_path, llama, corpus_dir, objective, gamma):
+    """CLM, and L_CLM + gamma L_distill (App. B): from one window at a time, full logits and autograd."""
+    train_pretrain.main([*argv, "--steps", "1", "--objective", objective, "--gamma", str(gamma), "--out-dir", str(tmp_path / "run")])
+    llm = load_llm(str(llama), CPU, torch.float32)
+    distiller = build_distiller("layers:2", llm, 4, "matched", 100)
+    clm, kl, n = 0, 0, 0
+    for row in Corpus([str(corpus_dir)], Tokenizer(str(llama)), 96, 64).training_rows(100, 0, 4, 0.8):
+        demo, x = torch.tensor([row["demo"]]), tokens_of(row["queries"][0])
+        student = log_softmaxes(llm, distiller(demo, torch.ones_like(demo, dtype=torch.bool)), x)
+        teacher = log_softmaxes(llm, llm.get_input_embeddings()(demo), x).detach()
+        clm = clm - student[range(len(x)), x].sum()
+        kl = kl + (teacher.exp() * (teacher - student)).sum()
+        n += len(x)
+    (clm / n + (gamma * kl / n if objective == "clm+kl" else 0)).backward()
+    norm = torch.stack([p.grad.norm() for p in distiller.parameters() if p.grad is not None]).norm().item()
+    expected = {"clm": clm.item() / n, "grad_norm": norm} | ({"kl": kl.item() / n} if objective == "clm+kl" else {})
+    assert {key: metrics(tmp_path / "run", key)[1] for key in expected} == pytest.approx(expected, rel=1e-3)
+    assert metrics(tmp_path / "run", "kl").keys() == ({1} if objective == "clm+kl" else set())
+    state = load_checkpoint(tmp_path / "run" / "last.safetensors", weights=False)[1]
+    assert (state["trained_on"]["pretrain"]["objective"], state["trained_on"]["pretrain"]["gamma"]) == (objective, gamma)
+
+
+@pytest.mark.parametrize("objective, passes", [("kl", 8), ("clm", 0), ("clm+kl", 8)])
+def test_clm_does_not_run_the_teacher(argv, quick_dev, tmp_path, monkeypatch, objective, passes):
+    calls, prefix = [], train_pretrain.demo_prefix
+    monkeypatch.setattr(train_pretrain, "demo_prefix", lambda *a: calls.append(1) or prefix(*a))
+    monkeypatch.setattr(train_pretrain, "evaluate_kl", lambda *_: {"val_kl": 1.0, "val_kl_no_context": 1.0, "val_kl_last_l": 1.0,
+                                                                   "recovered": 0.0})
+    train_pretrain.main([*argv, "--objective", objective, "--out-dir", str(tmp_path / "run")])
+    assert len(calls) == passes  # four steps of two micro-batches
+
+
+@pytest.mark.parametrize("objective, best", [("kl", 1), ("clm", 2), ("clm+kl", 3)])
+def test_early_stopping_looks_at_the_objective(argv, tmp_path, monkeypatch, objective, best):
+    feed = iter([(1.0, 9.0), (5.0, 2.0), (2.0, 2.5), (3.0, 4.0)])  # KL, CLM; with gamma 0.5 CLM + KL / 2 is 9.5, 4.5, 3.5, 5.5
+    monkeypatch.setattr(train_pretrain, "dev_figures", lambda *_: dict(zip(("val_kl", "val_clm"), next(feed), strict=True)))
+    gamma = ["--gamma", "0.5"] if objective == "clm+kl" else []
+    argv = [*argv, "--eval-every", "1", "--objective", objective, *gamma, "--out-dir", str(tmp_path / "run")]
+    train_pretrain.main(argv)
+    state = load_checkpoint(tmp_path / "run" / "best.safetensors", weights=False)[1]
+    assert (state["step"], state["best"]) == (best, {"kl": 1.0, "clm": 2.0, "clm+kl": 3.5}[objective])
+    with pytest.raises(UserError, match="--resume: .* is of .*give the flags of that run"):
+        train_pretrain.main([*argv, "--objective", "clm+kl", "--gamma", "0.25", "--resume"])
+
+
 def test_held_out_kl_and_its_references_against_one_window_at_a_time(argv, quick_dev, tmp_path, llama, corpus_dir):
     final = train_pretrain.main([*argv, "--steps", "1", "--eval-docs", "5", "--min-doc-len", "8", "--out-dir", str(tmp_path / "run")])
     llm = load_llm(str(llama), CPU, torch.float32)
@@ -299,6 +350,9 @@ def test_flag_faults_come_together(argv):
 
 
 @pytest.mark.parametrize("change, message", [
+    (["--distiller", "free"], "--distiller free reads no text, so there is nothing to pretrain"),
+    (["--gamma", "2"], "--gamma only has a meaning with --objective clm.kl"),
+    (["--gamma", "0", "--objective", "clm+kl"], "--gamma is 0.0; give a positive number"),
     (["--eval-docs", "0"], "--eval-docs"), (["--context-len", "0"], "--context-len"),
     (["--distiller", "layers:9"], "give layers:1 to layers:3"), (["--corpus", "/nowhere"], "--corpus /nowhere"),
     (["--min-doc-len", "5000"], "0 of 60 documents"), (["--tasks", "/nowhere"], "--tasks /nowhere")])
