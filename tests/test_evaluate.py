@@ -404,8 +404,12 @@ def test_tasks_without_options_are_left_out_where_labels_are_changed(argv, tasks
 @pytest.mark.parametrize("method", ["icl", "mend"])
 def test_each_query_is_read_behind_its_own_retrieved_demonstrations(argv, tmp_path, llama, tasks_dir, monkeypatch, method):
     by_llm, by_distiller = read_by(monkeypatch)
-    evaluate.main([*argv, "--methods", method, "--retrieve", "bm25", "--only", "emo", "--seeds", "13"])
-    tasks = load_tasks(str(tasks_dir), "class_to_class")
+    shutil.copytree(tasks_dir, tmp_path / "tasks")
+    emo = tmp_path / "tasks" / "emo"  # among other seeds' training examples are this seed's test questions
+    shutil.copy(emo / "emo_16_13_test.jsonl", emo / "emo_16_42_train.jsonl")
+    evaluate.main([*argv, "--tasks", str(tmp_path / "tasks"), "--methods", method, "--retrieve", "bm25", "--only", "emo",
+                   "--seeds", "13"])
+    tasks = load_tasks(str(tmp_path / "tasks"), "class_to_class")
     pool, queries = tasks.retrieval_pool("emo", 13), tasks.files("emo", 13)["test"][:8]
     rows = bm25_neighbours([e["input"] for e in pool], [q["input"] for q in queries], 4)
     expected = [assembled(Tokenizer(str(llama)), "space", [pool[i] for i in row]) for row in rows]
