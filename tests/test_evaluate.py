@@ -470,7 +470,7 @@ KL, CLM, UNSEEN = {"objective": "kl"}, {"objective": "clm"}, {"tasks": "metaicl"
     ("hypertuning", "layers:2", {"finetune": UNSEEN | {"lam": 0.0}}, None), ("mend", "layers:2", {"pretrain": KL}, None),
     ("mend", "layers:2", {"pretrain": CLM, "finetune": UNSEEN | {"lam": 1.0}}, None),  # Table 4's row CLM
     ("mend", "layers:2", {"pretrain": KL, "finetune": UNSEEN | {"lam": 0.0}}, None),   # and w/o L_distill
-    ("mend", "layers:2", {"pretrain": {"corpus": "c4"}, "finetune": UNSEEN}, None)])
+    ("mend", "layers:2", {"finetune": UNSEEN}, None), ("mend", "layers:2", {"pretrain": {"corpus": "c4"}}, None)])
 def test_a_checkpoint_is_not_taken_for_another_methods(tmp_path, llama, method, distiller, stages, message):
     state = {"model": {"distiller": distiller}, "trained_on": stages}
     if message is None:
