@@ -27,6 +27,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.transforms import offset_copy
 
 import common
 import method_figure
@@ -122,21 +123,29 @@ def draw_averages(args, panels: list[tuple[str, str, dict]], records: list[dict]
     panels = [panel for panel in panels if any(panel[2]["points"].values())]
     check((panels, f"no point of {args.name} is complete; run runs/{SOURCES[args.name]}.sh to its end"))
     fig = Figure(figsize=(4.2 * len(panels) if len(panels) > 1 else 5.4, 4), layout="constrained")
-    axes = fig.subplots(1, len(panels), squeeze=False)[0]
+    axes = fig.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    methods = [m for m in METHODS if any(data["points"].get(m) for *_, data in panels)]
+    handles = {}
     for letter, ax, (xlabel, scale, data) in zip("ab", axes, panels, strict=False):
-        for method, points in data["points"].items():
-            if points:
-                colour, marker, label = METHODS[method]
-                xs, means, stds = zip(*points, strict=True)
-                ax.errorbar(xs, means, yerr=stds, color=colour, marker=marker, label=label, capsize=3, elinewidth=1.2)
-        ticks = sorted({p[0] for points in data["points"].values() for p in points})
         ax.set_xscale(scale)
+        here = [m for m in methods if data["points"].get(m)]
+        for i, method in enumerate(here):
+            colour, marker, label = METHODS[method]
+            xs, means, stds = zip(*data["points"][method], strict=True)
+            beside = offset_copy(ax.transData, fig, x=4 * i - 2 * (len(here) - 1), units="points")  # so that no error bar hides another
+            handles[label] = ax.errorbar(xs, means, yerr=stds, color=colour, marker=marker, label=label, capsize=3,
+                                         elinewidth=1.2, transform=beside)
+            ax.update_datalim([(x, mean + end) for x, mean, std in data["points"][method] for end in (-std, std)])
+        ax.margins(x=0.08)
+        ticks = sorted({p[0] for points in data["points"].values() for p in points})
         ax.set_xticks(ticks, [f"{t:g}" for t in ticks])
         ax.minorticks_off()
-        ax.set(xlabel=xlabel, ylabel="headline, %" if ax is axes[0] else "")
+        ax.set_xlabel(xlabel)
         ax.set_title(f"({letter})" if len(panels) > 1 else "", loc="left")
         ax.grid(axis="y", color="#DDDDDD", linewidth=0.8)
-        ax.legend()
+    axes[0].set_ylabel("headline, %" if len(handles) > 1 else f"headline of {next(iter(handles))}, %")
+    if len(handles) > 1:
+        fig.legend(handles.values(), handles, loc="outside upper center", ncols=len(handles), columnspacing=1.2)
     n = "; ".join(dict.fromkeys(f"{d['tasks']} tasks × {d['seeds']} seeds, {d['queries']:,} queries a point"
                                 for _, _, d in panels))
     caption(fig, f"{what} {records[0]['llm']}, {args.split}, {n}. Headline: macro-F1 for classification, accuracy "
@@ -153,7 +162,7 @@ def fig4(args) -> tuple[Figure, dict]:
     over_k = averages([r for r in records if r["distill_len"] == l], ("icl", "hypertuning", "mend"), lambda r: r["k"])
     over_l = averages([r for r in records if r["k"] == k], ("prompt_tuning", "hypertuning", "mend"),
                       lambda r: r["distill_len"])
-    return draw_averages(args, [(f"K demonstrations (l = {l})", "log", over_k), (f"l vectors (K = {k})", "log", over_l)],
+    return draw_averages(args, [(f"$K$ demonstrations ($l$ = {l})", "log", over_k), (f"$l$ vectors ($K$ = {k})", "log", over_l)],
                          records, "Fig. 4: the distillation ratio.")
 
 
@@ -168,7 +177,7 @@ def fig6(args) -> tuple[Figure, dict]:
     kl, both = ([r for r in records if trained(r, "pretrain", "objective") == name] for name in ("kl", "clm+kl"))
     over_beta = averages(kl, ("mend",), lambda r: trained(r, "pretrain", "beta"))
     over_gamma = averages(both, ("mend",), lambda r: trained(r, "pretrain", "gamma"))
-    return draw_averages(args, [("β, share of a text that is D", "linear", over_beta),
+    return draw_averages(args, [("β, share of a text that is $D$", "linear", over_beta),
                                 ("γ, weight of $\\mathcal{L}_{\\mathrm{distill}}$ beside CLM", "log", over_gamma)],
                          records, "Fig. 6: after pretraining, no finetuning.")
 
