@@ -2,7 +2,8 @@
 
     python attention.py                                             # the induction score of every head, for Fig. 8
     python attention.py --tasks FOLDER --checkpoint DIR             # and where the top four look, for Fig. 5
-    python figures.py fig5; python figures.py fig8                  # draws both
+    python figures.py fig5                                          # draws the latter
+    python figures.py fig8                                          # draws the former
 
 Writes results/induction.json and results/attention.json.
 """
@@ -37,10 +38,14 @@ def attend(llm, embeds: Tensor, bos_id: int | None, keep: Callable[[Tensor], Ten
             before source, while they exist: no two layers' weights are held at once.
     Returns:
         (layers, ...), what `keep` returned for each layer, fp32, on the CPU.
+    Raises:
+        UserError where the LLM is built in another way.
     """
     embeds, mask = with_bos(llm, embeds, torch.ones(embeds.shape[:2], dtype=torch.bool, device=llm.device), bos_id)
     layers = [m for m in llm.base_model.modules() if type(m).__name__.endswith("Attention")]
-    assert len(layers) == llm.config.num_hidden_layers, f"found {len(layers)} attention modules in {type(llm).__name__}"
+    check((len(layers) == llm.config.num_hidden_layers, (
+        f"{type(llm).__name__} has {len(layers)} modules named ...Attention in {llm.config.num_hidden_layers} layers; this "
+        "needs a decoder-only LLM with one in each, as GPT-2, OPT and Llama have")))
     kept, implementation = [], llm.config._attn_implementation
     hooks = [m.register_forward_hook(lambda module, inputs, out: kept.append(keep(out[1][0].float()).cpu()))
              for m in layers]
@@ -153,7 +158,7 @@ def main(argv: list[str] | None = None) -> dict:
     folder = "$METAICL_DIR" if Path(args.tasks).is_dir() else args.tasks  # a path of this machine would help nobody
     words = [f'"{folder}"' if word == args.tasks else shlex.quote(word) for word in (sys.argv[1:] if argv is None else argv)]
     about = {"llm": Path(args.llm).name, "seed": args.seed, "dtype": args.dtype, "commit": common.commit(),
-             "command": " ".join(["python attention.py", *words])}
+             "command": " ".join(["python", "attention.py", *words])}
     records = {"induction": about | {"sequences": SEQUENCES, "length": COPY_LEN, "heads": heads,
                                      "scores": [[round(s, 4) for s in row] for row in scores.tolist()]}}
     if args.checkpoint:

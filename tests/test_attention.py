@@ -73,6 +73,13 @@ def test_weights_are_those_of_transformers(llm_folder):
     assert not any(m._forward_hooks for m in llm.modules())
 
 
+def test_an_llm_of_another_build_is_refused(llama):
+    llm = load_llm(str(llama), CPU, torch.float32)
+    llm.base_model.layers[1].self_attn = torch.nn.Identity()
+    with pytest.raises(UserError, match="has 2 modules named ...Attention in 3 layers"):
+        attend(llm, torch.zeros(1, 3, 32), None, lambda w: w)
+
+
 def test_bos_stands_first(llama):
     llm = load_llm(str(llama), CPU, torch.float32)
     embed, ids = llm.get_input_embeddings(), torch.tensor([[5, 9, 17]])
@@ -145,20 +152,21 @@ def test_answer_attention_is_the_last_query_tokens(llama, bos_id):
 
 
 @pytest.fixture(scope="module")
-def checkpoint(llama, tmp_path_factory):
-    llm = load_llm(str(llama), CPU, torch.float32)
+def checkpoint(llm_folder, tmp_path_factory):
+    llm = load_llm(str(llm_folder), CPU, torch.float32)
     distiller = build_distiller("layers:2", llm, 24, "matched", 0)
     flags = SimpleNamespace(distiller="layers:2", distill_len=24, output_scale="matched", template="space")
     path = tmp_path_factory.mktemp("run") / "best.safetensors"
     common.save_checkpoint(path, distiller, {"model": distiller_config(distiller, llm, flags), "step": 7,
                                              "trained_on": {"pretrain": {"corpus": "text"}}})
-    return SimpleNamespace(path=path, llm=llm, distiller=distiller.eval())
+    return SimpleNamespace(path=path, llm=llm_folder, distiller=distiller.eval())
 
 
-def test_command(flags, checkpoint, llama, tasks_dir, tmp_path, monkeypatch):
+def test_command(flags, checkpoint, tasks_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(attention, "SEQUENCES", 2)
     monkeypatch.setattr(attention, "COPY_LEN", 30)
-    out = main([*flags, "--checkpoint", str(checkpoint.path), "--task", "emo", "--example", "2", "--out", str(tmp_path)])
+    out = main([*flags, "--llm", str(checkpoint.llm), "--checkpoint", str(checkpoint.path), "--task", "emo", "--example",
+                "2", "--out", str(tmp_path)])
     induction, record = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("induction", "attention"))
     scores = np.array(induction["scores"])
     assert scores.shape == (3, 4) and 0 < scores.min() and scores.max() < 1
@@ -166,12 +174,12 @@ def test_command(flags, checkpoint, llama, tasks_dir, tmp_path, monkeypatch):
     assert induction["heads"] == record["heads"] == order == [[h["layer"], h["head"]] for h in out["heads"]]
     assert '--tasks "$METAICL_DIR"' in induction["command"] and str(tasks_dir) not in induction["command"]
     # the same from the pieces: what stands before the query, read by transformers itself
-    encoder, tokenizer = Encoder(Tokenizer(str(llama)), "space", 900), Tokenizer(str(llama))
+    encoder, tokenizer = Encoder(Tokenizer(str(checkpoint.llm)), "space", 900), Tokenizer(str(checkpoint.llm))
     files = load_tasks(str(tasks_dir), "class_to_class").files("emo", 100)
     demos, query = encoder.demonstrations(files["train"], 900), encoder.query(files["test"][2])
     assert (record["demo_tokens"], record["distill_len"], record["step"]) == (len(demos), 24, 7)
     assert "".join(record["query_tokens"]) == tokenizer.hf.decode(query).replace(" ", "")
-    eager = AutoModelForCausalLM.from_pretrained(llama, attn_implementation="eager").eval()
+    eager = AutoModelForCausalLM.from_pretrained(checkpoint.llm, attn_implementation="eager").eval()
     embed = eager.get_input_embeddings()
     with torch.no_grad():
         vectors = checkpoint.distiller(torch.tensor([demos]), torch.ones(1, len(demos), dtype=torch.bool))
@@ -196,7 +204,8 @@ def test_without_a_checkpoint_only_the_scores(flags, tmp_path, monkeypatch):
 def test_faulty_flags(flags, checkpoint, tmp_path, monkeypatch, more, message):
     monkeypatch.setattr(attention, "COPY_LEN", 30)
     with pytest.raises(UserError, match=message):
-        main([*flags, "--checkpoint", str(checkpoint.path), "--task", "emo", "--out", str(tmp_path), *more])
+        main([*flags, "--llm", str(checkpoint.llm), "--checkpoint", str(checkpoint.path), "--task", "emo", "--out",
+              str(tmp_path), *more])
 
 
 def test_an_llm_with_too_few_positions(gpt2, flags, tmp_path):
