@@ -296,9 +296,10 @@ def draw_run(ax: Axes, share_ax: Axes, run: Path) -> tuple[dict, str]:
     ax.set_title(run.name, loc="left")
     if ax.lines:
         ax.legend()
+    held_out_n = f", {state['flags']['eval_docs']} held-out windows" if pretraining else ""
     return {"training": training, "evaluations": evaluations}, (
         f"{run.name}: {steps[-1]['step']:,} of {state['flags']['steps']:,} steps, one run, training loss averaged over "
-        f"{width} steps, commit {state['commit']}.")
+        f"{width} steps{held_out_n}, commit {state['commit']}.")
 
 
 def curves(args) -> tuple[Figure, dict]:

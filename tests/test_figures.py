@@ -236,7 +236,7 @@ def write_run(folder, trained_on: dict, lines: list[dict]) -> str:
     folder.mkdir()
     write(folder / "metrics.jsonl", lines)
     common.save_checkpoint(folder / "last.safetensors", torch.nn.Linear(1, 1),
-                           {"trained_on": trained_on, "flags": {"steps": 160}, "commit": "abc"})
+                           {"trained_on": trained_on, "flags": {"steps": 160, "eval_docs": 64}, "commit": "abc"})
     return str(folder)
 
 
@@ -268,7 +268,8 @@ def test_curves(tmp_path):
     np.testing.assert_allclose(answer.lines[1].get_ydata(), [3 / 40, 3 / 80])
     np.testing.assert_allclose(headline.lines[0].get_ydata(), [40, 80])
     assert not clm_kl.lines  # its loss is no KL
-    assert "80 of 160 steps" in fig.texts[0].get_text()
+    text = fig.texts[0].get_text().replace("\n", " ")
+    assert text.count("80 of 160 steps") == 3 and text.count("64 held-out windows") == 2
     check_files(main(["curves", *runs, "--out", str(tmp_path)]), tmp_path, "curves")
 
 
