@@ -149,7 +149,8 @@ def draw_averages(args, panels: list[tuple[str, str, dict]], records: list[dict]
     n = "; ".join(dict.fromkeys(f"{d['tasks']} tasks × {d['seeds']} seeds, {d['queries']:,} queries a point"
                                 for _, _, d in panels))
     caption(fig, f"{what} {records[0]['llm']}, {args.split}, {n}. Headline: macro-F1 for classification, accuracy "
-                 f"otherwise; mean over tasks, bars: standard deviation over seeds.\nruns/{SOURCES[args.name]}.sh; "
+                 f"otherwise; mean over tasks, bars: standard deviation over seeds{', methods side by side' * (len(handles) > 1)}."
+                 f"\nruns/{SOURCES[args.name]}.sh; "
                  f"{args.command} · commit {', '.join(sorted({r['commit'] for r in records}))}")
     return fig, {f"{args.name}{letter}" if len(panels) > 1 else args.name: p[2]
                  for letter, p in zip("ab", panels, strict=False)}
