@@ -132,7 +132,8 @@ def draw_averages(args, panels: list[tuple[str, str, dict]], records: list[dict]
         for i, method in enumerate(here):
             colour, marker, label = METHODS[method]
             xs, means, stds = zip(*data["points"][method], strict=True)
-            beside = offset_copy(ax.transData, fig, x=4 * i - 2 * (len(here) - 1), units="points")  # so that no error bar hides another
+            # side by side, so that no error bar hides another
+            beside = offset_copy(ax.transData, fig, x=4 * i - 2 * (len(here) - 1), units="points")
             handles[label] = ax.errorbar(xs, means, yerr=stds, color=colour, marker=marker, label=label, capsize=3,
                                          elinewidth=1.2, transform=beside)
             ax.update_datalim([(x, mean + end) for x, mean, std in data["points"][method] for end in (-std, std)])

@@ -90,8 +90,9 @@ def reading(ax: Axes) -> None:
 
 def stages(ax: Axes) -> None:
     """The lower two panels: what D, x and y are in each stage, and which loss trains the distiller."""
-    for x, title, loss in ((1, "1  Pretraining on text", r"minimise  $\mathcal{L}_{\mathrm{distill}}$"),
-                           (51, "2  Finetuning on tasks", r"minimise  $\mathcal{L}_{\mathrm{pred}} + λ\,\mathcal{L}_{\mathrm{distill}}$")):
+    distill, pred = r"\mathcal{L}_{\mathrm{distill}}", r"\mathcal{L}_{\mathrm{pred}}"
+    for x, title, loss in ((1, "1  Pretraining on text", f"minimise  ${distill}$"),
+                           (51, "2  Finetuning on tasks", f"minimise  ${pred} + λ\\,{distill}$")):
         box(ax, x, 1, 48, 22, face="#F4F4F4", edge="none")
         ax.text(x + 2, 19.6, title, fontsize=15, weight="bold", color=INK, va="center")
         ax.text(x + 2, 4, loss, fontsize=14, color=INK, va="center")
