@@ -1,7 +1,7 @@
 # make demo   set-up, assets, then both training stages and an evaluation on a real pretrained LLM
 # make test   set-up, then the whole suite
 # make setup, make assets   their parts
-# make table2 SCALE=pocket   a table or figure of the paper: table1 table2 table3 table6 table7 fig4 ablations
+# make table2 SCALE=pocket   a table or figure of the paper: table1 table2 table3 table6 table7 fig3 fig4 fig5 ablations
 # A CPU build of torch, where the default would be a GPU build of several GB: make setup PIP_FLAGS="--index-url ..."
 # with the address that PyTorch's own installation page gives for CPU.
 

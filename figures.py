@@ -1,7 +1,7 @@
 """The figures: drawn from results/ as PNG and SVG, each with a caption that says n and the command.
 
     python figures.py method                                        # our own: Figs. 1 and 2 in one
-    python figures.py fig4 --results results/fig4.jsonl             # over K and over l (Sec. 5.1)
+    python figures.py fig4                                          # over K and over l (Sec. 5.1)
     python figures.py fig6                                          # over beta and gamma (App. B)
     python figures.py fig7                                          # over lambda (App. B)
     python figures.py fig5                                          # attention of the induction heads (Sec. 5.3)
@@ -43,7 +43,7 @@ STYLE = {"font.size": 12, "axes.spines.top": False, "axes.spines.right": False, 
          "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.titlesize": 12, "legend.frameon": False,
          "legend.fontsize": 11, "lines.linewidth": 2, "lines.markersize": 7, "mathtext.fontset": "dejavusans",
          "svg.hashsalt": "mend", "savefig.dpi": 200}
-SOURCES = {"fig4": "fig4", "fig6": "ablations", "fig7": "ablations"}  # results/NAME.jsonl, filled by runs/NAME.sh
+SOURCES = {"fig4": "fig4", "fig6": "ablations", "fig7": "ablations"}  # runs/NAME.sh makes their results
 
 
 def caption(fig: Figure, text: str) -> None:
@@ -71,13 +71,12 @@ def read_lines(path: Path) -> list[dict]:
 
 def load_records(args: argparse.Namespace) -> list[dict]:
     """The records of evaluate.py of one split, with MetaICL's own demonstrations, unperturbed."""
-    source = SOURCES[args.name]
-    paths = [Path(p) for p in args.results or [common.ROOT / "results" / f"{source}.jsonl"]]
+    paths = [Path(p) for p in args.results or sorted((common.ROOT / "results").glob(f"{args.name}*.jsonl"))]
     records = [r for path in paths for r in read_lines(path)]
     chosen = [r for r in records if r["split"] == args.split and r["retrieval"] is None and r["perturbation"] is None]
     if not chosen:
-        raise UserError(f"{', '.join(p.name for p in paths)}: {len(records)} records, none of --split {args.split} "
-                        f"without retrieval and perturbation; run runs/{source}.sh, which makes them")
+        raise UserError(f"{', '.join(p.name for p in paths) or 'results/'}: {len(records)} records, none of --split "
+                        f"{args.split} without retrieval and perturbation; run runs/{SOURCES[args.name]}.sh, which makes them")
     return chosen
 
 
@@ -327,8 +326,8 @@ def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=FIGURES, help="which figure")
     parser.add_argument("runs", nargs="*", metavar="RUN_DIR", help="run folders, for curves")
-    parser.add_argument("--results", nargs="+", metavar="FILE", help="what to draw; default: the file under results/ that "
-                        "the figure's script under runs/, or attention.py, writes")
+    parser.add_argument("--results", nargs="+", metavar="FILE", help="what to draw; default: what the figure's script "
+                        "under runs/, or attention.py, wrote to results/")
     parser.add_argument("--split", default="class_to_class", help="task partition of figs. 4, 6 and 7")
     parser.add_argument("--out", default=str(common.ROOT / "results" / "figures"), help="folder of the pictures")
     return parser

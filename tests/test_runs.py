@@ -100,3 +100,11 @@ def test_fig4(scripts):
     assert {(r["method"], r["distill_len"]) for r in results(folder, "fig4b")} == {
         (m, length) for m in ("prompt_tuning", "hypertuning", "mend") for length in (1, 4)}
     assert (folder / "results" / "figures" / "fig4.png").stat().st_size > 5000
+
+
+@pytest.mark.slow
+def test_fig5(scripts):
+    folder = scripts("fig5.sh")
+    assert json.loads((folder / "results" / "attention.json").read_text())["mend"]["prefix"]
+    for name in ("fig5", "fig8"):
+        assert (folder / "results" / "figures" / f"{name}.png").stat().st_size > 5000
