@@ -92,8 +92,9 @@ def add_training_flags(parser: argparse.ArgumentParser, run_name: str) -> None:
     group.add_argument("--warmup", type=float, default=0.05, help="share of the steps with rising learning rate; "
                                                                   "after it, linear decay to zero")
     group.add_argument("--clip", type=float, default=1.0, help="largest gradient norm; 0 = no clipping")
-    group.add_argument("--output-scale", choices=("matched", "plain"), default="matched",
-                       help="matched: a learned scalar brings the vectors to the scale of the LLM's embeddings")
+    group.add_argument("--output-scale", choices=("plain", "matched", "residual"), default="matched",
+                       help="how the vectors start: the distiller's states as they are; brought to the scale of the LLM's "
+                            "embeddings by a learned scalar; or a tenth of that, added to D's last l token embeddings")
     group = parser.add_argument_group("output")
     group.add_argument("--out-dir", help=f"folder of this run; default out/{run_name}")
     group.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out-dir, if any")

@@ -221,9 +221,9 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> dict:
+    if table := get_parser().parse_args(argv).table:
+        return print_paper_table(*table)
     args = parse(get_parser(), argv, PRESETS)
-    if args.table:
-        return print_paper_table(*args.table)
     vector_methods = [m for m in args.methods if m in VECTOR_METHODS]
     blind = [m for m in args.methods if m in (*SEEDLESS, "majority")]
     check(*common.shared_rules(args),

@@ -176,11 +176,13 @@ class Distiller(nn.Module):
         distill_len: l, at least 1.
         llm_width: d. Where d_s differs, Linear + Tanh project d_s -> d.
         output_rms: root mean square that the vectors have at initialisation; None leaves their scale as it is.
+        residual_embed: the LLM's token embedding, to add the last l demonstration tokens' rows to the vectors; None: not.
         seed: of the placeholders' initial ids.
     """
 
     def __init__(self, backbone: PreTrainedModel, embed: nn.Module, distill_len: int, llm_width: int,
-                 own_embedding: bool = True, output_rms: float | None = None, seed: int = 0):
+                 own_embedding: bool = True, output_rms: float | None = None,
+                 residual_embed: nn.Module | None = None, seed: int = 0):
         super().__init__()
         self.backbone = backbone
         backbone.set_input_embeddings(nn.Identity())  # the backbone only ever gets embeddings
@@ -188,6 +190,7 @@ class Distiller(nn.Module):
             self.embed = embed
         else:
             object.__setattr__(self, "embed", embed)  # hidden from parameters() and state_dict()
+        object.__setattr__(self, "residual_embed", None)
         generator = torch.Generator().manual_seed(seed)
         width, vocab = backbone.config.hidden_size, backbone.config.vocab_size
         self.placeholders = nn.Parameter(random_rows(embed, vocab, distill_len, generator))          # (l, d_s)
@@ -203,6 +206,7 @@ class Distiller(nn.Module):
                 probe = torch.randint(0, vocab, (4, 64), generator=generator).to(self.placeholders.device)
                 self.gain.fill_(output_rms / self(probe, torch.ones_like(probe, dtype=torch.bool)).pow(2).mean().sqrt())
             self.train()
+        object.__setattr__(self, "residual_embed", residual_embed)
 
     @property
     def distill_len(self) -> int:
@@ -223,7 +227,15 @@ class Distiller(nn.Module):
         mask = F.pad(demo_mask, (0, self.distill_len), value=True)                                   # (B, T_d + l)
         states = run_backbone(self.backbone, embeds, causal_mask(mask), positions_of(mask)).last_hidden_state
         vectors = self.project(states[:, -self.distill_len:]).float()                                # (B, l, d)
-        return vectors if self.gain is None else vectors * self.gain
+        if self.gain is not None:
+            vectors = vectors * self.gain
+        if self.residual_embed is not None:
+            # DEVIATION: the vectors start next to what the LLM can read already, the last l demonstration tokens, and the
+            # distiller learns what to change in them. From the paper's start, such truncation is out of reach for long.
+            short = max(0, self.distill_len - demo_ids.shape[1])
+            ids, kept = (F.pad(t, (short, 0))[:, -self.distill_len:] for t in (demo_ids, demo_mask))
+            vectors = vectors + self.residual_embed(ids).float() * kept[:, :, None]                  # (B, l, d)
+        return vectors
 
 
 class FreeVectors(nn.Module):
@@ -353,9 +365,12 @@ def build_distiller(spec: str, llm: PreTrainedModel, distill_len: int, output_sc
         if not spec[7:].isdecimal():
             raise UserError(f"--distiller {spec}: expected layers:N with a whole number N, as in layers:6")
         backbone = first_layers(llm, int(spec[7:]))
-    rms = embedding_rms(embed, llm.config.vocab_size) if output_scale == "matched" else None
+    shares = {"plain": None, "matched": 1.0, "residual": 0.1}  # of the LLM's embeddings' scale
+    rms = shares[output_scale] and shares[output_scale] * embedding_rms(embed, llm.config.vocab_size)
     return Distiller(backbone.to(llm.device), backbone.get_input_embeddings() if own else embed, distill_len,
-                     llm.config.hidden_size, own_embedding=own, output_rms=rms, seed=seed).to(llm.device)
+                     llm.config.hidden_size, own_embedding=own, output_rms=rms,
+                     residual_embed=llm.get_input_embeddings() if output_scale == "residual" else None,
+                     seed=seed).to(llm.device)
 
 
 def distiller_config(distiller: Distiller | FreeVectors, llm: PreTrainedModel, args) -> dict:

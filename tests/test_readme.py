@@ -6,13 +6,15 @@ import shlex
 import pytest
 
 import assets
+import attention
 import common
 import data
 import evaluate
+import figures
 import train_finetune
 import train_pretrain
 
-SCRIPTS = {m.__name__: m for m in (assets, data, evaluate, train_finetune, train_pretrain)}
+SCRIPTS = {m.__name__: m for m in (assets, attention, data, evaluate, figures, train_finetune, train_pretrain)}
 PLACES = ["README.md", "results/LOG.md", "Makefile", *(f"{name}.py" for name in SCRIPTS)]
 
 

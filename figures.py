@@ -1,0 +1,353 @@
+"""The figures: drawn from results/ as PNG and SVG, each with a caption that says n and the command.
+
+    python figures.py method                                        # our own: Figs. 1 and 2 in one
+    python figures.py fig4                                          # over K and over l (Sec. 5.1)
+    python figures.py fig6                                          # over beta and gamma (App. B)
+    python figures.py fig7                                          # over lambda (App. B)
+    python figures.py fig5                                          # attention of the induction heads (Sec. 5.3)
+    python figures.py fig8                                          # which heads these are (App. C)
+    python figures.py curves out/pretrain out/finetune              # what training runs logged
+
+Each function that draws returns the figure and the numbers in it. An average is a mean over tasks for each seed, then
+mean and sample standard deviation over seeds; error bars are that deviation.
+"""
+
+import argparse
+import json
+import shlex
+import sys
+import textwrap
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.transforms import offset_copy
+
+import common
+import method_figure
+from common import UserError, check, finish, run_main
+from evaluate import summarise
+
+# Okabe and Ito's palette, which stays distinct for colour-blind readers: colour, marker, label
+METHODS = {"mend": ("#0072B2", "o", "MEND"), "icl": ("#D55E00", "s", "Vanilla ICL"),
+           "hypertuning": ("#009E73", "^", "HyperTuning"), "prompt_tuning": ("#CC79A7", "D", "PromptTuning"),
+           "zero_shot": ("#777777", "v", "no context"), "icl_budget": ("#E69F00", "P", "last $l$ tokens")}
+INK, GREY = "#222222", "#666666"
+STYLE = {"font.size": 12, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": GREY,
+         "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.titlesize": 12, "legend.frameon": False,
+         "legend.fontsize": 11, "lines.linewidth": 2, "lines.markersize": 7, "mathtext.fontset": "dejavusans",
+         "svg.hashsalt": "mend", "savefig.dpi": 200}
+SOURCES = {"fig4": "fig4", "fig6": "ablations", "fig7": "ablations"}  # runs/NAME.sh makes their results
+
+
+def caption(fig: Figure, text: str) -> None:
+    """Write `text` under the plots, in room of its own."""
+    width, height = fig.get_size_inches()
+    lines = [part for line in text.split("\n") for part in textwrap.wrap(line, int(width * 16.6))]
+    room = (len(lines) * 0.15 + 0.16) / height
+    fig.get_layout_engine().set(rect=(0.01, room, 0.98, 0.99 - room))
+    fig.text(0.015, 0.08 / height, "\n".join(lines), fontsize=8, color=GREY, va="bottom", linespacing=1.25)
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The finished lines of a .jsonl file, which a run may still be writing; none where there is no file."""
+    text = path.read_text() if path.exists() else ""
+    try:
+        return [json.loads(line) for line in text[:text.rfind("\n") + 1].splitlines()]
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} holds a line that is no JSON ({error}); expected one JSON object a line") from error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Figs. 4, 6 and 7: the headline over one setting. (Fig. 3, time and memory, belongs here: a function of bench.py's
+# records, and an entry in FIGURES.)
+
+
+def load_records(args: argparse.Namespace) -> list[dict]:
+    """The records of evaluate.py of one split, with MetaICL's own demonstrations, unperturbed."""
+    paths = [Path(p) for p in args.results or sorted((common.ROOT / "results").glob(f"{args.name}*.jsonl"))]
+    records = [r for path in paths for r in read_lines(path)]
+    chosen = [r for r in records if r["split"] == args.split and r["retrieval"] is None and r["perturbation"] is None]
+    if not chosen:
+        raise UserError(f"{', '.join(p.name for p in paths) or 'results/'}: {len(records)} records, none of --split "
+                        f"{args.split} without retrieval and perturbation; run runs/{SOURCES[args.name]}.sh, which makes them")
+    return chosen
+
+
+def most_varied(records: list[dict], hold: str, vary: str):
+    """The value of field `hold` under which field `vary` takes most values (of several such, the largest)."""
+    values = {r[hold] for r in records}
+    return max(values, key=lambda v: (len({r[vary] for r in records if r[hold] == v}), v))
+
+
+def averages(records: list[dict], methods: tuple[str, ...], x: Callable[[dict], float | None]) -> dict:
+    """The points of one panel: {"points": {method: [[x, mean, std], ...]}, "tasks", "seeds", "queries"}, in percent.
+
+    A point that lacks some (task, seed) of the others would average over something else: it is left out, with a note.
+    Raises UserError where records of different settings would be mixed.
+    """
+    groups = defaultdict(list)
+    for r in records:
+        if r["method"] in methods and x(r) is not None:
+            groups[r["method"], x(r)].append(r)
+    used = [r for group in groups.values() for r in group]
+    settings = {f: {r[f] for r in used} for f in ("llm", "tasks", "template", "context_len", "limit", "dtype")}
+    check(*((len(values) <= 1, (f"records with {field} {' and '.join(sorted(map(str, values)))} cannot share a panel; "
+                                "give --results a file with one of them")) for field, values in settings.items()))
+    everything = {(r["task"], r["seed"]) for r in used}
+    data = {"points": {m: [] for m in methods}, "tasks": len({t for t, _ in everything}),
+            "seeds": len({s for _, s in everything}), "queries": 0}
+    for (method, value), group in sorted(groups.items()):
+        here = {(r["task"], r["seed"]) for r in group}
+        check((len(here) == len(group), (f"{method} at {value} has {len(group)} records for {len(here)} (task, seed), of "
+               f"checkpoints {', '.join(sorted({str(r['checkpoint']) for r in group}))}; keep one in --results")))
+        if here == everything:
+            data["points"][method].append([value, *summarise(group, [method])["average"][method]])
+            data["queries"] = sum(r["n"] for r in group)
+        else:
+            print(f"note: {method} at {value} has {len(here)} of {len(everything)} (task, seed): the point is left out")
+    for method in [m for m, points in data["points"].items() if not points]:
+        print(f"note: no complete records of {method}: its line is left out")
+    return data
+
+
+def draw_averages(args, panels: list[tuple[str, str, dict]], records: list[dict], what: str) -> tuple[Figure, dict]:
+    """One panel for each (x label, x scale, averages)."""
+    panels = [panel for panel in panels if any(panel[2]["points"].values())]
+    check((panels, f"no point of {args.name} is complete; run runs/{SOURCES[args.name]}.sh to its end"))
+    fig = Figure(figsize=(4.2 * len(panels) if len(panels) > 1 else 5.4, 4), layout="constrained")
+    axes = fig.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    methods = [m for m in METHODS if any(data["points"].get(m) for *_, data in panels)]
+    handles = {}
+    for letter, ax, (xlabel, scale, data) in zip("ab", axes, panels, strict=False):
+        ax.set_xscale(scale)
+        here = [m for m in methods if data["points"].get(m)]
+        for i, method in enumerate(here):
+            colour, marker, label = METHODS[method]
+            xs, means, stds = zip(*data["points"][method], strict=True)
+            # side by side, so that no error bar hides another
+            beside = offset_copy(ax.transData, fig, x=4 * i - 2 * (len(here) - 1), units="points")
+            handles[label] = ax.errorbar(xs, means, yerr=stds, color=colour, marker=marker, label=label, capsize=3,
+                                         elinewidth=1.2, transform=beside)
+            ax.update_datalim([(x, mean + end) for x, mean, std in data["points"][method] for end in (-std, std)])
+        ax.margins(x=0.08)
+        ticks = sorted({p[0] for points in data["points"].values() for p in points})
+        ax.set_xticks(ticks, [f"{t:g}" for t in ticks])
+        ax.minorticks_off()
+        ax.set_xlabel(xlabel)
+        ax.set_title(f"({letter})" if len(panels) > 1 else "", loc="left")
+        ax.grid(axis="y", color="#DDDDDD", linewidth=0.8)
+    axes[0].set_ylabel("headline, %" if len(handles) > 1 else f"headline of {next(iter(handles))}, %")
+    if len(handles) > 1:
+        fig.legend(handles.values(), handles, loc="outside upper center", ncols=len(handles), columnspacing=1.2)
+    n = "; ".join(dict.fromkeys(f"{d['tasks']} tasks × {d['seeds']} seeds, {d['queries']:,} queries a point"
+                                for _, _, d in panels))
+    caption(fig, f"{what} {records[0]['llm']}, {args.split}, {n}. Headline: macro-F1 for classification, accuracy "
+                 f"otherwise; mean over tasks, bars: standard deviation over seeds{', methods side by side' * (len(handles) > 1)}."
+                 f"\nruns/{SOURCES[args.name]}.sh; "
+                 f"{args.command} · commit {', '.join(sorted({r['commit'] for r in records}))}")
+    return fig, {f"{args.name}{letter}" if len(panels) > 1 else args.name: p[2]
+                 for letter, p in zip("ab", panels, strict=False)}
+
+
+def fig4(args) -> tuple[Figure, dict]:
+    """Fig. 4: (a) over K at one l, (b) over l at one K."""
+    records = load_records(args)
+    l, k = most_varied(records, "distill_len", "k"), most_varied(records, "k", "distill_len")
+    over_k = averages([r for r in records if r["distill_len"] == l], ("icl", "hypertuning", "mend"), lambda r: r["k"])
+    over_l = averages([r for r in records if r["k"] == k], ("prompt_tuning", "hypertuning", "mend"),
+                      lambda r: r["distill_len"])
+    return draw_averages(args, [(f"$K$ demonstrations ($l$ = {l})", "log", over_k), (f"$l$ vectors ($K$ = {k})", "log", over_l)],
+                         records, "Fig. 4: the distillation ratio.")
+
+
+def trained(record: dict, stage: str, field: str):
+    """A field of how the record's checkpoint was trained in a stage; None where it was not."""
+    return ((record.get("trained_on") or {}).get(stage) or {}).get(field)
+
+
+def fig6(args) -> tuple[Figure, dict]:
+    """Fig. 6, straight after pretraining: (a) Eq. (3) over beta, (b) CLM + gamma L_distill over gamma."""
+    records = [r for r in load_records(args) if r["method"] == "mend" and not trained(r, "finetune", "tasks")]
+    kl, both = ([r for r in records if trained(r, "pretrain", "objective") == name] for name in ("kl", "clm+kl"))
+    over_beta = averages(kl, ("mend",), lambda r: trained(r, "pretrain", "beta"))
+    over_gamma = averages(both, ("mend",), lambda r: trained(r, "pretrain", "gamma"))
+    return draw_averages(args, [("β, share of a text that is $D$", "linear", over_beta),
+                                ("γ, weight of $\\mathcal{L}_{\\mathrm{distill}}$ beside CLM", "log", over_gamma)],
+                         records, "Fig. 6: after pretraining, no finetuning.")
+
+
+def fig7(args) -> tuple[Figure, dict]:
+    """Fig. 7: over lambda of Eq. (4), after pretraining with Eq. (3). lambda = 0 has no place on a log axis (Tab. 4)."""
+    records = [r for r in load_records(args) if r["method"] == "mend" and trained(r, "pretrain", "objective") == "kl"
+               and trained(r, "finetune", "pred_weight") and trained(r, "finetune", "lam")]
+    over_lambda = averages(records, ("mend",), lambda r: trained(r, "finetune", "lam"))
+    return draw_averages(args, [("λ, weight of $\\mathcal{L}_{\\mathrm{distill}}$ in finetuning", "log", over_lambda)], records,
+                         "Fig. 7: Eq. (4).")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Figs. 5 and 8: what attention.py measured
+
+
+def load_measured(args: argparse.Namespace, name: str) -> dict:
+    """What attention.py wrote."""
+    path = Path(args.results[0] if args.results else common.ROOT / "results" / f"{name}.json")
+    check((path.exists(), f"{path.name} is not there; run attention.py, which writes it (--checkpoint DIR for Fig. 5)"))
+    return json.loads(path.read_text())
+
+
+def fig8(args) -> tuple[Figure, dict]:
+    """Fig. 8: the induction score of each layer and head, the top four outlined."""
+    record = load_measured(args, "induction")
+    scores = np.array(record["scores"])                                                              # (layers, heads)
+    fig = Figure(figsize=(8, 1.6 + 0.22 * scores.shape[1]), layout="constrained")
+    ax = fig.subplots()
+    image = ax.imshow(scores.T, cmap="Blues", vmin=0, vmax=1, aspect="auto", origin="lower")
+    for layer, head in record["heads"]:
+        ax.add_patch(Rectangle((layer - 0.5, head - 0.5), 1, 1, fill=False, edgecolor="#D55E00", linewidth=2.5))
+    ax.set(xlabel="layer", ylabel="head", xticks=range(0, scores.shape[0], 2), yticks=range(0, scores.shape[1], 2))
+    ax.spines[:].set_visible(True)
+    fig.colorbar(image, ax=ax, label="induction score", pad=0.02)
+    names = ", ".join(f"layer {l} head {h} ({scores[l, h]:.2f})" for l, h in record["heads"])
+    caption(fig, f"Fig. 8: {record['llm']}, mean attention from each token of the second copy of a random sequence to "
+                 f"what followed that token in the first; {record['sequences']} sequences of {record['length']} tokens, "
+                 f"seed {record['seed']}. Outlined: {names}; counted from 0.\n"
+                 f"{record['command']} · commit {record['commit']}")
+    return fig, record
+
+
+def fig5(args) -> tuple[Figure, dict]:
+    """Fig. 5: attention of the top four induction heads from where the answer is predicted, ICL above MEND."""
+    record = load_measured(args, "attention")
+    columns, n = max(len(record[m]["prefix"][0]) for m in ("icl", "mend")), len(record["query_tokens"])
+    fig = Figure(figsize=(8, 5), layout="constrained")
+    axes = fig.subplots(2, 1, sharex=True)
+    for ax, method, what in zip(axes, ("icl", "mend"), (f"{record['demo_tokens']} demonstration tokens",
+                                                         f"{record['distill_len']} vectors"), strict=True):
+        prefix, query = np.array(record[method]["prefix"]), np.array(record[method]["query"])
+        start, (heads, width), (colour, _, label) = columns - prefix.shape[1], prefix.shape, METHODS[method]
+        for part, left, edge, line in ((query, columns + 1, GREY, 1), (prefix, start, colour, 3)):
+            image = ax.imshow(part, cmap="Blues", norm=PowerNorm(0.5, 0, 1), aspect="auto",
+                              extent=(left - 0.5, left + part.shape[1] - 0.5, heads - 0.5, -0.5))
+            ax.add_patch(Rectangle((left - 0.5, -0.5), part.shape[1], heads, fill=False, edgecolor=edge, linewidth=line,
+                                   clip_on=False))
+        ax.set(xlim=(-0.6, columns + n + 0.6), ylim=(heads - 0.4, -0.6), ylabel="layer, head")
+        ax.set_title(f"{label}: {what}, max-pooled to {width}, then the query", loc="left", color=colour)
+        ax.set_yticks(range(heads), [f"{layer}, {head}" for layer, head in record["heads"]])
+        ax.tick_params(length=0)
+        ax.spines[:].set_visible(False)
+    axes[1].set_xticks(range(columns + 1, columns + 1 + n), record["query_tokens"], rotation=90, fontsize=min(11, 330 / n))
+    fig.colorbar(image, ax=axes, label="attention", ticks=[0, 0.05, 0.2, 0.5, 1], pad=0.02)
+    caption(fig, f"Fig. 5: {record['llm']}, attention of the strongest induction heads from the last query token, the "
+                 f"position that predicts the first answer token; outlined in colour, what stands before the query. "
+                 f"{record['task']}, test example {record['example']}, seed {record['seed']}, K = {record['k']}. Checkpoint "
+                 f"{record['checkpoint']}, step {record['step']:,} of {' + '.join(record['trained_on'])}.\n"
+                 f"{record['command']} · commit {record['commit']}")
+    return fig, record
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training curves
+
+
+def running_mean(values: list[float], width: int) -> np.ndarray:
+    """The mean of each value and the up to width - 1 before it."""
+    return np.array([np.mean(values[max(0, i + 1 - width):i + 1]) for i in range(len(values))])
+
+
+def draw_run(ax: Axes, share_ax: Axes, run: Path) -> tuple[dict, str]:
+    """One run: its loss and references, and beside it what the vectors recover (pretraining) or the dev headline.
+
+    Returns what is drawn, {"training": [[step, running mean], ...], "evaluations": records}, and a note.
+    """
+    records = read_lines(run / "metrics.jsonl")
+    steps, evaluations = ([r for r in records if ("val_kl" in r) == wanted] for wanted in (False, True))
+    check((steps, f"{run / 'metrics.jsonl'} has no training step; give the folder of a training run"))
+    _, state = common.load_checkpoint(run, weights=False)
+    pretraining = "finetune" not in state["trained_on"]
+    loss, held_out, share, name, share_name = ("kl", "val_kl", "recovered", "KL, nats a token", "recovered, %") \
+        if pretraining else ("pred", "val_pred", "dev_headline", "answer loss, nats a token", "dev headline, %")
+    width, colour, at = max(1, len(steps) // 40), METHODS["mend"][0], [r["step"] for r in evaluations]
+    training = []  # stays empty where the run minimises something else
+    if loss in steps[0]:
+        means = running_mean([r[loss] for r in steps], width)
+        training = [[r["step"], mean] for r, mean in zip(steps, means, strict=True)]
+        ax.plot(*zip(*training, strict=True), color="#8FBCD8", label="training")
+    if evaluations:
+        ax.plot(at, [r[held_out] for r in evaluations], color=colour, marker="o",
+                label="held out" if pretraining else "dev tasks")
+        share_ax.plot(at, [100 * r[share] for r in evaluations], color=colour, marker="o")
+        for reference, method in (("val_kl_no_context", "zero_shot"), ("val_kl_last_l", "icl_budget")):
+            if reference in evaluations[-1]:
+                c, _, label = METHODS[method]
+                ax.axhline(evaluations[-1][reference], color=c, linestyle="--", label=label)
+    else:
+        share_ax.text(0.5, 0.5, "no evaluation yet", transform=share_ax.transAxes, color=GREY, ha="center")
+        share_ax.set(yticks=[])
+    for axis, label in ((ax, name), (share_ax, share_name)):
+        axis.set(xlabel="step", ylabel=label, xlim=(0, 1.02 * steps[-1]["step"]))
+        axis.grid(axis="y", color="#DDDDDD", linewidth=0.8)
+    ax.set_title(run.name, loc="left")
+    if ax.lines:
+        ax.legend()
+    held_out_n = f", {state['flags']['eval_docs']} held-out windows" if pretraining else ""
+    return {"training": training, "evaluations": evaluations}, (
+        f"{run.name}: {steps[-1]['step']:,} of {state['flags']['steps']:,} steps, one run, training loss averaged over "
+        f"{width} steps{held_out_n}, commit {state['commit']}.")
+
+
+def curves(args) -> tuple[Figure, dict]:
+    """A row of two panels for each run folder."""
+    fig = Figure(figsize=(8.4, 3.1 * len(args.runs) + 0.8), layout="constrained")
+    rows = fig.subplots(len(args.runs), 2, squeeze=False)
+    runs = {Path(run).name: draw_run(*axes, Path(run)) for run, axes in zip(args.runs, rows, strict=True)}
+    caption(fig, " ".join(note for _, note in runs.values()) + f"\n{args.command}")
+    return fig, {name: drawn for name, (drawn, _) in runs.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def method(args) -> tuple[Figure, dict]:
+    return method_figure.draw(), {}
+
+
+FIGURES = {"method": method, "fig4": fig4, "fig5": fig5, "fig6": fig6, "fig7": fig7, "fig8": fig8, "curves": curves}
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=FIGURES, help="which figure")
+    parser.add_argument("runs", nargs="*", metavar="RUN_DIR", help="run folders, for curves")
+    parser.add_argument("--results", nargs="+", metavar="FILE", help="what to draw; default: what the figure's script "
+                        "under runs/, or attention.py, wrote to results/")
+    parser.add_argument("--split", default="class_to_class", help="task partition of figs. 4, 6 and 7")
+    parser.add_argument("--out", default=str(common.ROOT / "results" / "figures"), help="folder of the pictures")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> dict:
+    args = get_parser().parse_args(argv)
+    check((args.split in common.SPLITS, f"--split {args.split} is unknown; {common.did_you_mean(args.split, common.SPLITS)}"),
+          (bool(args.runs) == (args.name == "curves"), (f"{args.name} with run folders {args.runs}: curves needs some, as in "
+           "`python figures.py curves out/pretrain`, and the others take none")))
+    args.command = shlex.join(["python", "figures.py", *(sys.argv[1:] if argv is None else argv)])
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    with matplotlib.rc_context(STYLE):
+        fig, drawn = FIGURES[args.name](args)
+        fig.savefig(out / f"{args.name}.png")
+        fig.savefig(out / f"{args.name}.svg", metadata={"Date": None})  # the same figures make the same file
+    return finish({"figure": args.name, "files": [str(out / f"{args.name}.{kind}") for kind in ("png", "svg")]}
+                  ) | {"drawn": drawn}
+
+
+if __name__ == "__main__":
+    run_main(main)
