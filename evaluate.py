@@ -221,8 +221,10 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> dict:
-    if table := get_parser().parse_args(argv).table:
-        return print_paper_table(*table)
+    asks_for_table = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    asks_for_table.add_argument("--table", nargs="*")
+    if asks_for_table.parse_known_args(argv)[0].table is not None:  # no preset has a part in it, so none is printed
+        return print_paper_table(*get_parser().parse_args(argv).table)
     args = parse(get_parser(), argv, PRESETS)
     vector_methods = [m for m in args.methods if m in VECTOR_METHODS]
     blind = [m for m in args.methods if m in (*SEEDLESS, "majority")]

@@ -257,6 +257,7 @@ def test_table_flag_prints_the_table(tmp_path, capsys):
     path.write_text("".join(json.dumps(record(method=m, headline=h)) + "\n" for m, h in (("icl", 0.25), ("majority", 0.5))))
     final = evaluate.main(["--table", "2", str(path)])
     *table, last = capsys.readouterr().out.splitlines()
+    assert table[0].startswith("| LLM | row |")  # and no word about presets
     assert json.loads(last) == final == {"table": "2", "files": [str(path)]}
     assert "| tiny | majority | **50.00** |" in table and "| tiny | icl | <u>25.00</u> |" in table
 
@@ -267,6 +268,12 @@ def test_table_flag_prints_the_table(tmp_path, capsys):
 def test_table_flag_errors(argv, message):
     with pytest.raises(UserError, match=message):
         evaluate.main(["--table", *argv])
+
+
+def test_table_flag_lets_no_unknown_flag_pass(capsys):
+    with pytest.raises(SystemExit):
+        evaluate.main(["--table", "2", "x", "--limt", "3"])
+    assert "unrecognized arguments: --limt 3" in capsys.readouterr().err
 
 
 def test_methods_of_the_paper_are_known():
