@@ -7,6 +7,7 @@ own LLMs, stand in results/paper.json.
 """
 
 import contextlib
+import hashlib
 import json
 from collections import defaultdict
 from pathlib import Path
@@ -101,7 +102,7 @@ TABLES = {  # number: (what makes a row, what makes a column, rows, columns)
 }
 FIXED = ("tasks", "split", "k", "context_len", "template", "limit")  # one value in a table, unless it makes the columns
 SHOWN = (*FIXED, "distill_len", "dtype", "commit")
-NEEDED = {*SHOWN, "llm", "method", "checkpoint", "trained_on", "retrieval", "perturbation", "task", "seed", "headline", "n"}
+NEEDED = {*SHOWN, "data_hash", "llm", "method", "checkpoint", "trained_on", "retrieval", "perturbation", "task", "seed", "headline", "n"}
 
 Scores = dict[tuple[str, int], tuple[float, int]]  # (task, seed): headline in percent, n
 
@@ -253,6 +254,7 @@ def table_lines(records: list[dict], number: str) -> list[str]:
     settings = json.loads((ROOT / "splits.json").read_text())[records[0]["tasks"]]["settings"]
     n_tasks = {c: len(settings[c if c in settings else records[0]["split"]]["test"]) for c in columns}
     shown = {name: sorted({str(r[name]) for r in records}) for name in SHOWN}
+    shown["data hash"] = [hashlib.sha256(" ".join(sorted({r["data_hash"] for r in records})).encode()).hexdigest()[:12]]
     return [f"| LLM | row | {' | '.join(header)} |", "|" + "---|" * (len(header) + 2), *lines, "",
             "Headline (macro-F1 for classification, accuracy otherwise) in percent, mean ± std over seeds. "
             + " · ".join(f"{name} {', '.join(v)}" for name, v in shown.items()), *notes(cells, summaries, n_tasks)]
