@@ -217,11 +217,15 @@ class Corpus:
         self.train, self.held_out = np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
     def row(self, document: int, beta: float) -> dict:
-        """The first beta of a window as demonstrations D, the rest as query x (Sec. 3.2), for `collate`."""
+        """The first beta of a window as demonstrations D, the rest as x (Sec. 3.2), for `collate`.
+
+        x takes the place of an answer behind an empty query: like an answer it is what the LLM predicts (and what an
+        encoder-decoder writes), from its first token on.
+        """
         start, end = self.spans[document]
         ids = self.tokens[start:end].tolist()
         cut = min(max(1, round(beta * len(ids))), len(ids) - 2)
-        return {"demo": ids[:cut], "queries": [(ids[cut:], [])]}
+        return {"demo": ids[:cut], "queries": [([], [ids[cut:]])]}
 
     def training_rows(self, seed: int, first: int, count: int, beta: float) -> list[dict]:
         """Samples number first, first + 1, ... of an endless pass over shuffled documents: a function of the seed."""

@@ -27,6 +27,7 @@ from model import (
     distill_loss,
     load_distiller,
     load_llm,
+    loss_mask,
     max_positions,
     pred_loss,
     query_states,
@@ -144,7 +145,7 @@ def dev_figures(llm, distiller, tasks: Tasks, encoder: Encoder, args, device) ->
         student_prefix = make_prefix("mend", demos, limit, llm, distiller, encoder, args)
         for batch in passes([encoder.training_query(q) for q in queries], device):
             student, teacher = query_states(llm, student_prefix, batch), query_states(llm, teacher_prefix, batch)
-            mask, answers = batch["query_mask"], batch["query_mask"] & (batch["branch"] > 0)
+            mask, answers = loss_mask(llm, batch), batch["query_mask"] & (batch["branch"] > 0)
             sums["kl"] += distill_loss(llm, student[mask], teacher[mask], 1).item()
             sums["pred"] += pred_loss(llm, student[answers], batch["query_ids"][answers], 1).item()
             sums["tokens"] += int(mask.sum())
@@ -229,7 +230,7 @@ def main(argv: list[str] | None = None) -> dict:
     for name in args.only or []:
         nearest = common.did_you_mean(name, tasks.test)
         check((name in tasks.test, f"--only {name} is no meta-test task of {args.split} here; {nearest}"))
-    llm = load_llm(args.llm, device, common.torch_dtype(args.dtype))
+    llm = load_llm(args.llm, device, common.torch_dtype(args.dtype), args.llm_weights)
     distiller = None
     if args.checkpoint:
         distiller, state = load_distiller(args.checkpoint, llm)
@@ -267,7 +268,8 @@ def evaluate(args, llm, distiller, encoder: Encoder, tasks: Tasks, out: Path) ->
     out.parent.mkdir(parents=True, exist_ok=True)
     setting = {"llm": Path(args.llm).name, "split": args.split, "tasks": tasks.collection, "k": args.k,
                "distill_len": args.distill_len, "context_len": args.context_len, "template": args.template,
-               "retrieval": None, "perturbation": None, "limit": args.limit, "dtype": args.dtype}
+               "retrieval": None, "perturbation": None, "limit": args.limit, "dtype": args.dtype,
+               "llm_weights": args.llm_weights}
     checkpoint = common.checkpoint_id(args.checkpoint) if args.checkpoint else None
     key_fields = ("method", "checkpoint", "task", "seed", "data_hash", *setting)
     done = {tuple(r.get(f) for f in key_fields): r for r in read_results(out)}

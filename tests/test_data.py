@@ -365,8 +365,8 @@ def test_a_window_is_split_at_beta_of_its_own_length(corpus_dir, tokenizer, beta
     assert len(usable) == len(corpus.spans) == len(corpus.train) + len(corpus.held_out)
     for number, ids in enumerate(usable):
         row = corpus.row(number, beta)
-        (x, options), = row["queries"]
-        assert options == [] and row["demo"] + x == ids
+        (query, (x,)), = row["queries"]
+        assert query == [] and row["demo"] + x == ids
         assert abs(len(row["demo"]) - beta * len(ids)) <= 0.5
 
 
