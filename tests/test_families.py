@@ -5,6 +5,7 @@ Sliding windows are shorter than the sequences.
 """
 
 import copy
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +20,9 @@ from plain import (
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
+    BartConfig,
+    BloomConfig,
+    CohereConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
@@ -31,7 +35,7 @@ from transformers import (
     T5Config,
 )
 
-from common import make_optimizer, save_checkpoint
+from common import UserError, make_optimizer, save_checkpoint
 from data import collate
 from model import (
     build_distiller,
@@ -329,3 +333,39 @@ def test_grad_checkpoint_gives_the_same_gradient_from_less_memory(llm, checkpoin
     (expected, much), (found, little) = backward(llm, distiller), backward(checkpointing, distiller)
     assert expected.norm() > 1e-3 and (found - expected).norm() < 1e-6 * expected.norm()
     assert little < 0.7 * much
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading
+
+
+def test_eight_bit_weights_pass_on_nearly_the_same_gradient(llm, folder, family):
+    """bitsandbytes has kernels for the CPU too, so what CUDA runs can be checked where that package is."""
+    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("accelerate")
+    eight_bit = load_llm(str(folder), CPU, torch.bfloat16, "8bit")
+    assert sum(p.dtype == torch.int8 for p in eight_bit.parameters()) > 6
+    distiller = build_distiller("layers:1", llm, 4, "matched", 0).eval()
+    (expected, _), (found, _) = backward(llm, distiller), backward(eight_bit, distiller)
+    assert torch.cosine_similarity(expected, found, dim=0) > 0.98
+    assert all(p.grad is None for p in eight_bit.parameters())
+    with pytest.raises(UserError, match="would copy the LLM's weights, which are in 8 bit; give a sibling"):
+        build_distiller("layers:1", eight_bit, 4, "matched", 0)
+
+
+@pytest.mark.parametrize(("config", "message"), [
+    (BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4), "of type bloom"),  # positions by its own biases
+    (CohereConfig(vocab_size=VOCAB, **ROTARY, logit_scale=0.5), "of type cohere, gives other predictions .*by 100%"),
+    (BartConfig(vocab_size=VOCAB, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4, decoder_attention_heads=4,
+                encoder_ffn_dim=32, decoder_ffn_dim=32), "an encoder-decoder of type bart; of these T5")])
+def test_an_architecture_that_would_be_silently_wrong_is_refused(config, message, tmp_path):
+    (AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM).from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=message):
+        load_llm(str(tmp_path), CPU, torch.float32)
+
+
+def test_t5_in_fp16_is_refused(tmp_path):
+    folder = write_model(tmp_path / "tiny", "t5")
+    with pytest.raises(UserError, match=re.escape("fp16: T5's activations overflow there; give --dtype fp32 or bf16")):
+        load_llm(str(folder), CPU, torch.float16)
+    assert load_llm(str(folder), CPU, torch.float16, "bf16").dtype == torch.bfloat16
