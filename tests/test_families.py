@@ -288,6 +288,20 @@ def test_pretraining_reads_d_and_predicts_x(llm):
     assert loss_mask(llm, collate([row])).sum() == 7
 
 
+def test_an_encoder_with_nothing_to_read_gets_the_end_of_sequence(llm):
+    """The reference 'no context' of pretraining: no prefix, no query. A decoder-only LLM leaves its first token out."""
+    (x, _), = rows()[1]["queries"]
+    batch = collate([{"demo": [], "queries": [([], [x])]}, {"demo": [], "queries": [([], [x[:4]])]},
+                     {"demo": [], "queries": [(x[:3], [x[3:]])]}])  # the last one has something to read
+    with torch.no_grad():
+        states = query_states(llm, demo_prefix(llm, batch["demo_ids"], batch["demo_mask"]), batch)
+        first = 0 if llm.config.is_encoder_decoder else 1
+        empty = [llm.config.eos_token_id] if llm.config.is_encoder_decoder else []
+        for b, y in enumerate((x, x[:4])):
+            expected = own_logits(llm, empty, [], y) if empty else own_logits(llm, [], y[:1], y[1:])
+            close(head_logits(llm, states[b, first:len(y)]), expected)
+
+
 @pytest.mark.parametrize("kind", ["layers", "sibling"])
 def test_a_step_trains_all_of_the_distiller_and_nothing_of_the_llm(llm, kind, family, tmp_path, monkeypatch):
     distiller = make_distiller(llm, kind, family, tmp_path, monkeypatch)
