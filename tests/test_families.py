@@ -292,7 +292,7 @@ def test_an_encoder_with_nothing_to_read_gets_the_end_of_sequence(llm):
     """The reference 'no context' of pretraining: no prefix, no query. A decoder-only LLM leaves its first token out."""
     (x, _), = rows()[1]["queries"]
     batch = collate([{"demo": [], "queries": [([], [x])]}, {"demo": [], "queries": [([], [x[:4]])]},
-                     {"demo": [], "queries": [(x[:3], [x[3:]])]}])  # the last one has something to read
+                     {"demo": x[:2], "queries": [([], [x[3:]])]}])  # the last one has something to read: padding for the others
     with torch.no_grad():
         states = query_states(llm, demo_prefix(llm, batch["demo_ids"], batch["demo_mask"]), batch)
         first = 0 if llm.config.is_encoder_decoder else 1
