@@ -81,6 +81,7 @@ def add_shared_flags(parser: argparse.ArgumentParser) -> None:
                        help="of the LLM and of the distiller's autocast (its weights stay fp32); auto: on CUDA bf16, "
                             "or fp16 where that is missing; on a CPU fp32, but bf16 for training where the CPU "
                             "multiplies it in hardware")
+    # DEVIATION: Table 5 keeps GPT-2 in 8 bit; here it is a choice, so that nothing depends on CUDA or on bitsandbytes.
     group.add_argument("--llm-weights", choices=("fp32", "bf16", "8bit"),
                        help="keep the frozen LLM in this instead of --dtype; 8bit needs CUDA and the packages "
                             "bitsandbytes and accelerate")
@@ -155,7 +156,8 @@ def shared_rules(args: argparse.Namespace) -> list[tuple[bool, str]]:
         (args.llm_weights != "8bit" or (args.device != "cpu" and torch.cuda.is_available()),
          "--llm-weights 8bit needs a CUDA device; use fp32 or bf16 on a CPU"),
         *((args.llm_weights != "8bit" or importlib.util.find_spec(package) is not None,
-           f"--llm-weights 8bit needs the package {package}: pip install {package}") for package in ("bitsandbytes", "accelerate")),
+           f"--llm-weights 8bit needs the package {package}: pip install {package}")
+          for package in ("bitsandbytes", "accelerate")),
     ]
 
 

@@ -14,7 +14,8 @@ queries that share it, packed side by side:
     query_ids   (B, T)   long   query and answer tokens, padded on the right
     query_mask  (B, T)   bool   True at query and answer tokens
     segment     (B, T)   long   which of the row's queries a token belongs to: 0, 1, ...
-    branch      (B, T)   long   0 in the query x; o + 1 in its answer option o (in training: 1 in the answer y)
+    branch      (B, T)   long   0 in the query x; o + 1 in its answer option o (in training: 1 in the answer y; in
+                                pretraining 1 in all of x, which is what the LLM predicts there)
     position    (B, T)   long   position behind the prefix: 0, 1, ...; every option starts where x ends
     predictor   (B, T)   long   the column whose state predicts this token: 0 = the last prefix token, 1 + c = column c
 """
@@ -200,9 +201,9 @@ def hub_rows(flag: str, name: str, *configuration: str, split: str, columns: tup
                 raise KeyError(f"no column {missing[0]} among {sorted(row)}")
             yield row
     except Exception as error:  # each of the libraries below has errors of its own
+        what = str(error).partition("\n")[0]
         raise UserError(f"{flag}: {name}, revision {HUB_REVISIONS[name]}, split {split} cannot be read from the hub "
-                        f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); try again, or without the hub "
-                        f"{offline}") from error
+                        f"({type(error).__name__}: {what}); try again, or without the hub {offline}") from error
 
 
 def hub_documents() -> Iterator[str]:

@@ -150,7 +150,8 @@ def prefill(llm: PreTrainedModel, embeds: Tensor, mask: Tensor) -> Prefix:
         return Prefix([], None, mask, embeds)
     if embeds.shape[1] == 0:
         return Prefix([], None, mask)
-    if getattr(llm, "checkpoints_layers", False) and torch.is_grad_enabled():  # a layer that runs again must not find its own cache
+    if getattr(llm, "checkpoints_layers", False) and torch.is_grad_enabled():
+        # no cache: a layer that runs again in the backward pass would find its own keys and values in it
         return Prefix([], None, mask, embeds)
     cache = DynamicCache()
     out = run_backbone(llm.base_model, embeds, causal_mask(mask), positions_of(mask), cache)
