@@ -14,7 +14,8 @@ queries that share it, packed side by side:
     query_ids   (B, T)   long   query and answer tokens, padded on the right
     query_mask  (B, T)   bool   True at query and answer tokens
     segment     (B, T)   long   which of the row's queries a token belongs to: 0, 1, ...
-    branch      (B, T)   long   0 in the query x; o + 1 in its answer option o (in training: 1 in the answer y)
+    branch      (B, T)   long   0 in the query x; o + 1 in its answer option o (in training: 1 in the answer y; in
+                                pretraining 1 in all of x, which is what the LLM predicts there)
     position    (B, T)   long   position behind the prefix: 0, 1, ...; every option starts where x ends
     predictor   (B, T)   long   the column whose state predicts this token: 0 = the last prefix token, 1 + c = column c
 """
@@ -52,6 +53,10 @@ MAX_INPUT = 256          # tokens of an input x; longer ones are cut at the end 
 SEEDS = (100, 13, 21, 42, 87)
 TEMPLATES = {"space": (" ", " "), "newline": ("\n", "\n\n\n")}  # before an answer; between demonstrations
 HUB_TASKS, HUB_TEXT = "bigheiniuJ/EvalMetaICLAll", "allenai/c4"
+HUB_REVISIONS = {  # of the data sets' repositories, so that a run reads what another one read
+    HUB_TEXT: "1588ec454efa1a09f29cd18ddd04fe05fc8653a2",
+    HUB_TASKS: "main",  # not pinned: none of its commit hashes was known when this was written
+}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Tokenizer
@@ -69,19 +74,24 @@ class Tokenizer:
             self.hf = AutoTokenizer.from_pretrained(name)
         except (OSError, ValueError) as error:
             raise UserError(f"no tokenizer at {name}: {str(error).splitlines()[0]} Give the hub name or the folder of a "
-                            "model; the pocket preset's comes from `make assets`") from error
+                            "model; the pocket preset's comes from `make assets`, and T5's needs the packages sentencepiece "
+                            "and protobuf") from error
         self.name = name
         first = self.hf("a")["input_ids"][:1]
         self.bos_id = first[0] if first and first[0] == self.hf.bos_token_id else None
         self.hf.backend_tokenizer.encode_special_tokens = True
         self.fingerprint = hashlib.sha256(self.hf.backend_tokenizer.to_str().encode()).hexdigest()[:12]
         self.encoding, self.to_id = tiktoken_encoding(self.hf.backend_tokenizer.to_str())
+        self.lead = self.reference("a")
 
     def reference(self, text: str) -> list[int]:
         return self.hf.backend_tokenizer.encode(text, add_special_tokens=False).ids
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, without special tokens."""
+        """Token ids of a text, without special tokens; a text that starts with white space is one that goes on."""
+        if self.encoding is None and text[:1].isspace():
+            # behind a letter, where SentencePiece does not put a space of its own before the text's
+            return self.reference("a" + text)[len(self.lead):]
         if self.encoding is None:
             return self.reference(text)
         ids = self.to_id[self.encoding.encode_ordinary(text)] if text else ()
@@ -175,11 +185,30 @@ def read_documents(files: list[Path], characters: int) -> Iterator[str]:
                                     f"({type(error).__name__}: {error})") from error
 
 
-def hub_documents() -> Iterator[str]:
-    """C4 (en, validation) from the hub, streamed."""
+def hub_rows(flag: str, name: str, *configuration: str, split: str, columns: tuple[str, ...]) -> Iterator[dict]:
+    """Rows of one split of a data set on the hub, streamed, at its revision in HUB_REVISIONS.
+
+    Raises UserError, naming the offline way, for whatever goes wrong on the way: no hub, no such revision, a broken
+    connection, other columns than expected.
+    """
     import datasets
-    require_hub("--corpus c4")
-    for row in datasets.load_dataset(HUB_TEXT, "en", split="validation", streaming=True):
+    require_hub(flag)
+    offline = f"give a local folder in place of {flag.split()[1]}, or add --preset pocket after `make assets`"
+    try:
+        for row in datasets.load_dataset(name, *configuration, split=split, streaming=True, revision=HUB_REVISIONS[name]):
+            missing = [column for column in columns if column not in row]
+            if missing:
+                raise KeyError(f"no column {missing[0]} among {sorted(row)}")
+            yield row
+    except Exception as error:  # each of the libraries below has errors of its own
+        what = str(error).partition("\n")[0]
+        raise UserError(f"{flag}: {name}, revision {HUB_REVISIONS[name]}, split {split} cannot be read from the hub "
+                        f"({type(error).__name__}: {what}); try again, or without the hub {offline}") from error
+
+
+def hub_documents() -> Iterator[str]:
+    """C4 (en, validation) from the hub."""
+    for row in hub_rows("--corpus c4", HUB_TEXT, "en", split="validation", columns=("text",)):
         yield row["text"]
 
 
@@ -196,6 +225,8 @@ class Corpus:
         files = None if corpus == ["c4"] else corpus_files(corpus)
         characters = 5 * window
         digest = hashlib.sha256(f"{tokenizer.fingerprint} {characters}".encode())
+        if files is None:
+            digest.update(HUB_REVISIONS[HUB_TEXT].encode())
         for path in files or []:
             digest.update(path.name.encode() + path.read_bytes())
         self.name = " ".join(Path(name).name for name in corpus)
@@ -217,11 +248,15 @@ class Corpus:
         self.train, self.held_out = np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
     def row(self, document: int, beta: float) -> dict:
-        """The first beta of a window as demonstrations D, the rest as query x (Sec. 3.2), for `collate`."""
+        """The first beta of a window as demonstrations D, the rest as x (Sec. 3.2), for `collate`.
+
+        x takes the place of an answer behind an empty query: like an answer it is what the LLM predicts (and what an
+        encoder-decoder writes), from its first token on.
+        """
         start, end = self.spans[document]
         ids = self.tokens[start:end].tolist()
         cut = min(max(1, round(beta * len(ids))), len(ids) - 2)
-        return {"demo": ids[:cut], "queries": [(ids[cut:], [])]}
+        return {"demo": ids[:cut], "queries": [([], [ids[cut:]])]}
 
     def training_rows(self, seed: int, first: int, count: int, beta: float) -> list[dict]:
         """Samples number first, first + 1, ... of an endless pass over shuffled documents: a function of the seed."""
@@ -338,16 +373,16 @@ def load_tasks(spec: str, split: str) -> Tasks:
 
 def hub_tasks() -> Path:
     """MetaICL's tasks from the hub, written once to the cache in MetaICL's own layout."""
-    folder = CACHE / "metaicl"
+    folder = CACHE / f"metaicl-{HUB_REVISIONS[HUB_TASKS][:12]}"
     if folder.is_dir():
         return folder
-    import datasets
-    require_hub("--tasks metaicl")
+    columns = ("task", "input", "output", "options", "seed", "split")
     temporary = CACHE / f"metaicl.{os.getpid()}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     stems = {"meta_train": "16384_100_train", "meta_eval": "16_{seed}_{split}", "meta_eval_100shot": "100_{seed}_{split}"}
     for split, stem in stems.items():
-        for row in tqdm(datasets.load_dataset(HUB_TASKS, split=split, streaming=True), desc=f"MetaICL {split}"):
+        rows = hub_rows("--tasks metaicl", HUB_TASKS, split=split, columns=columns)
+        for row in tqdm(rows, desc=f"MetaICL {split}"):
             name = row["task"]
             (temporary / name).mkdir(parents=True, exist_ok=True)
             with (temporary / name / f"{name}_{stem.format(**row)}.jsonl").open("a") as file:
@@ -404,6 +439,11 @@ class Encoder:
     distill_len: int = 0
     llm_positions: int | None = None        # longest input of either model; None where it has no absolute limit
     distiller_positions: int | None = None
+
+    def __post_init__(self):
+        if self.template == "newline" and self.tokenizer.encode("a\nb") in map(self.tokenizer.encode, ("a b", "ab")):
+            raise UserError(f"--template newline, but the tokenizer of {self.tokenizer.name} drops newlines, as T5's do; use "
+                            "--template space")
 
     def limit(self, examples: list[dict]) -> int:
         """Tokens that a task's demonstrations may take: `context_len`, but never so many that one of its queries would

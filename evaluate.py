@@ -29,6 +29,7 @@ from model import (
     distill_loss,
     load_distiller,
     load_llm,
+    loss_mask,
     max_positions,
     pred_loss,
     query_states,
@@ -182,7 +183,7 @@ def dev_figures(llm, distiller, tasks: Tasks, encoder: Encoder, args, device) ->
         student_prefix = one_prefix("mend", demos, limit, llm, distiller, encoder, args)
         for batch in passes([encoder.training_query(q) for q in queries], device):
             student, teacher = query_states(llm, student_prefix, batch), query_states(llm, teacher_prefix, batch)
-            mask, answers = batch["query_mask"], batch["query_mask"] & (batch["branch"] > 0)
+            mask, answers = loss_mask(llm, batch), batch["query_mask"] & (batch["branch"] > 0)
             sums["kl"] += distill_loss(llm, student[mask], teacher[mask], 1).item()
             sums["pred"] += pred_loss(llm, student[answers], batch["query_ids"][answers], 1).item()
             sums["clm"] += pred_loss(llm, student[mask], batch["query_ids"][mask], 1).item()
@@ -246,7 +247,7 @@ def main(argv: list[str] | None = None) -> dict:
     for name in args.only or []:
         nearest = common.did_you_mean(name, tasks.test)
         check((name in tasks.test, f"--only {name} is no meta-test task of {args.split} here; {nearest}"))
-    llm = load_llm(args.llm, device, common.torch_dtype(args.dtype))
+    llm = load_llm(args.llm, device, common.torch_dtype(args.dtype), args.llm_weights)
     distiller, trained_on = None, None
     if args.checkpoint:
         distiller, state = load_distiller(args.checkpoint, llm)
@@ -311,7 +312,8 @@ def evaluate(args, llm, distiller, trained_on: dict | None, encoder: Encoder, ta
     retrieval = f"dense:{Path(args.dense_model).name}" if args.dense_model else args.retrieve
     setting = {"llm": Path(args.llm).name, "split": args.split, "tasks": tasks.collection, "k": args.k,
                "distill_len": args.distill_len, "context_len": args.context_len, "template": args.template,
-               "retrieval": retrieval, "perturbation": args.perturb, "limit": args.limit, "dtype": args.dtype}
+               "retrieval": retrieval, "perturbation": args.perturb, "limit": args.limit, "dtype": args.dtype,
+               "llm_weights": args.llm_weights}
     checkpoint = common.checkpoint_id(args.checkpoint) if args.checkpoint else None
     key_fields = ("method", "checkpoint", "task", "seed", "data_hash", *setting)
     lines = read_results(out)

@@ -13,11 +13,16 @@ Every forward of the LLM has two parts. `prefill` reads the prefix (demonstratio
 and values; `query_states` reads the queries after it. Several queries, and several answer options of one query, stand
 side by side in one row of the batch: `attention_mask` lets each see the prefix and itself only, so the prefix is read
 once however many queries and options follow, and its gradient is exact.
+
+Both kinds of LLM give the same two calls. A decoder-only LLM (GPT-2, OPT, Llama, Qwen, Mistral, Gemma) reads prefix,
+query and answer in a row. An encoder-decoder (T5) encodes [prefix ; query] and decodes the answer; its encoder looks
+both ways, so there the prefix is read again for each query, and shared by the query's options only.
 """
 
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,12 +31,26 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from torch.utils.checkpoint import checkpoint
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForTextEncoding,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    DynamicCache,
+    PreTrainedModel,
+)
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from common import UserError, load_checkpoint, require_hub
+from common import UserError, check, load_checkpoint, require_hub, torch_dtype
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The frozen LLM
+
+ENCODER_DECODERS = ("t5", "mt5")  # model types whose relative positions make padding and length of no account
 
 
 @dataclass
@@ -40,11 +59,14 @@ class Prefix:
 
     keys_values: one (keys, values) pair a layer, each (B, heads, P, head width). state: (B, d), the final hidden state
     of the last prefix token, which predicts the first query token; None for an empty prefix. mask: (B, P), bool.
+    embeds: (B, P, d), the prefix itself where it is only read together with the queries: then there is neither
+    keys_values nor state.
     """
 
     keys_values: list[tuple[Tensor, Tensor]]
     state: Tensor | None
     mask: Tensor
+    embeds: Tensor | None = None
 
     def cache(self) -> DynamicCache | None:
         """A new cache on each call: a forward pass would change a shared one in place."""
@@ -82,15 +104,36 @@ def positions_of(mask: Tensor) -> Tensor:
     return (mask.long().cumsum(dim=1) - 1).clamp(min=0)
 
 
-def run_backbone(backbone: nn.Module, embeds: Tensor, allowed: Tensor, positions: Tensor, cache=None):
+def window_masks(config, allowed: Tensor, positions: Tensor, key_positions: Tensor) -> Tensor | dict[str, Tensor]:
+    """`allowed`, narrowed where layers see the last `sliding_window` positions only (Mistral, Qwen, Gemma).
+
+    Args:
+        allowed: (B, 1, T, P + T) bool. positions: (B, T) long. key_positions: (B, P + T) long.
+    Returns:
+        one mask, or, for a backbone whose layers differ, one for each kind of layer, as it takes them.
+    """
+    kinds, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
+    if window is None or (kinds and "sliding_attention" not in kinds):
+        return allowed
+    near = positions[:, None, :, None] - key_positions[:, None, None, :] < window                    # (B, 1, T, P+T)
+    return {"full_attention": allowed, "sliding_attention": allowed & near} if kinds else allowed & near
+
+
+def run_backbone(backbone: nn.Module, embeds: Tensor, allowed: Tensor, positions: Tensor, cache=None,
+                 prefix_mask: Tensor | None = None):
     """One pass of a decoder-only backbone (no head) over `embeds` with our own mask and positions.
 
     Args:
-        embeds: (B, T, width). allowed: (B, 1, T, P + T) bool. positions: (B, T) long. cache: P earlier tokens.
+        embeds: (B, T, width). allowed: (B, 1, T, P + T) bool. positions: (B, T) long. cache, prefix_mask: of P earlier
+            tokens.
     """
+    key_positions = positions if prefix_mask is None else torch.cat([positions_of(prefix_mask), positions], dim=1)
+    masks = window_masks(backbone.config, allowed, positions, key_positions)
     if backbone.config._attn_implementation == "eager":  # adds the mask to the scores instead of selecting by it
-        allowed = torch.zeros_like(allowed, dtype=embeds.dtype).masked_fill(~allowed, torch.finfo(embeds.dtype).min)
-    return backbone(inputs_embeds=embeds, attention_mask=allowed, position_ids=positions,
+        def bias(mask):
+            return torch.zeros_like(mask, dtype=embeds.dtype).masked_fill(~mask, torch.finfo(embeds.dtype).min)
+        masks = {kind: bias(mask) for kind, mask in masks.items()} if isinstance(masks, dict) else bias(masks)
+    return backbone(inputs_embeds=embeds, attention_mask=masks, position_ids=positions,
                     past_key_values=cache, use_cache=cache is not None)
 
 
@@ -102,10 +145,16 @@ def prefill(llm: PreTrainedModel, embeds: Tensor, mask: Tensor) -> Prefix:
     Args:
         embeds: (B, P, d), in any float type. mask: (B, P) bool, False in padding, which stands on the left.
     """
+    embeds = embeds.to(llm.dtype)
+    if llm.config.is_encoder_decoder:
+        return Prefix([], None, mask, embeds)
     if embeds.shape[1] == 0:
         return Prefix([], None, mask)
+    if getattr(llm, "checkpoints_layers", False) and torch.is_grad_enabled():
+        # no cache: a layer that runs again in the backward pass would find its own keys and values in it
+        return Prefix([], None, mask, embeds)
     cache = DynamicCache()
-    out = run_backbone(llm.base_model, embeds.to(llm.dtype), causal_mask(mask), positions_of(mask), cache)
+    out = run_backbone(llm.base_model, embeds, causal_mask(mask), positions_of(mask), cache)
     keys_values = [(layer.keys, layer.values) for layer in cache.layers]
     return Prefix(keys_values, out.last_hidden_state[:, -1], mask)
 
@@ -119,19 +168,73 @@ def query_states(llm: PreTrainedModel, prefix: Prefix, batch: dict[str, Tensor])
     Args:
         batch: the dictionary of data.collate: query_ids, query_mask, segment, branch, position, predictor, all (B, T).
     Returns:
-        (B, T, d) final hidden states. Without a prefix the states for first tokens are zeros: leave them out.
+        (B, T, d) final hidden states. Without a prefix the states for first tokens are zeros, and so are those for the
+        query's tokens with an encoder-decoder LLM, which predicts only answers: `loss_mask` leaves them out.
     """
+    if llm.config.is_encoder_decoder:
+        return answer_states(llm, prefix, batch)
     embeds = llm.get_input_embeddings()(batch["query_ids"])                                          # (B, T, d)
     allowed = attention_mask(prefix.mask, batch["segment"], batch["branch"], batch["query_mask"])
     positions = batch["position"] + prefix.mask.sum(dim=1, keepdim=True)                             # (B, T)
-    states = run_backbone(llm.base_model, embeds, allowed, positions, prefix.cache()).last_hidden_state
-    first = torch.zeros_like(states[:, 0]) if prefix.state is None else prefix.state                 # (B, d)
-    states = torch.cat([first[:, None], states], dim=1)                                              # (B, 1 + T, d)
-    return states.gather(1, batch["predictor"][:, :, None].expand(-1, -1, states.shape[2]))          # (B, T, d)
+    T, d = embeds.shape[1:]
+    if prefix.embeds is None:
+        states = run_backbone(llm.base_model, embeds, allowed, positions, prefix.cache(), prefix.mask).last_hidden_state
+        first = torch.zeros_like(states[:, 0]) if prefix.state is None else prefix.state             # (B, d)
+        states = torch.cat([first[:, None], states], dim=1)                                          # (B, 1 + T, d)
+    else:  # prefix and queries in one pass, without a cache
+        embeds = torch.cat([prefix.embeds, embeds], dim=1)                                           # (B, P + T, d)
+        allowed = torch.cat([F.pad(causal_mask(prefix.mask), (0, T)), allowed], dim=2)               # (B, 1, P+T, P+T)
+        positions = torch.cat([positions_of(prefix.mask), positions], dim=1)                         # (B, P + T)
+        states = run_backbone(llm.base_model, embeds, allowed, positions).last_hidden_state[:, -T - 1:]
+    return states.gather(1, batch["predictor"][:, :, None].expand(-1, -1, d))                        # (B, T, d)
+
+
+def answer_states(llm: PreTrainedModel, prefix: Prefix, batch: dict[str, Tensor]) -> Tensor:
+    """query_states of an encoder-decoder LLM: encode [prefix ; E_x] once a query, decode each of its options behind it.
+
+    DEVIATION: the paper does not say on which side the query stands. Here the encoder reads [S_D ; E_x] and the decoder
+    writes y, as Eq. (2) conditions on both; in pretraining, whose rows have an empty query, the encoder reads D or S_D
+    and the decoder writes x. An encoder with nothing to read gets the end-of-sequence token, which is what T5's
+    tokenizer makes of an empty text.
+    """
+    mask, segment, branch, position = (batch[k] for k in ("query_mask", "segment", "branch", "position"))
+    B, T = mask.shape
+    S, options = int(segment.max()) + 1, int(branch.max()) + 1
+    query_of = torch.arange(B, device=mask.device)[:, None] * S + segment                            # (B, T)
+    in_x, in_y = mask & (branch == 0), mask & (branch > 0)
+
+    # one encoder input a query; a query without x, or without options, is a row that nobody looks at
+    x_len = torch.bincount(query_of[in_x], minlength=B * S)                                          # (B S,)
+    ids = torch.full((B * S, max(1, int(x_len.max()))), llm.config.eos_token_id, device=mask.device)
+    ids[query_of[in_x], position[in_x]] = batch["query_ids"][in_x]
+    prefix_mask = prefix.mask.repeat_interleave(S, dim=0)                                            # (B S, P)
+    lengths = torch.where(prefix_mask.any(dim=1), x_len, x_len.clamp(min=1))                         # (B S,)
+    x_mask = torch.arange(ids.shape[1], device=mask.device) < lengths[:, None]                       # (B S, T_x)
+    embeds = torch.cat([prefix.embeds.repeat_interleave(S, dim=0), llm.get_input_embeddings()(ids)], dim=1)
+    encoder_mask = torch.cat([prefix_mask, x_mask], dim=1)                                           # (B S, P + T_x)
+    encoded = llm.get_encoder()(inputs_embeds=embeds, attention_mask=encoder_mask).last_hidden_state
+
+    # one decoder input an option: the start token, then y without its last token
+    numbers, option_of = torch.unique(query_of[in_y] * options + branch[in_y], return_inverse=True)  # (O,), (N,)
+    place, query = position[in_y] - x_len[query_of[in_y]], numbers // options                        # (N,), (O,)
+    ids = torch.full((len(numbers), int(place.max()) + 2), llm.config.decoder_start_token_id, device=mask.device)
+    ids[option_of, place + 1] = batch["query_ids"][in_y]
+    decoded = llm.get_decoder()(
+        input_ids=ids[:, :-1], encoder_hidden_states=encoded[query], encoder_attention_mask=encoder_mask[query],
+        use_cache=False).last_hidden_state                                                           # (O, T_y, d)
+    return decoded.new_zeros(B, T, decoded.shape[2]).index_put((in_y.nonzero(as_tuple=True)), decoded[option_of, place])
+
+
+def loss_mask(llm: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
+    """The tokens that L_distill compares, (B, T) bool: all of x and y; with an encoder-decoder LLM, which predicts no
+    token of x, those of y."""
+    return batch["query_mask"] & (batch["branch"] > 0) if llm.config.is_encoder_decoder else batch["query_mask"]
 
 
 def head_logits(llm: PreTrainedModel, states: Tensor) -> Tensor:
     """The LLM's output head applied by hand: (N, d) final hidden states -> (N, V) fp32 logits."""
+    if getattr(llm.config, "scale_decoder_outputs", False):  # T5 with a tied head; T5 v1.1 and flan-T5 have their own
+        states = states * llm.config.d_model ** -0.5
     logits = llm.get_output_embeddings()(states.to(llm.dtype)).float()
     soft_cap = getattr(llm.config, "final_logit_softcapping", None)  # Gemma
     return soft_cap * torch.tanh(logits / soft_cap) if soft_cap else logits
@@ -170,7 +273,7 @@ class Distiller(nn.Module):
     brought to the LLM's width and scale, are the distilled vectors.
 
     Args:
-        backbone: a decoder-only transformer without head (AutoModel), width d_s.
+        backbone: a transformer without head, width d_s: decoder-only (AutoModel), or T5's encoder.
         embed: its token embedding; `own_embedding=False` when it belongs to the frozen LLM: then it is neither
             trained nor saved.
         distill_len: l, at least 1.
@@ -192,8 +295,9 @@ class Distiller(nn.Module):
             object.__setattr__(self, "embed", embed)  # hidden from parameters() and state_dict()
         object.__setattr__(self, "residual_embed", None)
         generator = torch.Generator().manual_seed(seed)
-        width, vocab = backbone.config.hidden_size, backbone.config.vocab_size
+        vocab = backbone.config.vocab_size
         self.placeholders = nn.Parameter(random_rows(embed, vocab, distill_len, generator))          # (l, d_s)
+        width = self.placeholders.shape[1]  # not config.hidden_size: OPT-350m projects narrower embeddings in the backbone
         same_width = width == llm_width
         self.project = nn.Identity() if same_width else nn.Sequential(nn.Linear(width, llm_width), nn.Tanh())
         self.gain = None
@@ -225,7 +329,10 @@ class Distiller(nn.Module):
         placeholders = self.placeholders.expand(B, -1, -1)                                           # (B, l, d_s)
         embeds = torch.cat([self.embed(demo_ids).to(placeholders.dtype), placeholders], dim=1)       # (B, T_d+l, d_s)
         mask = F.pad(demo_mask, (0, self.distill_len), value=True)                                   # (B, T_d + l)
-        states = run_backbone(self.backbone, embeds, causal_mask(mask), positions_of(mask)).last_hidden_state
+        if self.backbone.config.model_type in ENCODER_DECODERS:  # looks both ways, by relative positions
+            states = self.backbone(inputs_embeds=embeds, attention_mask=mask).last_hidden_state
+        else:
+            states = run_backbone(self.backbone, embeds, causal_mask(mask), positions_of(mask)).last_hidden_state
         vectors = self.project(states[:, -self.distill_len:]).float()                                # (B, l, d)
         if self.gain is not None:
             vectors = vectors * self.gain
@@ -272,7 +379,8 @@ def random_rows(embed: nn.Module, vocab: int, n: int, generator: torch.Generator
 
 
 def first_layers(llm: PreTrainedModel, n_layers: int) -> PreTrainedModel:
-    """A trainable fp32 copy of the LLM's own first `n_layers` layers and final norm, as a distiller's backbone.
+    """A trainable fp32 copy of the LLM's own first `n_layers` layers and final norm, as a distiller's backbone; of its
+    encoder's layers where it has one.
 
     DEVIATION: the paper takes the family's smallest sibling (gpt2 for gpt2-large); this is for an LLM without one.
     """
@@ -283,10 +391,16 @@ def first_layers(llm: PreTrainedModel, n_layers: int) -> PreTrainedModel:
     config.num_hidden_layers = n_layers
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:n_layers]
-    backbone = AutoModel.from_config(config, dtype=torch.float32, attn_implementation=config._attn_implementation)
+    backbone = backbone_class(config).from_config(config, dtype=torch.float32,
+                                                  attn_implementation=config._attn_implementation)
     missing, _ = backbone.load_state_dict(llm.base_model.state_dict(), strict=False)
     assert not missing, f"first_layers left weights at random: {missing}"
     return backbone
+
+
+def backbone_class(config):
+    """The transformers class of a distiller's backbone."""
+    return AutoModelForTextEncoding if config.model_type in ENCODER_DECODERS else AutoModel
 
 
 def embedding_rms(embed: nn.Module, vocab: int) -> float:
@@ -300,19 +414,77 @@ def embedding_rms(embed: nn.Module, vocab: int) -> float:
 # Loading
 
 
-def load_llm(name: str, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """The frozen LLM of a hub name or a folder: eval mode, no gradients for its weights."""
+def load_llm(name: str, device: torch.device, dtype: torch.dtype, weights: str | None = None,
+             grad_checkpoint: bool = False) -> PreTrainedModel:
+    """The frozen LLM of a hub name or a folder: eval mode, no gradients for its weights.
+
+    Args:
+        dtype: of weights and activations. weights: fp32 or bf16 in its place, or 8bit (bitsandbytes, CUDA).
+        grad_checkpoint: keep only each layer's input for the backward pass, and run the layer again there.
+    """
     if not Path(name).exists() and not is_cached(name):
         if Path(name).is_absolute() or name.startswith("."):
             raise UserError(f"--llm {name} does not exist; run `make assets`, or give a hub name or a model's folder")
         require_hub(f"--llm {name}")
+    dtype = torch_dtype(weights) if weights in ("fp32", "bf16") else dtype
+    eight_bit = {"quantization_config": BitsAndBytesConfig(load_in_8bit=True), "device_map": {"": device}}
     try:
-        llm = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        config = AutoConfig.from_pretrained(name)
+        kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        llm, report = kind.from_pretrained(name, dtype=dtype, output_loading_info=True,
+                                           **(eight_bit if weights == "8bit" else {}))
     except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"--llm {name} cannot be loaded as a decoder-only language model ({str(error).splitlines()[0]}); "
-                        "give one such as gpt2-large or a Llama; where its files are cut short, fetch it again "
-                        "(`make assets` for the pocket preset, after deleting the folder)") from error
-    return llm.to(device).eval().requires_grad_(False)
+        raise UserError(f"--llm {name} cannot be loaded as a language model ({str(error).splitlines()[0]}); "
+                        "give one such as gpt2-large, t5-large-lm-adapt or a Llama; where its files are cut short, fetch it "
+                        "again (`make assets` for the pocket preset, after deleting the folder)") from error
+    if weights != "8bit":
+        llm = llm.to(device)
+    llm = llm.eval().requires_grad_(False)
+    check((not report["missing_keys"], (f"--llm {name} lacks weights of its own configuration, such as "
+                                         f"{min(report['missing_keys'], default='')}; give a whole model")),
+          (not config.is_encoder_decoder or config.model_type in ENCODER_DECODERS,
+           f"--llm {name} is an encoder-decoder of type {config.model_type}; of these T5, flan-T5 and mT5 can be used"),
+          (not config.is_encoder_decoder or dtype != torch.float16,
+           f"--llm {name} in fp16: T5's activations overflow there; give --dtype fp32 or bf16"))
+    check_llm(llm, name)
+    if grad_checkpoint:
+        checkpoint_layers(llm)
+    return llm
+
+
+@torch.no_grad()
+def check_llm(llm: PreTrainedModel, name: str) -> None:
+    """Raise UserError unless prefix, query and head, as this file reads them, give the LLM's own logits.
+
+    Some architectures have other positions, masks or a scaled head, and would be silently wrong.
+    """
+    ids = torch.arange(3, 9, device=llm.device)[None]                                                # (1, 6)
+    prefix_ids, query_ids = ids[:, :3], ids[:, 3:]
+    index, ones = torch.arange(3, device=llm.device)[None], torch.ones_like(query_ids)
+    batch = {"query_ids": query_ids, "query_mask": ones.bool(), "segment": ones * 0, "branch": ones, "position": index,
+             "predictor": index}
+    try:
+        found = head_logits(llm, query_states(llm, demo_prefix(llm, prefix_ids, ones.bool()), batch)[0])
+        if llm.config.is_encoder_decoder:
+            start = torch.full_like(ids[:, :1], llm.config.decoder_start_token_id)
+            expected = llm(input_ids=prefix_ids, decoder_input_ids=torch.cat([start, query_ids[:, :-1]], 1)).logits[0]
+        else:
+            expected = llm(input_ids=ids).logits[0, 2:-1]
+        difference = ((found - expected).norm() / expected.norm()).item()
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"--llm {name}, of type {llm.config.model_type}, cannot read vectors in place of tokens "
+                        f"({type(error).__name__}: {error}); give a GPT-2, OPT, Llama, Qwen, Mistral, Gemma or T5") from error
+    if difference > 0.1:  # far above what rounding does
+        raise UserError(f"--llm {name}, of type {llm.config.model_type}, gives other predictions for embeddings behind a "
+                        f"prefix than for tokens (by {difference:.0%}); give a GPT-2, OPT, Llama, Qwen, Mistral, Gemma or T5")
+
+
+def checkpoint_layers(llm: PreTrainedModel) -> None:
+    """Gradient checkpointing of each layer. transformers' own acts in train mode only, where dropout is on."""
+    llm.checkpoints_layers = True
+    for layer in llm.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
 
 
 def is_cached(name: str) -> bool:
@@ -349,28 +521,47 @@ def build_distiller(spec: str, llm: PreTrainedModel, distill_len: int, output_sc
         return FreeVectors(embed, llm.config.vocab_size, distill_len, seed).to(llm.device)
     if backbone_config is not None:
         config = AutoConfig.for_model(**backbone_config)
-        backbone = AutoModel.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+        backbone = backbone_class(config).from_config(config, dtype=torch.float32)
     elif own:
         if not Path(spec).exists() and not is_cached(spec):
             require_hub(f"--distiller {spec}")
         try:
-            backbone = AutoModel.from_pretrained(spec, dtype=torch.float32)
+            backbone = backbone_class(AutoConfig.from_pretrained(spec)).from_pretrained(spec, dtype=torch.float32)
         except (OSError, ValueError, SafetensorError) as error:
             raise UserError(f"--distiller {spec} cannot be loaded ({str(error).splitlines()[0]}); give layers:N, or a "
                             "small model of the LLM's family") from error
-        if backbone.config.vocab_size != llm.config.vocab_size:
-            raise UserError(f"--distiller {spec} has a vocabulary of {backbone.config.vocab_size} and the LLM one of "
-                            f"{llm.config.vocab_size}; both must share a tokenizer: take a sibling, or layers:N")
+        check_same_tokens(spec, llm.config._name_or_path)
     else:
         if not spec[7:].isdecimal():
             raise UserError(f"--distiller {spec}: expected layers:N with a whole number N, as in layers:6")
+        if getattr(llm, "is_loaded_in_8bit", False):
+            raise UserError(f"--distiller {spec} would copy the LLM's weights, which are in 8 bit; give a sibling of the LLM, "
+                            "or --llm-weights bf16")
         backbone = first_layers(llm, int(spec[7:]))
     shares = {"plain": None, "matched": 1.0, "residual": 0.1}  # of the LLM's embeddings' scale
     rms = shares[output_scale] and shares[output_scale] * embedding_rms(embed, llm.config.vocab_size)
     return Distiller(backbone.to(llm.device), backbone.get_input_embeddings() if own else embed, distill_len,
-                     llm.config.hidden_size, own_embedding=own, output_rms=rms,
+                     llm.get_input_embeddings().embedding_dim, own_embedding=own, output_rms=rms,
                      residual_embed=llm.get_input_embeddings() if output_scale == "residual" else None,
                      seed=seed).to(llm.device)
+
+
+def check_same_tokens(distiller: str, llm: str) -> None:
+    """Raise UserError, naming the tokens, unless each token that text becomes has the same id in both vocabularies."""
+    def tokens(name, flag):
+        try:
+            return AutoTokenizer.from_pretrained(name).backend_tokenizer.get_vocab(with_added_tokens=False)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{flag} {name} has no tokenizer beside it ({str(error).splitlines()[0]}); both models' are "
+                            "compared: give whole models, or --distiller layers:N") from error
+    own, other = tokens(llm, "--llm"), tokens(distiller, "--distiller")
+    differ = sorted((t for t in own.keys() | other.keys() if own.get(t) != other.get(t)),
+                    key=lambda t: (own.get(t, other.get(t)), t))
+    if differ:
+        named = ", ".join(f"{t!r} ({own.get(t, 'not there')} in the LLM's, {other.get(t, 'not there')} in the distiller's)"
+                          for t in differ[:3])
+        raise UserError(f"--distiller {distiller} does not share the tokenizer of --llm {llm}: {len(differ)} tokens differ, "
+                        f"such as {named}; give a smaller model of the same family with its tokenizer, or layers:N")
 
 
 def distiller_config(distiller: Distiller | FreeVectors, llm: PreTrainedModel, args) -> dict:

@@ -30,6 +30,7 @@ from model import (
     identity,
     load_distiller,
     load_llm,
+    loss_mask,
     pred_loss,
     query_states,
     vector_prefix,
@@ -111,7 +112,7 @@ def main(argv: list[str] | None = None) -> dict:
     need = args.k + args.queries_per_demo
     check(*((len(tasks.pool(t)) >= need, (f"task {t} has {len(tasks.pool(t))} different examples, and --k {args.k} with "
              f"--queries-per-demo {args.queries_per_demo} needs {need}")) for t in tasks.train))
-    llm = load_llm(args.llm, device, common.torch_dtype(args.dtype))
+    llm = load_llm(args.llm, device, common.torch_dtype(args.dtype), args.llm_weights, args.grad_checkpoint)
     distiller, trained_on = start(args, llm)
     encoder = make_encoder(args, Tokenizer(args.llm), llm, distiller)
     return train(args, device, llm, distiller, trained_on, tasks, encoder)
@@ -143,11 +144,11 @@ def train(args, device, llm, distiller, trained_on, tasks, encoder) -> dict:
                 for i in range(per_step)]
         queries = [query for row in rows for query in row["queries"]]
         n_answers = sum(len(y) for _, (y,) in queries)
-        n_tokens = sum(len(x) for x, _ in queries) + n_answers
+        n_tokens = n_answers + (0 if llm.config.is_encoder_decoder else sum(len(x) for x, _ in queries))  # of loss_mask
         totals = {name: 0.0 for name, weight in (("pred", args.pred_weight), ("kl", args.lam)) if weight}
         for micro in range(args.grad_accum):
             batch = collate(rows[micro * args.batch_size:(micro + 1) * args.batch_size][rank::ranks], device)
-            mask, answers = batch["query_mask"], batch["query_mask"] & (batch["branch"] > 0)
+            mask, answers = loss_mask(llm, batch), batch["query_mask"] & (batch["branch"] > 0)
             if args.lam:
                 with torch.no_grad():
                     teacher = query_states(llm, demo_prefix(llm, batch["demo_ids"], batch["demo_mask"], bos_id), batch)

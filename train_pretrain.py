@@ -28,6 +28,7 @@ from model import (
     distill_loss,
     distiller_config,
     load_llm,
+    loss_mask,
     max_positions,
     pred_loss,
     pretrain_loss,
@@ -72,7 +73,7 @@ def evaluate_kl(llm, distiller, corpus: Corpus, args, device, bos_id) -> dict:
     distiller.eval()
     for i in range(0, len(documents), args.batch_size):
         batch = collate([corpus.row(d, args.beta) for d in documents[i:i + args.batch_size]], device)
-        mask = batch["query_mask"] & (batch["position"] > 0)
+        mask = loss_mask(llm, batch) & (batch["position"] > 0)
         demo_ids, demo_mask = batch["demo_ids"], batch["demo_mask"]
         teacher = query_states(llm, demo_prefix(llm, demo_ids, demo_mask, bos_id), batch)[mask]
         with autocast(device, args.dtype):
@@ -104,7 +105,7 @@ def main(argv: list[str] | None = None) -> dict:
           (args.context_len >= 1, f"--context-len is {args.context_len}; give at least 1 token"),
           (args.min_doc_len >= 8, f"--min-doc-len is {args.min_doc_len}; give at least 8 tokens"))
     device = setup(args, training=True)
-    llm = load_llm(args.llm, device, common.torch_dtype(args.dtype))
+    llm = load_llm(args.llm, device, common.torch_dtype(args.dtype), args.llm_weights, args.grad_checkpoint)
     limit, tokenizer = max_positions(llm.config), Tokenizer(args.llm)
     bos, demo = tokenizer.bos_id is not None, round(args.beta * args.window)
     check((limit is None or args.window + bos <= limit,
@@ -152,11 +153,11 @@ def train(args, device, llm, distiller, corpus, tasks, encoder) -> dict:
         started = time.time()
         run.begin_step(args)
         rows = corpus.training_rows(args.seed, run.step * per_step, per_step, args.beta)
-        n_tokens = sum(len(x) for row in rows for x, _ in row["queries"])
+        n_tokens = sum(len(x) for row in rows for _, (x,) in row["queries"])
         totals = {name: 0.0 for name, used in (("kl", uses_kl), ("clm", uses_clm)) if used}
         for micro in range(args.grad_accum):
             batch = collate(rows[micro * args.batch_size:(micro + 1) * args.batch_size][rank::ranks], device)
-            mask = batch["query_mask"]
+            mask = loss_mask(llm, batch)
             if uses_kl:
                 with torch.no_grad():
                     teacher = query_states(llm, demo_prefix(llm, batch["demo_ids"], batch["demo_mask"], bos_id), batch)

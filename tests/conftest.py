@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import common
@@ -129,3 +129,31 @@ def flags(llama, tasks_dir, corpus_dir) -> list[str]:
     """What makes any training script small: a tiny LLM, tiny data, two layers of distiller, l = 4."""
     return ["--preset", "pocket", "--llm", str(llama), "--distiller", "layers:2", "--distill-len", "4", "--tasks",
             str(tasks_dir), "--dtype", "fp32", "--device", "cpu"]
+
+
+def write_sentencepiece(folder: Path, kind: str, texts: list[str], vocab_size: int = 200) -> int:
+    """A tokenizer that puts a space before the text, as SentencePiece's do; returns its size.
+
+    t5: unigram, white space collapses, newlines with it, and </s> ends a text. llama2: BPE, white space stays.
+    """
+    if kind == "t5":
+        backend = Tokenizer(models.Unigram())
+        backend.normalizer = normalizers.Sequence([normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()])
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+        trainer = trainers.UnigramTrainer(vocab_size=vocab_size, special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>",
+                                          show_progress=False)
+        names = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    else:
+        backend = Tokenizer(models.BPE(unk_token="<unk>"))
+        backend.pre_tokenizer = pre_tokenizers.Metaspace()  # while training: no token crosses words
+        trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False,
+                                      initial_alphabet=["\n"])
+        names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    backend.train_from_iterator(texts, trainer)
+    if kind == "llama2":
+        backend.pre_tokenizer = None
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    single, special = ("$A </s>", "</s>") if kind == "t5" else ("<s> $A", "<s>")
+    backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=[(special, backend.token_to_id(special))])
+    PreTrainedTokenizerFast(tokenizer_object=backend, **names).save_pretrained(folder)
+    return backend.get_vocab_size()

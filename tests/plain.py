@@ -22,7 +22,7 @@ def plain_vectors(distiller: nn.Module, demo_ids: list[int]) -> Tensor:
     """S_D, Sec. 3: the distiller's last l final states behind [E_D ; placeholders], at the LLM's width -> (l, d)."""
     ids = torch.tensor(demo_ids, dtype=torch.long, device=distiller.placeholders.device)
     embeds = torch.cat([distiller.embed(ids).float(), distiller.placeholders])                       # (T_d + l, d_s)
-    states = distiller.backbone(inputs_embeds=embeds[None], use_cache=False).last_hidden_state[0]    # (T_d + l, d_s)
+    states = distiller.backbone(inputs_embeds=embeds[None]).last_hidden_state[0]                     # (T_d + l, d_s)
     vectors = distiller.project(states[-len(distiller.placeholders):])                               # (l, d)
     return vectors if distiller.gain is None else distiller.gain * vectors
 
@@ -41,15 +41,30 @@ def plain_logits(llm: nn.Module, prefix: Tensor, query_ids: list[int]) -> Tensor
     return logits[len(prefix) - 1:-1]
 
 
+def plain_answer_logits(llm: nn.Module, prefix: Tensor, x: list[int], y: list[int]) -> Tensor:
+    """(T_y, V) fp32: the logits that predict y behind [prefix ; E_x], for either kind of LLM. One of them not empty."""
+    if not llm.config.is_encoder_decoder:
+        return plain_logits(llm, prefix, x + y)[len(x):]
+    embeds = torch.cat([prefix.to(llm.dtype), plain_embeds(llm, x)])                                 # (P + T_x, d)
+    decoder_ids = torch.tensor([[llm.config.decoder_start_token_id, *y[:-1]]], device=llm.device)
+    return llm(inputs_embeds=embeds[None], decoder_input_ids=decoder_ids, use_cache=False).logits[0].float()
+
+
 def plain_distill_loss(llm: nn.Module, rows: list[dict], students: list[Tensor], teachers: list[Tensor]) -> Tensor:
-    """Eq. (3), Sec. 3.1: KL(teacher || student), mean over all tokens of x and y. At most one answer a query."""
+    """Eq. (3), Sec. 3.1: KL(teacher || student), mean over all tokens of x and y (of y alone where
+    the LLM is an encoder-decoder). At most one answer a query."""
+    def log_p(prefix: Tensor, x: list[int], y: list[int]) -> Tensor:
+        if llm.config.is_encoder_decoder:  # it predicts no token of x
+            return plain_answer_logits(llm, prefix, x, y)
+        return plain_logits(llm, prefix, x + y)
+
     divergences = []
     for row, student, teacher in zip(rows, students, teachers, strict=True):
         for x, answers in row["queries"]:
-            ids = x + [token for answer in answers for token in answer]
+            y = [token for answer in answers for token in answer]
             with torch.no_grad():
-                p = Categorical(logits=plain_logits(llm, teacher, ids))
-            divergences.append(kl_divergence(p, Categorical(logits=plain_logits(llm, student, ids))))  # (T,)
+                p = Categorical(logits=log_p(teacher, x, y))
+            divergences.append(kl_divergence(p, Categorical(logits=log_p(student, x, y))))            # (T,)
     return torch.cat(divergences).mean()
 
 
@@ -58,7 +73,7 @@ def plain_pred_loss(llm: nn.Module, rows: list[dict], students: list[Tensor]) ->
     losses = []
     for row, student in zip(rows, students, strict=True):
         for x, (y,) in row["queries"]:
-            logits = plain_logits(llm, student, x + y)[len(x):]                                      # (T_y, V)
+            logits = plain_answer_logits(llm, student, x, y)                                         # (T_y, V)
             losses.append(F.cross_entropy(logits, torch.tensor(y, device=logits.device), reduction="none"))
     return torch.cat(losses).mean()
 
@@ -67,7 +82,7 @@ def plain_pred_loss(llm: nn.Module, rows: list[dict], students: list[Tensor]) ->
 def plain_score_options(llm: nn.Module, rows: list[dict], prefixes: list[Tensor]) -> list[list[list[float]]]:
     """Eq. (1) and (2), Sec. 2: mean log-likelihood of each option, as [row][query][option]; re-reads all for each."""
     def score(prefix: Tensor, x: list[int], option: list[int]) -> float:
-        log_p = plain_logits(llm, prefix, x + option).log_softmax(dim=1)[len(x):]                    # (T_y, V)
+        log_p = plain_answer_logits(llm, prefix, x, option).log_softmax(dim=1)                       # (T_y, V)
         return log_p[range(len(option)), option].mean().item()
 
     return [[[score(prefix, x, option) for option in options] for x, options in row["queries"]]

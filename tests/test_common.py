@@ -89,6 +89,17 @@ def test_shared_faults_are_listed_together():
         assert part in str(error.value)
 
 
+def test_eight_bit_weights_need_cuda_and_two_packages(monkeypatch):
+    flags = ["--preset", "pocket", "--llm-weights", "8bit"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="--llm-weights 8bit needs a CUDA device; use fp32 or bf16"):
+        data.main(flags)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(common.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="needs the package bitsandbytes: pip install bitsandbytes.*the package accelerate"):
+        data.main(flags)
+
+
 def test_unknown_device_is_a_user_error():
     with pytest.raises(UserError, match="--device"):
         evaluate.main(["--preset", "pocket", "--methods", "icl", "--device", "gpu"])

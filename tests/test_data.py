@@ -9,9 +9,12 @@ from itertools import chain
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow
 import pytest
 import tokenizers
 import torch
+from conftest import write_sentencepiece
+from pyarrow import parquet
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -381,8 +384,8 @@ def test_a_window_is_split_at_beta_of_its_own_length(corpus_dir, tokenizer, beta
     assert len(usable) == len(corpus.spans) == len(corpus.train) + len(corpus.held_out)
     for number, ids in enumerate(usable):
         row = corpus.row(number, beta)
-        (x, options), = row["queries"]
-        assert options == [] and row["demo"] + x == ids
+        (query, (x,)), = row["queries"]
+        assert query == [] and row["demo"] + x == ids
         assert abs(len(row["demo"]) - beta * len(ids)) <= 0.5
 
 
@@ -611,7 +614,8 @@ def hub(monkeypatch):
     import datasets
     found = SimpleNamespace(rows={}, asked=[])
 
-    def load_dataset(name, *configuration, split, streaming):
+    def load_dataset(name, *configuration, split, streaming, revision):
+        assert streaming and revision == data.HUB_REVISIONS[name]
         found.asked.append((name, *configuration, split))
         for row in found.rows[split]:
             if isinstance(row, BaseException):
@@ -651,6 +655,122 @@ def test_c4_comes_from_the_hub_once(hub, corpus_dir, tokenizer):
     assert np.array_equal(corpus.tokens, Corpus([str(corpus_dir)], tokenizer, 128, 64).tokens) and corpus.name == "c4"
     Corpus(["c4"], tokenizer, 128, 64)
     assert hub.asked == [(data.HUB_TEXT, "en", "validation")]
+
+
+def write_parquet(folder, split, rows, shards=1):
+    """One split of a data set as its repository on the hub holds it."""
+    (folder / "data").mkdir(parents=True, exist_ok=True)
+    for i in range(shards):
+        name = f"{split}-{i:05d}-of-{shards:05d}.parquet"
+        parquet.write_table(pyarrow.Table.from_pylist(rows[i::shards]), folder / "data" / name)
+
+
+@pytest.fixture
+def local_hub(monkeypatch, tmp_path):
+    """The two data sets as local folders of their repositories' layout, read by the real datasets library."""
+    tasks, text = tmp_path / "EvalMetaICLAll", tmp_path / "c4"
+    monkeypatch.setattr(data, "HUB_TASKS", str(tasks))
+    monkeypatch.setattr(data, "HUB_TEXT", str(text))
+    monkeypatch.setattr(data, "HUB_REVISIONS", {str(tasks): "main", str(text): "abc"})
+    monkeypatch.setattr(data, "require_hub", lambda what: None)
+    return tasks, text
+
+
+def test_metaicl_through_datasets_from_parquet(local_hub):
+    def row(task, text, seed, part, options=("happy", "sad")):
+        return example(text, task=task) | {"options": list(options), "seed": seed, "split": part}
+    train = [row("emotion", f"text {i}", "100", "train", ["happy", "sad"] if i % 2 else []) for i in range(6)]
+    write_parquet(local_hub[0], "meta_train", train, shards=2)
+    write_parquet(local_hub[0], "meta_eval", [row("emo", f"{part} {seed}", seed, part) for seed in ("13", "100")
+                                              for part in ("train", "dev", "test")])
+    write_parquet(local_hub[0], "meta_eval_100shot", [row("emo", "not read", "100", "train")])
+    tasks = load_tasks("metaicl", "class_to_class")
+    assert sorted(e["input"] for e in tasks.pool("emotion")) == [f"text {i}" for i in range(6)]
+    assert sorted(len(e["options"]) for e in tasks.pool("emotion")) == [0, 0, 0, 2, 2, 2]
+    for seed in (13, 100):
+        assert {p: e["input"] for p, (e,) in tasks.files("emo", seed).items()} == {
+            p: f"{p} {seed}" for p in ("train", "dev", "test")}
+    assert tasks.folder.parent == data.CACHE and "main" in tasks.folder.name
+
+
+def test_c4_through_datasets_from_its_own_layout(local_hub, corpus_dir, tokenizer):
+    folder = local_hub[1]
+    (folder / "en").mkdir(parents=True)
+    for split, texts in (("train", ["not read " * 100] * 30), ("validation", texts_of(corpus_dir))):
+        with gzip.open(folder / "en" / f"c4-{split}.00000-of-00001.json.gz", "wt") as file:
+            file.writelines(json.dumps({"text": text, "timestamp": "2019-04-25T12:57:54Z", "url": "http://a"}) + "\n" for text in texts)
+    (folder / "README.md").write_text("---\nconfigs:\n- config_name: en\n  data_files:\n  - split: train\n    path: "
+                                      "en/c4-train.*.json.gz\n  - split: validation\n    path: en/c4-validation.*.json.gz\n---\n")
+    assert np.array_equal(Corpus(["c4"], tokenizer, 128, 64).tokens, Corpus([str(corpus_dir)], tokenizer, 128, 64).tokens)
+
+
+def test_another_revision_of_c4_is_tokenised_anew(hub, corpus_dir, tokenizer, monkeypatch):
+    hub.rows = {"validation": [{"text": text} for text in texts_of(corpus_dir)]}
+    first = Corpus(["c4"], tokenizer, 128, 64)
+    monkeypatch.setattr(data, "HUB_REVISIONS", data.HUB_REVISIONS | {data.HUB_TEXT: "0" * 40})
+    assert Corpus(["c4"], tokenizer, 128, 64).hash != first.hash and len(hub.asked) == 2
+
+
+def test_hub_errors_name_the_offline_way(hub, local_hub, tokenizer):
+    offline = "give a local folder in place of {}, or add --preset pocket after `make assets`"
+    for rows, message in (([ConnectionError("no route")], "ConnectionError: no route"), ([{"texts": "x"}], "no column text among"),
+                          ([OSError()], "OSError")):
+        hub.rows = {"validation": rows}
+        with pytest.raises(UserError, match=f"--corpus c4: .*c4, revision abc, split validation cannot be read.*{message}.*"
+                                            + offline.format("c4")):
+            Corpus(["c4"], tokenizer, 128, 64)
+        assert not list(data.CACHE.glob("corpus-*/ends.npy"))
+
+
+def test_a_data_set_that_is_not_there_names_the_offline_way(local_hub):
+    with pytest.raises(UserError, match="--tasks metaicl: .*EvalMetaICLAll, revision main, split meta_train cannot be read.*"
+                                        "give a local folder in place of metaicl"):
+        load_tasks("metaicl", "class_to_class")
+    assert not [path for path in data.CACHE.glob("metaicl*") if path.suffix != ".tmp"]
+
+
+# Tokenizers that put a space of their own before a text, as SentencePiece's do
+
+
+def sentencepiece(tmp_path, corpus_dir, kind):
+    write_sentencepiece(tmp_path / kind, kind, texts_of(corpus_dir))
+    return Tokenizer(str(tmp_path / kind))
+
+
+@pytest.mark.parametrize("kind", ["t5", "llama2"])
+def test_pieces_of_text_have_the_tokens_of_the_whole(tmp_path, corpus_dir, kind):
+    """A demonstration is put together from pieces: no second space may come in where they join."""
+    tokenizer = sentencepiece(tmp_path, corpus_dir, kind)
+    assert tokenizer.encoding is None
+    text = texts_of(corpus_dir)[0]
+    for cut in [i for i, c in enumerate(text) if c == " "][:20]:
+        assert tokenizer.encode(text[:cut]) + tokenizer.encode(text[cut:]) == tokenizer.reference(text)
+    encoder = Encoder(tokenizer, "space", 900)
+    demos = [example("the river is cold", "happy"), example("a small boat", "sad")]
+    assert encoder.demonstrations(demos, 900) == tokenizer.reference("the river is cold happy a small boat sad")
+
+
+def test_newlines_that_a_tokenizer_drops_are_an_error_and_others_are_kept(tmp_path, corpus_dir, tokenizer):
+    with pytest.raises(UserError, match="--template newline, but the tokenizer of .*t5 drops newlines.*--template space"):
+        Encoder(sentencepiece(tmp_path, corpus_dir, "t5"), "newline", 900)
+    llama2 = sentencepiece(tmp_path, corpus_dir, "llama2")
+    for kept in (llama2, tokenizer):
+        ids = Encoder(kept, "newline", 900).demonstrations([example("the river", "happy"), example("a boat", "sad")], 900)
+        assert ids == kept.reference("the river\nhappy\n\n\na boat\nsad")
+
+
+def test_a_bos_is_taken_where_the_tokenizer_adds_one(tmp_path, corpus_dir, tokenizer):
+    assert sentencepiece(tmp_path, corpus_dir, "llama2").bos_id == 1
+    assert sentencepiece(tmp_path, corpus_dir, "t5").bos_id is None  # it adds an end, no beginning
+    assert tokenizer.bos_id is None
+    backend = json.loads(tokenizer.hf.backend_tokenizer.to_str())
+    opt = tmp_path / "opt"
+    opt.mkdir()
+    (opt / "vocab.json").write_text(json.dumps(backend["model"]["vocab"] | {"</s>": 500}))
+    (opt / "merges.txt").write_text("\n".join(" ".join(pair) for pair in backend["model"]["merges"]))
+    (opt / "tokenizer_config.json").write_text(json.dumps({
+        "tokenizer_class": "GPT2Tokenizer", "add_bos_token": True, "bos_token": "</s>", "eos_token": "</s>", "unk_token": "</s>"}))
+    assert Tokenizer(str(opt)).bos_id == 500
 
 
 # Looking at the data

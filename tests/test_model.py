@@ -719,7 +719,13 @@ def test_load_llm_of_broken_files_names_the_fix(llm_folder, tmp_path):
     broken("half-config", lambda folder: cut(folder / "config.json"))
     broken("no-config", lambda folder: (folder / "config.json").unlink())
     broken("no-weights", lambda folder: (folder / "model.safetensors").unlink())
-    broken("encoder-decoder", lambda folder: T5Config().save_pretrained(folder))
+
+
+def test_load_llm_of_weights_that_do_not_fill_the_model_is_a_user_error(llm_folder, tmp_path):
+    folder = shutil.copytree(llm_folder, tmp_path / "mixed")
+    T5Config(d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=4).save_pretrained(folder)
+    with pytest.raises(UserError, match="mixed lacks weights of its own configuration, such as .*; give a whole model"):
+        load_llm(str(folder), CPU, torch.float32)
 
 
 def args_for(spec: str, output_scale: str) -> SimpleNamespace:
@@ -741,6 +747,7 @@ def test_checkpoint_round_trip_gives_bitwise_equal_vectors(llm, llm_folder, tmp_
     spec = {"sibling": str(llm_folder)}.get(kind, kind)
     if kind == "narrow":  # of another width: with a projection
         spec = str(write_gpt2(tmp_path / "narrow", n_embd=16, n_layer=1, n_head=2, vocab_size=vocab))
+        copy_tokenizer(llm_folder, spec)
     distiller = make_distiller(llm, spec, output_scale=output_scale)
     torch.manual_seed(5)
     with torch.no_grad():
@@ -809,10 +816,39 @@ def test_load_distiller_for_another_llm_is_a_user_error(tmp_path, changes):
         load_distiller(tmp_path / "run", other)
 
 
-def test_a_sibling_of_another_vocabulary_or_none_is_a_user_error(llm, tmp_path):
-    sibling = write_gpt2(tmp_path / "sibling", n_layer=1, vocab_size=llm.config.vocab_size + 1)
-    with pytest.raises(UserError, match="vocabulary of .*share a tokenizer: take a sibling, or layers:N"):
+def copy_tokenizer(source, target):
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(source / file, target)
+
+
+def test_a_sibling_of_another_tokenizer_is_a_user_error_that_names_the_tokens(llm, llm_folder, tmp_path):
+    sibling = write_gpt2(tmp_path / "sibling", n_layer=1, vocab_size=llm.config.vocab_size)
+    copy_tokenizer(llm_folder, sibling)
+    make_distiller(llm, str(sibling))
+    spec = json.loads((sibling / "tokenizer.json").read_text())
+    vocab = spec["model"]["vocab"]
+    vocab["river?"] = vocab.pop("Ġriver")
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    (sibling / "tokenizer.json").write_text(json.dumps(spec | {"model": spec["model"] | {"merges": []}}))
+    with pytest.raises(UserError, match=rf"4 tokens differ, such as 'a' \({vocab['b']} in the LLM's, {vocab['a']} in the "
+                                        rf"distiller's\), 'b' .*'river\?' \(not there in the LLM's, {vocab['river?']} in"):
         make_distiller(llm, str(sibling))
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (sibling / file).unlink()
+    with pytest.raises(UserError, match="does not share the tokenizer|has no tokenizer beside it"):
+        make_distiller(llm, str(sibling))
+
+
+def test_a_sibling_with_more_embedding_rows_than_tokens_is_welcome(llm, llm_folder, tmp_path):
+    """Qwen2.5-0.5B and -7B share a tokenizer and pad their embeddings to different sizes."""
+    sibling = write_gpt2(tmp_path / "sibling", n_layer=1, vocab_size=llm.config.vocab_size + 8)
+    copy_tokenizer(llm_folder, sibling)
+    batch = collate(training_rows())
+    assert make_distiller(llm, str(sibling))(batch["demo_ids"], batch["demo_mask"]).isfinite().all()
+
+
+def test_a_sibling_that_is_broken_or_missing_is_a_user_error(llm, tmp_path):
+    sibling = write_gpt2(tmp_path / "sibling", n_layer=1)
     (sibling / "model.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match="sibling cannot be loaded.*give layers:N"):
         make_distiller(llm, str(sibling))

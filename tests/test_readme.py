@@ -31,6 +31,13 @@ def test_commands_are_found():
     assert all(f"{name}.py" in text for name in SCRIPTS) and len(commands()) > 12
 
 
+def test_the_tests_that_the_readme_names_are_there():
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", (common.ROOT / "README.md").read_text())
+    assert len(named) >= 8
+    for file, test in named:
+        assert f"def {test}(" in (common.ROOT / "tests" / file).read_text(), test
+
+
 @pytest.mark.parametrize("command", commands())
 def test_command_parses(command):
     script, flags = re.search(r"(\w+)\.py(.*)", command).groups()

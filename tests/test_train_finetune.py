@@ -113,6 +113,25 @@ def test_two_micro_batches_equal_one_large_batch(argv, quick_dev, tmp_path):
     assert furthest(other, one, "distiller.") > 1e-4 and furthest(other, one, ".exp_avg") > 1e-4
 
 
+def test_checkpointing_the_llm_changes_no_step(argv, quick_dev, tmp_path):
+    argv = [*argv, "--lr", "2e-4"]
+    for name, flag in (("kept", []), ("again", ["--grad-checkpoint"])):
+        train_finetune.main([*argv, *flag, "--out-dir", str(tmp_path / name)])
+    kept, again = (load_checkpoint(tmp_path / name / "last.safetensors")[0] for name in ("kept", "again"))
+    assert furthest(kept, again, "distiller.") < 1e-5 and furthest(kept, again, ".exp_avg") < 1e-6
+
+
+def test_llm_weights_overrule_dtype_for_the_llm_alone(argv, quick_dev, tmp_path, monkeypatch):
+    loaded, load = [], train_finetune.load_llm
+    monkeypatch.setattr(train_finetune, "load_llm", lambda *a: (loaded.append(load(*a)), loaded[-1])[1])
+    for flags in ([], ["--llm-weights", "bf16"], ["--dtype", "bf16"], ["--dtype", "bf16", "--llm-weights", "fp32"]):
+        train_finetune.main([*argv, "--steps", "1", *flags, "--out-dir", str(tmp_path / "-".join(["run", *flags]))])
+    assert [llm.dtype for llm in loaded] == [torch.float32, torch.bfloat16, torch.bfloat16, torch.float32]
+    for folder in tmp_path.glob("run*"):
+        tensors, _ = load_checkpoint(folder / "last.safetensors")
+        assert {t.dtype for t in tensors.values()} == {torch.float32}
+
+
 def test_every_step_draws_new_samples(argv, quick_dev, tmp_path, monkeypatch):
     drawn, sample = [], train_finetune.sample_row
     monkeypatch.setattr(train_finetune, "sample_row", lambda tasks, encoder, seed, number, k, queries: (

@@ -108,11 +108,11 @@ def test_the_first_step_is_eq_3_on_the_whole_step(argv, quick_dev, tmp_path, lla
     distiller = build_distiller("layers:2", llm, 4, "matched", 100)
     corpus = Corpus([str(corpus_dir)], Tokenizer(str(llama)), 96, 64)
     rows = corpus.training_rows(100, 0, 4, 0.6)
-    counts = [len(row["queries"][0][0]) for row in rows]
+    counts = [len(row["queries"][0][1][0]) for row in rows]
     assert sum(counts[:2]) != sum(counts[2:])  # else a mean of means would pass
     total, n = 0, 0
     for row in rows:
-        demo, ((x, _),) = torch.tensor([row["demo"]]), row["queries"]
+        demo, ((_, (x,)),) = torch.tensor([row["demo"]]), row["queries"]
         student = log_softmaxes(llm, distiller(demo, torch.ones_like(demo, dtype=torch.bool)), x)
         teacher = log_softmaxes(llm, llm.get_input_embeddings()(demo), x).detach()
         total = total + (teacher.exp() * (teacher - student)).sum()
@@ -186,7 +186,7 @@ def test_held_out_kl_and_its_references_against_one_window_at_a_time(argv, quick
     with torch.no_grad():
         for d in corpus.held_out[:5]:
             row = corpus.row(d, 0.8)
-            demo, ((x, _),) = torch.tensor([row["demo"]]), row["queries"]
+            demo, ((_, (x,)),) = torch.tensor([row["demo"]]), row["queries"]
             embedded = llm.get_input_embeddings()(demo)
             teacher = log_softmaxes(llm, embedded, x)[1:]
             contexts = {"val_kl": distiller(demo, torch.ones_like(demo, dtype=torch.bool)), "val_kl_no_context": embedded[:, :0],
