@@ -427,19 +427,17 @@ def load_llm(name: str, device: torch.device, dtype: torch.dtype, weights: str |
             raise UserError(f"--llm {name} does not exist; run `make assets`, or give a hub name or a model's folder")
         require_hub(f"--llm {name}")
     dtype = torch_dtype(weights) if weights in ("fp32", "bf16") else dtype
-    eight_bit = {"quantization_config": BitsAndBytesConfig(load_in_8bit=True), "device_map": {"": device}}
+    eight_bit = weights == "8bit"
+    placement = {"quantization_config": BitsAndBytesConfig(load_in_8bit=True), "device_map": {"": device}} if eight_bit else {}
     try:
         config = AutoConfig.from_pretrained(name)
         kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        llm, report = kind.from_pretrained(name, dtype=dtype, output_loading_info=True,
-                                           **(eight_bit if weights == "8bit" else {}))
+        llm, report = kind.from_pretrained(name, dtype=dtype, output_loading_info=True, **placement)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"--llm {name} cannot be loaded as a language model ({str(error).splitlines()[0]}); "
                         "give one such as gpt2-large, t5-large-lm-adapt or a Llama; where its files are cut short, fetch it "
                         "again (`make assets` for the pocket preset, after deleting the folder)") from error
-    if weights != "8bit":
-        llm = llm.to(device)
-    llm = llm.eval().requires_grad_(False)
+    llm = (llm if eight_bit else llm.to(device)).eval().requires_grad_(False)  # 8-bit weights are there already
     check((not report["missing_keys"], (f"--llm {name} lacks weights of its own configuration, such as "
                                          f"{min(report['missing_keys'], default='')}; give a whole model")),
           (not config.is_encoder_decoder or config.model_type in ENCODER_DECODERS,

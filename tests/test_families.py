@@ -232,6 +232,16 @@ def test_first_layers_of_all_layers_are_the_llms_own(llm):
         assert (first_layers(llm, 2).eval()(ids).last_hidden_state - expected).abs().max() > 1e-3
 
 
+def test_placeholders_and_the_scale_of_vectors_are_those_of_embedded_tokens(llm):
+    """Gemma scales its embeddings in their module: the rows of the weight are not what the layers get."""
+    embedded, batch = llm.get_input_embeddings()(torch.arange(VOCAB)), collate(rows())                # (V, d)
+    distiller = build_distiller("layers:2", llm, 4, "matched", 0).eval()
+    assert (distiller.placeholders[:, None] == embedded).all(dim=2).any(dim=1).all()
+    with torch.no_grad():
+        vectors = distiller(batch["demo_ids"], batch["demo_mask"])
+    assert vectors.pow(2).mean().sqrt().item() == pytest.approx(embedded.pow(2).mean().sqrt().item(), rel=0.3)
+
+
 def test_positions_that_a_model_can_take(llm, family):
     assert max_positions(llm.config) == {"gpt2": 128, "opt": 128, "opt-350m": 128, "t5": None, "flan-t5": None}.get(family, 512)
 

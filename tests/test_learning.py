@@ -98,13 +98,17 @@ def write_tasks(folder):
     return folder
 
 
-@pytest.mark.parametrize(("family", "steps"), [("gpt2", (150, 100, 120)), ("llama", (150, 100, 120)), ("t5", (250, 50, 70))])
-def test_mend_learns_to_pass_on_what_the_demonstrations_say(family, steps, tmp_path):
-    """steps: of teaching the LLM, of pretraining MEND, of finetuning it."""
+@pytest.mark.parametrize(("family", "layers", "steps"), [("gpt2", 1, (150, 100, 120)), ("llama", 1, (150, 100, 120)),
+                                                         ("t5", 2, (250, 50, 70))])
+def test_mend_learns_to_pass_on_what_the_demonstrations_say(family, layers, steps, tmp_path):
+    """layers: of the distiller. steps: of teaching the LLM, of pretraining MEND, of finetuning it.
+
+    With one step of either stage MEND stays at 40 to 72%.
+    """
     llm, tasks, rng = taught_llm(tmp_path / f"tiny-{family}", family, steps[0]), write_tasks(tmp_path / "tasks"), random.Random(4)
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text(rng, rng.choice(SEEN), K + 2)}) + "\n"
                                                  for _ in range(1000)))
-    flags = ["--preset", "pocket", "--llm", str(llm), "--distiller", "layers:2", "--distill-len", "4", "--tasks", str(tasks),
+    flags = ["--preset", "pocket", "--llm", str(llm), "--distiller", f"layers:{layers}", "--distill-len", "4", "--tasks", str(tasks),
              "--dtype", "fp32", "--device", "cpu", "--k", str(K)]
     training = ["--lr", "5e-3", "--warmup", "0.1", "--save-every", "1000", "--eval-every", "1000", "--patience", "0"]
     pretrained = train_pretrain.main([
@@ -120,4 +124,4 @@ def test_mend_learns_to_pass_on_what_the_demonstrations_say(family, steps, tmp_p
         accuracy[line["method"]].append(line["accuracy"])
     zero_shot, icl, mend = (sum(accuracy[m]) / len(UNSEEN) for m in ("zero_shot", "icl", "mend"))
     assert icl > 0.9  # the LLM can do the task
-    assert zero_shot < 0.6 and mend > max(0.8, zero_shot + 0.3), (zero_shot, mend)
+    assert zero_shot < 0.6 and mend > max(0.9, zero_shot + 0.3), (zero_shot, mend)
