@@ -505,7 +505,7 @@ def max_positions(config) -> int | None:
     return getattr(config, "max_position_embeddings", None)
 
 
-def build_distiller(spec: str, llm: PreTrainedModel, distill_len: int, output_scale: str, seed: int,
+def build_distiller(spec: str, llm: PreTrainedModel, distill_len: int, start: str, seed: int,
                     backbone_config: dict | None = None) -> "Distiller | FreeVectors":
     """A distiller for `llm`, on its device.
 
@@ -537,10 +537,10 @@ def build_distiller(spec: str, llm: PreTrainedModel, distill_len: int, output_sc
                             "or --llm-weights bf16")
         backbone = first_layers(llm, int(spec[7:]))
     shares = {"plain": None, "matched": 1.0, "residual": 0.1}  # of the LLM's embeddings' scale
-    rms = shares[output_scale] and shares[output_scale] * embedding_rms(embed, llm.config.vocab_size)
+    rms = shares[start] and shares[start] * embedding_rms(embed, llm.config.vocab_size)
     return Distiller(backbone.to(llm.device), backbone.get_input_embeddings() if own else embed, distill_len,
                      llm.get_input_embeddings().embedding_dim, own_embedding=own, output_rms=rms,
-                     residual_embed=llm.get_input_embeddings() if output_scale == "residual" else None,
+                     residual_embed=llm.get_input_embeddings() if start == "residual" else None,
                      seed=seed).to(llm.device)
 
 
@@ -566,7 +566,7 @@ def distiller_config(distiller: Distiller | FreeVectors, llm: PreTrainedModel, a
     """What `load_distiller` needs to build the distiller again, for a checkpoint's state. args: the script's flags."""
     config = distiller.backbone and distiller.backbone.config
     return {"llm": identity(llm), "distiller": args.distiller, "distill_len": args.distill_len,
-            "output_scale": args.output_scale, "template": args.template,
+            "start": args.start, "template": args.template,
             "backbone": config and config.to_diff_dict() | {"model_type": config.model_type}}
 
 
@@ -577,7 +577,7 @@ def load_distiller(path: str | Path, llm: PreTrainedModel) -> tuple[Distiller | 
     if config["llm"] != found:
         raise UserError(f"the checkpoint {path} was trained for the LLM {config['llm']}, and this one is {found}; "
                         "vectors speak to one LLM only: give its own --llm, or another checkpoint")
-    distiller = build_distiller(config["distiller"], llm, config["distill_len"], config["output_scale"], 0,
+    distiller = build_distiller(config["distiller"], llm, config["distill_len"], config["start"], 0,
                                 config["backbone"])
     weights = {k.removeprefix("distiller."): t for k, t in tensors.items() if k.startswith("distiller.")}
     distiller.load_state_dict(weights)

@@ -78,9 +78,9 @@ def llm(llm_folder):
     return load(llm_folder)
 
 
-def make_distiller(llm, spec: str = "layers:2", distill_len: int = 4, output_scale: str = "matched", seed: int = 0):
+def make_distiller(llm, spec: str = "layers:2", distill_len: int = 4, start: str = "matched", seed: int = 0):
     """A distiller without dropout, so that two runs can be compared."""
-    return build_distiller(spec, llm, distill_len, output_scale, seed).eval()
+    return build_distiller(spec, llm, distill_len, start, seed).eval()
 
 
 def close(found, expected, tolerance: float = 1e-5):
@@ -619,12 +619,32 @@ def test_matched_output_has_the_embeddings_scale_and_plain_output_the_norms(llm)
     batch = collate(training_rows())
     target = llm.get_input_embeddings().weight.pow(2).mean().sqrt().item()
     assert embedding_rms(llm.get_input_embeddings(), llm.config.vocab_size) == pytest.approx(target, rel=1e-5)
-    matched, plain = make_distiller(llm, distill_len=16), make_distiller(llm, distill_len=16, output_scale="plain")
+    matched, plain = make_distiller(llm, distill_len=16), make_distiller(llm, distill_len=16, start="plain")
     with torch.no_grad():
         rms, plain_rms = (d(batch["demo_ids"], batch["demo_mask"]).pow(2).mean().sqrt().item() for d in (matched, plain))
     assert rms == pytest.approx(target, rel=0.15)
     assert plain_rms == pytest.approx(1.0, rel=0.15) and target < 0.3  # a final norm's scale, far from the target
     assert plain.gain is None and "gain" not in plain.state_dict()
+
+
+@pytest.mark.parametrize("length", [2, 4, 9])  # fewer demonstration tokens than vectors, as many, more
+def test_residual_start_adds_the_last_tokens_embeddings(llm, length):
+    """S_D = E_D[-l:] + gain * MEND(D)[-l:], 0 in the place of tokens that are not there; at first a tenth of E_D's scale."""
+    matched, residual = make_distiller(llm, distill_len=4), make_distiller(llm, distill_len=4, start="residual")
+    assert residual.gain.item() == pytest.approx(0.1 * matched.gain.item(), rel=1e-5)
+    ids = list(range(5, 5 + length))
+    batch = collate([{"demo": ids, "queries": [([3], [[4]])]}, {"demo": [7] * 12, "queries": [([3], [[4]])]}])
+    expected = torch.zeros(4, llm.get_input_embeddings().embedding_dim)
+    for i, token in enumerate(reversed(ids[-4:]), 1):
+        expected[-i] = llm.get_input_embeddings()(torch.tensor(token)).detach()
+    with torch.no_grad():
+        found = residual(batch["demo_ids"], batch["demo_mask"])[0]
+        close(found, expected + 0.1 * matched(batch["demo_ids"], batch["demo_mask"])[0])
+    residual.train()
+    residual(batch["demo_ids"], batch["demo_mask"]).sum().backward()
+    assert all(p.grad is not None for n, p in residual.named_parameters() if not n.startswith("embed"))
+    assert all(p.grad is None for p in llm.parameters())
+    assert "residual_embed" not in " ".join(residual.state_dict())
 
 
 @pytest.mark.parametrize("width", [16, 32])
@@ -728,8 +748,8 @@ def test_load_llm_of_weights_that_do_not_fill_the_model_is_a_user_error(llm_fold
         load_llm(str(folder), CPU, torch.float32)
 
 
-def args_for(spec: str, output_scale: str) -> SimpleNamespace:
-    return SimpleNamespace(distiller=spec, distill_len=4, output_scale=output_scale, template="space")
+def args_for(spec: str, start: str) -> SimpleNamespace:
+    return SimpleNamespace(distiller=spec, distill_len=4, start=start, template="space")
 
 
 def write_gpt2(folder, **changes):
@@ -740,20 +760,20 @@ def write_gpt2(folder, **changes):
     return folder
 
 
-@pytest.mark.parametrize(("kind", "output_scale"), [("layers:2", "matched"), ("layers:2", "plain"),
+@pytest.mark.parametrize(("kind", "start"), [("layers:2", "matched"), ("layers:2", "plain"), ("layers:2", "residual"), ("narrow", "residual"),
                                                     ("sibling", "matched"), ("narrow", "matched")])
-def test_checkpoint_round_trip_gives_bitwise_equal_vectors(llm, llm_folder, tmp_path, kind, output_scale):
+def test_checkpoint_round_trip_gives_bitwise_equal_vectors(llm, llm_folder, tmp_path, kind, start):
     vocab = llm.config.vocab_size
     spec = {"sibling": str(llm_folder)}.get(kind, kind)
     if kind == "narrow":  # of another width: with a projection
         spec = str(write_gpt2(tmp_path / "narrow", n_embd=16, n_layer=1, n_head=2, vocab_size=vocab))
         copy_tokenizer(llm_folder, spec)
-    distiller = make_distiller(llm, spec, output_scale=output_scale)
+    distiller = make_distiller(llm, spec, start=start)
     torch.manual_seed(5)
     with torch.no_grad():
         for p in distiller.parameters():  # away from what building it again would give
             p.add_(0.05 * torch.randn_like(p))
-    state = {"model": distiller_config(distiller, llm, args_for(spec, output_scale)), "step": 7}
+    state = {"model": distiller_config(distiller, llm, args_for(spec, start)), "step": 7}
     save_checkpoint(tmp_path / "run" / "best.safetensors", distiller, state)
     if kind == "narrow":
         shutil.rmtree(tmp_path / "narrow")  # the checkpoint is enough
