@@ -31,7 +31,7 @@ demo: assets
 
 # the paper's tables and figures: make table2 SCALE=pocket (runs/settings.sh has the other settings)
 table1 table2 table3 table6 table7 fig3 fig4 fig5 ablations: setup
-	runs/$@.sh
+	PYTHON=$(BIN)/python runs/$@.sh
 
 test: setup
 	$(BIN)/python -m pytest

@@ -22,7 +22,7 @@ from torch import Tensor
 import common
 from common import autocast, check, finish, parse, run_main, setup
 from data import Tokenizer, load_tasks
-from evaluate import make_encoder, refuse_seen_tasks
+from evaluate import make_encoder, refuse_seen_tasks, refuse_wrong_method
 from model import causal_mask, load_distiller, load_llm, max_positions, positions_of, run_backbone, with_bos
 
 SEQUENCES, COPY_LEN = 10, 500  # the induction test: random sequences, tokens in each before it is doubled (App. C)
@@ -113,6 +113,7 @@ def look(args, llm, tokenizer: Tokenizer, heads: list[tuple[int, int]]) -> dict:
     check((task in tasks.test, (f"--task {task} is no meta-test task of {args.split} here; "
                                 f"{common.did_you_mean(task, tasks.test)}")))
     args.only = [task]
+    refuse_wrong_method(["mend"], state, args.checkpoint)
     refuse_seen_tasks(state["trained_on"], tasks, args)
     files, encoder = tasks.files(task, args.seed), make_encoder(args, tokenizer, llm, distiller)
     demos, queries = files["train"][:args.k], files["test"]
@@ -148,7 +149,7 @@ def main(argv: list[str] | None = None) -> dict:
     check(*common.shared_rules(args),
           (args.context_len >= 1, f"--context-len is {args.context_len}; give at least 1 token"))
     device = setup(args, training=False)
-    llm, tokenizer = load_llm(args.llm, device, common.torch_dtype(args.dtype)), Tokenizer(args.llm)
+    llm, tokenizer = load_llm(args.llm, device, common.torch_dtype(args.dtype), args.llm_weights), Tokenizer(args.llm)
     limit, length = max_positions(llm.config), 2 * COPY_LEN + (tokenizer.bos_id is not None)
     check((limit is None or length <= limit, (f"--llm {Path(args.llm).name} reads {limit} tokens, and the induction test "
                                               f"needs {length}; take another LLM")))

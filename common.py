@@ -352,6 +352,9 @@ def checkpoint_file(path: str | Path) -> Path:
                     "last.safetensors in it, as train_pretrain.py and train_finetune.py write them")
 
 
+FIXED_FLAGS = ("k", "seed", "batch_size", "grad_accum", "lr", "warmup", "window", "context_len", "queries_per_demo")
+
+
 class Run:
     """Bookkeeping of one training run: its folder, step, learning rate, log, checkpoints and early stopping.
 
@@ -383,11 +386,13 @@ class Run:
 
     def restore(self, path: Path) -> None:
         tensors, saved = load_checkpoint(path)
-        stage, stage_saved = (list(state["trained_on"].items())[-1] for state in (self.state, saved))  # this stage's data
-        for found, wanted in ((saved["model"], self.state["model"]), (stage_saved, stage)):
-            if found != wanted:
-                raise UserError(f"--resume: {path} is of {found}, and the flags ask for {wanted}; give the flags of that "
-                                "run, or another --out-dir")
+        fixed = [state["model"] | {f"{stage} {name}": value for name, value in about.items()} |
+                 {f"--{name.replace('_', '-')}": state["flags"][name] for name in FIXED_FLAGS if name in state["flags"]}
+                 for state in (saved, self.state) for stage, about in list(state["trained_on"].items())[-1:]]
+        differ = [f"{name} {str(fixed[0].get(name))[:60]} (now {str(fixed[1].get(name))[:60]})"
+                  for name in fixed[0] | fixed[1] if fixed[0].get(name) != fixed[1].get(name)]
+        check((not differ, (f"--resume: {path} was trained with {', '.join(differ)}; give the flags of that run, or another "
+                            "--out-dir")))
         self.distiller.load_state_dict({k.removeprefix("distiller."): t for k, t in tensors.items()
                                         if k.startswith("distiller.")})
         for name, p in self.distiller.named_parameters():

@@ -447,7 +447,13 @@ class Encoder:
 
     def limit(self, examples: list[dict]) -> int:
         """Tokens that a task's demonstrations may take: `context_len`, but never so many that one of its queries would
-        not fit behind them. DEVIATION: the paper says 900, which GPT-2's 1,024 positions cannot hold. It looks at all of a task's labels, so that demonstrations never depend on the query."""
+        not fit behind them. It looks at all of a task's labels, so that demonstrations never depend on the query.
+
+        DEVIATION: the paper says 900, which GPT-2's 1,024 positions cannot hold.
+
+        Raises:
+            UserError: a query, or a single demonstration token, would not fit beside l vectors.
+        """
         limits = [self.context_len]
         if self.distiller_positions is not None:
             limits.append(self.distiller_positions - self.distill_len)
@@ -455,6 +461,9 @@ class Encoder:
             labels = {label for e in examples for label in [e["output"], *e["options"]]}
             longest = max(len(self.answer(label)) for label in labels)
             limits.append(self.llm_positions - MAX_INPUT - longest - (self.tokenizer.bos_id is not None))
+            check((self.distill_len <= limits[-1], (f"--distill-len is {self.distill_len}, and the LLM's {self.llm_positions} "
+                   f"positions leave {limits[-1]} beside a query; give less")))
+        check((min(limits) >= 1, f"--distill-len {self.distill_len} leaves no position for demonstrations; give less"))
         return min(limits)
 
     def query(self, example: dict, first: bool = False) -> list[int]:
@@ -472,20 +481,29 @@ class Encoder:
             return self.query(example, first) + self.answer(example["output"])
         return self.tokenizer.encode(("" if first else TEMPLATES[self.template][1]) + example["output"])
 
-    def demonstrations(self, examples: list[dict], limit: int) -> list[int]:
-        """D = concat(x_1, y_1, ..., x_K, y_K): whole demonstrations; the first that would pass `limit` tokens and all
-        after it are left out (one that is too long even alone is skipped)."""
-        ids: list[int] = []
+    def pieces(self, examples: list[dict], limit: int) -> list[tuple[dict, list[int]]]:
+        """Whole demonstrations with their ids: the first that would pass `limit` tokens and all after it are left out
+        (one that is too long even alone is skipped)."""
+        kept, size = [], 0
         for example in examples:
-            piece = self.demonstration(example, first=not ids)
-            if len(ids) + len(piece) <= limit:
-                ids += piece
-            elif ids:
+            piece = self.demonstration(example, first=not kept)
+            if size + len(piece) <= limit:
+                kept.append((example, piece))
+                size += len(piece)
+            elif kept:
                 break
-        if not ids:
+        if not kept:
             raise UserError(f"task {examples[0]['task']}: not one of {len(examples)} demonstrations fits into {limit} "
                             "tokens; raise --context-len, or shorten the demonstrations")
-        return ids
+        return kept
+
+    def fitting(self, examples: list[dict], limit: int) -> list[dict]:
+        """The demonstrations that `limit` tokens hold."""
+        return [example for example, _ in self.pieces(examples, limit)]
+
+    def demonstrations(self, examples: list[dict], limit: int) -> list[int]:
+        """D = concat(x_1, y_1, ..., x_K, y_K) of those that `limit` tokens hold."""
+        return [token for _, piece in self.pieces(examples, limit) for token in piece]
 
     def budget(self, examples: list[dict], limit: int) -> list[int]:
         """The baseline of equal length: as many of the K demonstrations, in order, as fit into `limit` = l tokens.

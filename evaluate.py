@@ -274,7 +274,7 @@ def main(argv: list[str] | None = None) -> dict:
 def print_paper_table(number: str, *files: str) -> dict:
     check((number in ("1", *TABLES), f"--table {number} is unknown; give one of 1, {', '.join(TABLES)}"),
           (bool(files), f"--table {number} needs at least one results file after the number"),
-          *((Path(f).is_file(), f"--table: {f} does not exist; give a results file of evaluate.py") for f in files))
+          *((Path(f).is_file(), f"--table: {f} is no file; give a results file of evaluate.py") for f in files))
     lines = table_lines([r for f in files for r in read_results(Path(f))], number)
     print("\n".join(lines))
     return finish({"table": number, "files": list(files)})
@@ -292,7 +292,7 @@ def refuse_wrong_method(methods: list[str], state: dict, path: str) -> None:
            f"{path} holds free vectors (--distiller free); evaluate it with --methods prompt_tuning"),
           (not distils or "hypertuning" not in methods, (f"{path} was trained with L_distill, which HyperTuning has none of; "
            "train with --objective clm, then --lam 0, or evaluate it as mend")),
-          (distils or not stages or "mend" not in methods,
+          (distils or free or not stages or "mend" not in methods,
            f"{path} was trained without L_distill, which is MEND's; evaluate it as hypertuning"))
 
 
@@ -369,19 +369,22 @@ def perturbable(args, tasks: Tasks) -> list[str]:
 def evaluate_one(args, llm, distiller, encoder: Encoder, tasks: Tasks, task: str, seed: int, method: str,
                  sentence_encoder: SentenceEncoder | None = None) -> dict:
     """One (method, task, seed): n, macro_f1, accuracy, headline."""
-    demos, files = demonstration_set(tasks, task, seed, args.k)
+    files = tasks.files(task, seed)
     queries = files["test"][:args.limit or None]
     require_options(queries)
-    if method == "majority":
-        chosen = majority(demos, queries)
-    elif args.retrieve:
+    if args.retrieve:
         pool = tasks.retrieval_pool(task, seed)
         limit = encoder.limit(pool + files["test"])
         sets = retrieve(args.retrieve, pool, queries, args.k, sentence_encoder)
         chosen = predict_each(method, sets, limit, llm, distiller, encoder, queries, args)
+    elif method == "majority":
+        chosen = majority(demonstration_set(tasks, task, seed, args.k)[0], queries)
     else:
+        demos, _ = demonstration_set(tasks, task, seed, args.k)
         limit = encoder.limit(demos + files["test"])
-        shown = perturb(demos, args.perturb, seed) if args.perturb else demos
+        # which demonstrations stand there is settled before they change, so that all kinds see the same ones (unless
+        # longer labels push out the last)
+        shown = perturb(encoder.fitting(demos, limit), args.perturb, seed) if args.perturb else demos
         prefix = one_prefix(method, shown, limit, llm, distiller, encoder, args)
         chosen = predict(llm, prefix, encoder, queries, first=method == "zero_shot")
     return {"n": len(queries)} | task_figures(chosen, [q["output"] for q in queries], tasks.types[task])

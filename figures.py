@@ -32,7 +32,7 @@ from matplotlib.transforms import offset_copy
 import common
 import method_figure
 from common import UserError, check, finish, run_main
-from evaluate import summarise
+from tables import latest, read_results, summarise
 
 # Okabe and Ito's palette, which stays distinct for colour-blind readers: colour, marker, label
 METHODS = {"mend": ("#0072B2", "o", "MEND"), "icl": ("#D55E00", "s", "Vanilla ICL"),
@@ -55,15 +55,6 @@ def caption(fig: Figure, text: str) -> None:
     fig.text(0.015, 0.08 / height, "\n".join(lines), fontsize=8, color=GREY, va="bottom", linespacing=1.25)
 
 
-def read_lines(path: Path) -> list[dict]:
-    """The finished lines of a .jsonl file, which a run may still be writing; none where there is no file."""
-    text = path.read_text() if path.exists() else ""
-    try:
-        return [json.loads(line) for line in text[:text.rfind("\n") + 1].splitlines()]
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} holds a line that is no JSON ({error}); expected one JSON object a line") from error
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Figs. 4, 6 and 7: the headline over one setting. (Fig. 3, time and memory, belongs here: a function of bench.py's
 # records, and an entry in FIGURES.)
@@ -72,7 +63,7 @@ def read_lines(path: Path) -> list[dict]:
 def load_records(args: argparse.Namespace) -> list[dict]:
     """The records of evaluate.py of one split, with MetaICL's own demonstrations, unperturbed."""
     paths = [Path(p) for p in args.results or sorted((common.ROOT / "results").glob(f"{args.name}*.jsonl"))]
-    records = [r for path in paths for r in read_lines(path)]
+    records = [r for path in paths for r in read_results(path)]
     chosen = [r for r in records if r["split"] == args.split and r["retrieval"] is None and r["perturbation"] is None]
     if not chosen:
         raise UserError(f"{', '.join(p.name for p in paths) or 'results/'}: {len(records)} records, none of --split "
@@ -104,9 +95,8 @@ def averages(records: list[dict], methods: tuple[str, ...], x: Callable[[dict], 
     data = {"points": {m: [] for m in methods}, "tasks": len({t for t, _ in everything}),
             "seeds": len({s for _, s in everything}), "queries": 0}
     for (method, value), group in sorted(groups.items()):
+        group = latest(group)
         here = {(r["task"], r["seed"]) for r in group}
-        check((len(here) == len(group), (f"{method} at {value} has {len(group)} records for {len(here)} (task, seed), of "
-               f"checkpoints {', '.join(sorted({str(r['checkpoint']) for r in group}))}; keep one in --results")))
         if here == everything:
             data["points"][method].append([value, *summarise(group, [method])["average"][method]])
             data["queries"] = sum(r["n"] for r in group)
@@ -119,8 +109,8 @@ def averages(records: list[dict], methods: tuple[str, ...], x: Callable[[dict], 
 
 def draw_averages(args, panels: list[tuple[str, str, dict]], records: list[dict], what: str) -> tuple[Figure, dict]:
     """One panel for each (x label, x scale, averages)."""
-    panels = [panel for panel in panels if any(panel[2]["points"].values())]
-    check((panels, f"no point of {args.name} is complete; run runs/{SOURCES[args.name]}.sh to its end"))
+    panels = [panel for panel in panels if len({x for points in panel[2]["points"].values() for x, _, _ in points}) > 1]
+    check((panels, f"{args.name} needs two complete points at least; run runs/{SOURCES[args.name]}.sh to its end"))
     fig = Figure(figsize=(4.2 * len(panels) if len(panels) > 1 else 5.4, 4), layout="constrained")
     axes = fig.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     methods = [m for m in METHODS if any(data["points"].get(m) for *_, data in panels)]
@@ -199,8 +189,10 @@ def fig7(args) -> tuple[Figure, dict]:
 def load_measured(args: argparse.Namespace, name: str) -> dict:
     """What attention.py wrote."""
     path = Path(args.results[0] if args.results else common.ROOT / "results" / f"{name}.json")
-    check((path.exists(), f"{path.name} is not there; run attention.py, which writes it (--checkpoint DIR for Fig. 5)"))
-    return json.loads(path.read_text())
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not what attention.py writes ({error}); run it (with --checkpoint DIR for Fig. 5)") from error
 
 
 def fig8(args) -> tuple[Figure, dict]:
@@ -267,7 +259,7 @@ def draw_run(ax: Axes, share_ax: Axes, run: Path) -> tuple[dict, str]:
 
     Returns what is drawn, {"training": [[step, running mean], ...], "evaluations": records}, and a note.
     """
-    records = read_lines(run / "metrics.jsonl")
+    records = read_results(run / "metrics.jsonl")
     steps, evaluations = ([r for r in records if ("val_kl" in r) == wanted] for wanted in (False, True))
     check((steps, f"{run / 'metrics.jsonl'} has no training step; give the folder of a training run"))
     _, state = common.load_checkpoint(run, weights=False)
@@ -340,6 +332,7 @@ def main(argv: list[str] | None = None) -> dict:
            "`python figures.py curves out/pretrain`, and the others take none")))
     args.command = shlex.join(["python", "figures.py", *(sys.argv[1:] if argv is None else argv)])
     out = Path(args.out)
+    check((not out.is_file(), f"--out {out} is a file; give a folder"))
     out.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(STYLE):
         fig, drawn = FIGURES[args.name](args)

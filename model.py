@@ -456,6 +456,10 @@ def check_llm(llm: PreTrainedModel, name: str) -> None:
 
     Some architectures have other positions, masks or a scaled head, and would be silently wrong.
     """
+    for field in ("attention_types", "attention_chunk_size", "window_size"):  # local attention that window_masks does not know
+        if getattr(llm.config, field, None):
+            raise UserError(f"--llm {name}, of type {llm.config.model_type}, has local attention of its own kind ({field}), which "
+                            "packed queries would break; give a GPT-2, OPT, Llama, Qwen, Mistral, Gemma or T5")
     ids = torch.arange(3, 9, device=llm.device)[None]                                                # (1, 6)
     prefix_ids, query_ids = ids[:, :3], ids[:, 3:]
     index, ones = torch.arange(3, device=llm.device)[None], torch.ones_like(query_ids)
@@ -574,6 +578,7 @@ def load_distiller(path: str | Path, llm: PreTrainedModel) -> tuple[Distiller | 
     """The distiller of a checkpoint file or run folder, for this LLM, and the checkpoint's state."""
     tensors, state = load_checkpoint(path)
     config, found = state["model"], identity(llm)
+    check(("start" in config, f"{path} is of an older version of this code, without --start; train it again"))
     if config["llm"] != found:
         raise UserError(f"the checkpoint {path} was trained for the LLM {config['llm']}, and this one is {found}; "
                         "vectors speak to one LLM only: give its own --llm, or another checkpoint")

@@ -81,10 +81,12 @@ def variant_of(record: dict) -> str:
     pretrain, finetune = (record["trained_on"].get(stage) for stage in ("pretrain", "finetune"))
     objective = pretrain.get("objective", "kl") if pretrain else "no_pretraining"
     changes = [objective] * (objective != "kl")
+    changes += ["another beta"] * (bool(pretrain) and pretrain.get("beta", 0.8) != 0.8)  # Fig. 6
     if not finetune:
         changes += ["no_finetuning"]  # Fig. 6, which is no row of Table 4
     else:
         changes += ["without_pred"] * (not finetune.get("pred_weight", 1)) + ["without_distill"] * (not finetune.get("lam", 1))
+        changes += ["another lambda"] * (finetune.get("lam", 1) not in (0, 1))  # Fig. 7
     return " and ".join(changes) or "mend"
 
 
@@ -101,17 +103,23 @@ TABLES = {  # number: (what makes a row, what makes a column, rows, columns)
     "7": ("method", "template", METHODS, ("space", "newline")),
 }
 FIXED = ("tasks", "split", "k", "context_len", "template", "limit")  # one value in a table, unless it makes the columns
-SHOWN = (*FIXED, "distill_len", "dtype", "commit")
-NEEDED = {*SHOWN, "data_hash", "llm", "method", "checkpoint", "trained_on", "retrieval", "perturbation", "task", "seed", "headline", "n"}
+SHOWN = (*FIXED, "distill_len", "dtype", "llm_weights", "commit")
+NEEDED = {*FIXED, "distill_len", "dtype", "commit", "data_hash", "llm", "method", "checkpoint", "trained_on", "retrieval", "perturbation", "task", "seed", "headline", "n"}
 
 Scores = dict[tuple[str, int], tuple[float, int]]  # (task, seed): headline in percent, n
 
 
-def belonging(records: list[dict], number: str) -> list[dict]:
-    """The records of table `number`, with their `variant` and `change`. A cell takes only its newest checkpoint's.
+def latest(records: list[dict]) -> list[dict]:
+    """Of the records of one cell those of its newest checkpoint, and of two lines of one (task, seed) the later."""
+    return list({(r["task"], r["seed"]): r for r in records if r["checkpoint"] == records[-1]["checkpoint"]}.values())
+
+
+def belonging(records: list[dict], number: str) -> tuple[list[dict], int]:
+    """The records of table `number`, with their `variant` and `change`, and how many were left out since they differ from
+    the newest line in what this table does not compare.
 
     Raises:
-        UserError: no record belongs to this table, or they differ in what it does not compare.
+        UserError: no record belongs to this table.
     """
     row, column, rows, columns = TABLES[number]
     lacking = sorted({name for r in records for name in NEEDED - r.keys()})
@@ -120,22 +128,19 @@ def belonging(records: list[dict], number: str) -> list[dict]:
     mine = [r for r in mine if r[row] in rows and r[column] in columns and (column == "change" or r["change"] == "none")]
     if not mine:
         raise UserError(f"no line of the results belongs to table {number}; runs/ has the script that makes them")
-    values = {name: sorted({str(r[name]) for r in mine}) for name in FIXED if name != column}
-    check(*((len(found) == 1, (f"the results differ in {name} ({', '.join(found)}), which table {number} does not compare; "
-                               "give files of one setting")) for name, found in values.items()))
-    newest = {(r["llm"], r[row], r[column]): r["checkpoint"] for r in mine}
-    return [r for r in mine if r["checkpoint"] == newest[r["llm"], r[row], r[column]]]
+    fixed = [name for name in FIXED if name != column]
+    same = [r for r in mine if all(r.get(name) == mine[-1].get(name) for name in fixed)]
+    return same, len(mine) - len(same)
 
 
-def group(records: list[dict], number: str) -> dict[tuple[str, str, str], Scores]:
-    """What `belonging` returns by (LLM, row, column), in the table's order. Of two lines of one (task, seed) the later
-    one counts."""
+def group(records: list[dict], number: str) -> dict[tuple[str, str, str], list[dict]]:
+    """What `belonging` returns by (LLM, row, column), in the table's order, of each the `latest`."""
     row, column, rows, columns = TABLES[number]
-    cells = defaultdict(dict)
+    cells = defaultdict(list)
     for r in records:
-        cells[r["llm"], r[row], r[column]][r["task"], r["seed"]] = (100 * r["headline"], r["n"])
+        cells[r["llm"], r[row], r[column]].append(r)
     llms = dict.fromkeys(r["llm"] for r in records)
-    return {(llm, m, c): cells[llm, m, c] for llm in llms for c in columns for m in rows if (llm, m, c) in cells}
+    return {(llm, m, c): latest(cells[llm, m, c]) for llm in llms for c in columns for m in rows if (llm, m, c) in cells}
 
 
 def summary(scores: Scores) -> dict:
@@ -239,13 +244,16 @@ def table_lines(records: list[dict], number: str) -> list[str]:
     """
     if number == "1":
         return table1_lines(records, read_paper("1"))
-    records = belonging(records, number)
-    cells = group(records, number)
+    records, left_out = belonging(records, number)
+    grouped = group(records, number)
+    records = [r for cell in grouped.values() for r in cell]
+    cells = {place: {(r["task"], r["seed"]): (100 * r["headline"], r["n"]) for r in cell} for place, cell in grouped.items()}
     columns = [c for c in TABLES[number][3] if any(c == column for _, _, column in cells)]
     header = [*columns, *([DERIVED[number][0]] if number in DERIVED and len(columns) > 1 else [])]
     summaries = {place: summary(scores) for place, scores in cells.items()}
     figures = {place: (s["mean"], s["std"]) for place, s in summaries.items()}
-    figures |= {(f"paper, {llm}", row, c): tuple(known[c]) for llm, rows in read_paper(number).items()
+    papers = read_paper(number) if records[0]["tasks"] == "metaicl" and records[0]["k"] == 16 else {}
+    figures |= {(f"paper, {llm}", row, c): tuple(known[c]) for llm, rows in papers.items()
                 for row, known in rows.items() for c in columns if c in known}
     lines = []
     for llm in dict.fromkeys(llm for llm, _, _ in figures):
@@ -253,8 +261,10 @@ def table_lines(records: list[dict], number: str) -> list[str]:
         lines += block(llm, {name: extended(row, number) for name, row in rows.items() if any(row.values())}, header)
     settings = json.loads((ROOT / "splits.json").read_text())[records[0]["tasks"]]["settings"]
     n_tasks = {c: len(settings[c if c in settings else records[0]["split"]]["test"]) for c in columns}
-    shown = {name: sorted({str(r[name]) for r in records}) for name in SHOWN}
+    shown = {name: sorted({str(r.get(name)) for r in records}) for name in SHOWN}
     shown["data hash"] = [hashlib.sha256(" ".join(sorted({r["data_hash"] for r in records})).encode()).hexdigest()[:12]]
     return [f"| LLM | row | {' | '.join(header)} |", "|" + "---|" * (len(header) + 2), *lines, "",
             "Headline (macro-F1 for classification, accuracy otherwise) in percent, mean ± std over seeds. "
-            + " · ".join(f"{name} {', '.join(v)}" for name, v in shown.items()), *notes(cells, summaries, n_tasks)]
+            + " · ".join(f"{name} {', '.join(v)}" for name, v in shown.items()),
+            *[f"- left out: {left_out} lines of another {', '.join(FIXED)} than the newest line's"] * (left_out > 0),
+            *notes(cells, summaries, n_tasks)]

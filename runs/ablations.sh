@@ -21,18 +21,24 @@ table 4 table4
 
 # Figure 6, straight after pretraining: a beta, b gamma
 for beta in ${BETAS:-0.1 0.5 0.8 0.9}; do
-    pretrain "pretrain-beta$beta" --beta "$beta"
-    score fig6a class_to_class --methods mend --checkpoint "$RUNS/pretrain-beta$beta"
+    name=pretrain-beta$beta
+    [ "$beta" != 0.8 ] || name=pretrain-kl
+    pretrain "$name" --beta "$beta"
+    score fig6a class_to_class --methods mend --checkpoint "$RUNS/$name"
 done
 for gamma in ${GAMMAS:-0.01 0.1 1 10}; do
-    pretrain "pretrain-gamma$gamma" --objective clm+kl --gamma "$gamma"
-    score fig6b class_to_class --methods mend --checkpoint "$RUNS/pretrain-gamma$gamma"
+    name=pretrain-gamma$gamma
+    [ "$gamma" != 1 ] || name=pretrain-clm+kl
+    pretrain "$name" --objective clm+kl --gamma "$gamma"
+    score fig6b class_to_class --methods mend --checkpoint "$RUNS/$name"
 done
 
 # Figure 7: lambda
 pretrain pretrain-kl
 for lam in ${LAMBDAS:-0.01 0.1 1 10}; do
-    finetune "lam$lam" class_to_class "$MEND" --init-from "$RUNS/pretrain-kl" --lam "$lam"
-    score fig7 class_to_class --methods mend --checkpoint "$RUNS/lam$lam-class_to_class"
+    name=lam$lam
+    [ "$lam" != 1 ] || name=mend
+    finetune "$name" class_to_class "$MEND" --init-from "$RUNS/pretrain-kl" --lam "$lam"
+    score fig7 class_to_class --methods mend --checkpoint "$RUNS/$name-class_to_class"
 done
 for figure in fig6 fig7; do "$PYTHON" figures.py $figure --results "$RESULTS"/$figure*-"$SCALE".jsonl --out "$RESULTS/figures"; done

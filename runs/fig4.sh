@@ -15,7 +15,7 @@ fi
 if [[ "${PARTS:-ab}" == *b* ]]; then
     for l in ${LENGTHS:-1 10 50 100 200}; do
         (
-            RUNS=$RUNS-l$l
+            RUNS=$RUNS/l$l
             EXTRA="${EXTRA:-} --distill-len $l"
             for method in prompt_tuning hypertuning mend; do
                 $method $split

@@ -1,19 +1,21 @@
 # Scale and steps that the run scripts share; each of them sources this file. Everything is resumable: what is trained or
 # evaluated already is not done again.
 #
-#   SCALE=paper  gpt2-large + gpt2, C4 and MetaICL from the hub, the paper's Table 5 (CUDA); the default
-#   SCALE=pocket SmolLM2-135M-Instruct on two CPU cores
-# Optional, for either scale:
-#   METAICL_DIR, C4_DIR  folders in MetaICL's layout and files in C4's form, in place of the preset's data
+#   SCALE=paper  gpt2-large + gpt2, C4 and MetaICL from the hub, the paper's Table 5; the default where a GPU is there
+#   SCALE=pocket SmolLM2-135M-Instruct on two CPU cores; the default elsewhere
+# Optional, for either scale (relative paths count from the repository's root):
+#   METAICL_DIR, C4_DIR  a folder in MetaICL's layout and a folder or file in C4's form, in place of the preset's data
 #   SPLITS, SEEDS        settings and MetaICL seeds, separated by blanks
 #   LIMIT                test examples per task; 0 = all
-#   RESULTS, RUNS        where results and checkpoints go
+#   RESULTS, RUNS        where results and checkpoints go; another --llm needs another RUNS
 #   EXTRA, EXTRA_PRETRAIN, EXTRA_FINETUNE, EXTRA_EVAL  any further flags of all commands, or of one of them
+# and of single scripts: RETRIEVALS, PERTURBATIONS (table3), BETAS, GAMMAS, LAMBDAS (ablations), PAIRS (table6), PARTS, KS,
+# LENGTHS (fig4).
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON=${PYTHON:-.venv/bin/python}
-SCALE=${SCALE:-paper}
+SCALE=${SCALE:-$(command -v nvidia-smi > /dev/null && echo paper || echo pocket)}
 export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-100}
 SEEDS=${SEEDS:-100 13 21 42 87}
 LIMIT=${LIMIT:-0}
@@ -21,9 +23,9 @@ RESULTS=${RESULTS:-results}
 RUNS=${RUNS:-out/$SCALE}
 SEVEN="class_to_class non_class_to_class non_nli_to_nli non_qa_to_qa qa_to_qa hr_to_lr non_para_to_para"
 PRESET=$SCALE PRETRAIN="" MEND="" HYPERTUNING="" PROMPT_TUNING=""
-if [ "$SCALE" = pocket ]; then  # chosen on dev data, results/LOG.md
-    PRETRAIN="--steps 1000 --eval-every 250 --patience 0"
-    MEND="--steps 1000 --batch-size 4 --eval-every 250 --patience 0" HYPERTUNING=$MEND PROMPT_TUNING=$MEND
+if [ "$SCALE" = pocket ]; then  # what was tried on dev data is in results/LOG.md
+    PRETRAIN="--steps 300 --eval-every 150 --patience 0"
+    MEND="--steps 300 --batch-size 4 --lr 1e-3 --eval-every 50 --patience 0" HYPERTUNING=$MEND PROMPT_TUNING=$MEND
 elif [ "$SCALE" != paper ]; then
     echo "SCALE is $SCALE; give paper or pocket" >&2
     exit 2
@@ -37,13 +39,13 @@ if [ -n "${C4_DIR:-}" ]; then TEXT=(--corpus "$C4_DIR"); fi
 
 # pretrain NAME FLAG...: stage 1 into $RUNS/NAME
 pretrain() {
-    "$PYTHON" train_pretrain.py --preset "$PRESET" "${DATA[@]}" "${TEXT[@]}" --out-dir "$RUNS/$1" --resume \
+    "$PYTHON" train_pretrain.py --preset "$PRESET" ${DATA[@]+"${DATA[@]}"} ${TEXT[@]+"${TEXT[@]}"} --out-dir "$RUNS/$1" --resume \
         $PRETRAIN ${EXTRA:-} ${EXTRA_PRETRAIN:-} "${@:2}"
 }
 
 # finetune NAME SPLIT SCALE_FLAGS FLAG...: stage 2 into $RUNS/NAME-SPLIT
 finetune() {
-    "$PYTHON" train_finetune.py --preset "$PRESET" "${DATA[@]}" --split "$2" --out-dir "$RUNS/$1-$2" --resume \
+    "$PYTHON" train_finetune.py --preset "$PRESET" ${DATA[@]+"${DATA[@]}"} --split "$2" --out-dir "$RUNS/$1-$2" --resume \
         $3 ${EXTRA:-} ${EXTRA_FINETUNE:-} "${@:4}"
 }
 
@@ -57,7 +59,7 @@ prompt_tuning() { finetune prompt_tuning "$1" "$PROMPT_TUNING" --distiller free 
 
 # score FILE SPLIT FLAG...: evaluate into $RESULTS/FILE-$SCALE.jsonl
 score() {
-    "$PYTHON" evaluate.py --preset "$PRESET" "${DATA[@]}" --split "$2" --seeds $SEEDS --limit "$LIMIT" \
+    "$PYTHON" evaluate.py --preset "$PRESET" ${DATA[@]+"${DATA[@]}"} --split "$2" --seeds $SEEDS --limit "$LIMIT" \
         --out "$RESULTS/$1-$SCALE.jsonl" ${EXTRA:-} ${EXTRA_EVAL:-} "${@:3}"
 }
 

@@ -9,9 +9,9 @@ for method in icl hypertuning mend; do
         flags+=(--checkpoint "$RUNS/$method-$split")
     fi
     score table3 $split "${flags[@]}"
-    for change in ${CHANGES:-"--retrieve bm25" "--retrieve dense" "--perturb no_label" "--perturb no_input" \
-                             "--perturb random_label" "--perturb wrong_label"}; do
-        score table3 $split "${flags[@]}" $change
+    for kind in ${RETRIEVALS-bm25 dense}; do score table3 $split "${flags[@]}" --retrieve "$kind"; done
+    for kind in ${PERTURBATIONS-no_label no_input random_label wrong_label}; do
+        score table3 $split "${flags[@]}" --perturb "$kind"
     done
 done
 table 3 table3
