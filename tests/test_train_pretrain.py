@@ -171,7 +171,7 @@ def test_early_stopping_looks_at_the_objective(argv, tmp_path, monkeypatch, obje
     train_pretrain.main(argv)
     state = load_checkpoint(tmp_path / "run" / "best.safetensors", weights=False)[1]
     assert (state["step"], state["best"]) == (best, {"kl": 1.0, "clm": 2.0, "clm+kl": 3.5}[objective])
-    with pytest.raises(UserError, match="--resume: .* is of .*give the flags of that run"):
+    with pytest.raises(UserError, match="--resume: .* was trained with .*give the flags of that run"):
         train_pretrain.main([*argv, "--objective", "clm+kl", "--gamma", "0.25", "--resume"])
 
 
