@@ -56,8 +56,7 @@ def caption(fig: Figure, text: str) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Figs. 4, 6 and 7: the headline over one setting. (Fig. 3, time and memory, belongs here: a function of bench.py's
-# records, and an entry in FIGURES.)
+# Figs. 4, 6 and 7: the headline over one setting.
 
 
 def load_records(args: argparse.Namespace) -> list[dict]:
