@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import common
 from common import autocast, check, finish, is_main, parse, run_main, setup, sum_over_ranks, world
-from data import Corpus, Tokenizer, collate, load_tasks
+from data import Corpus, Tokenizer, collate, load_tasks, step_rows
 from evaluate import dev_figures, make_encoder
 from model import (
     build_distiller,
@@ -122,7 +122,9 @@ def train(args, device, llm, distiller, corpus, tasks, encoder) -> dict:
                      {"pretrain": {"corpus": corpus.name, "hash": corpus.hash}})
     rank, ranks = world()
     ddp = DistributedDataParallel(distiller) if ranks > 1 else distiller
-    bos_id, per_step = encoder.tokenizer.bos_id, args.batch_size * args.grad_accum
+    bos_id = encoder.tokenizer.bos_id
+    rows_of = step_rows(lambda first, count: corpus.training_rows(args.seed, first, count, args.beta),
+                        args.seed, args.batch_size * args.grad_accum)
     bar = tqdm(total=args.steps, initial=run.step, desc="pretrain", unit="step", disable=not is_main())
     distiller.train()
     while True:
@@ -138,7 +140,7 @@ def train(args, device, llm, distiller, corpus, tasks, encoder) -> dict:
             break
         started = time.time()
         run.begin_step(args)
-        rows = corpus.training_rows(args.seed, run.step * per_step, per_step, args.beta)
+        rows = rows_of(run.step)
         n_tokens = sum(len(x) for row in rows for x, _ in row["queries"])
         total = 0.0
         for micro in range(args.grad_accum):
