@@ -27,6 +27,7 @@ from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers.activations import NewGELUActivation
 
 from common import UserError, load_checkpoint, require_hub
 
@@ -88,8 +89,8 @@ def run_backbone(backbone: nn.Module, embeds: Tensor, allowed: Tensor, positions
     Args:
         embeds: (B, T, width). allowed: (B, 1, T, P + T) bool. positions: (B, T) long. cache: P earlier tokens.
     """
-    if backbone.config._attn_implementation == "eager":  # adds the mask to the scores instead of selecting by it
-        allowed = torch.zeros_like(allowed, dtype=embeds.dtype).masked_fill(~allowed, torch.finfo(embeds.dtype).min)
+    # the form that is added to the scores, made here once: torch would make it of a bool mask anew in every layer
+    allowed = torch.zeros_like(allowed, dtype=embeds.dtype).masked_fill(~allowed, torch.finfo(embeds.dtype).min)
     return backbone(inputs_embeds=embeds, attention_mask=allowed, position_ids=positions,
                     past_key_values=cache, use_cache=cache is not None)
 
@@ -272,7 +273,17 @@ def load_llm(name: str, device: torch.device, dtype: torch.dtype) -> PreTrainedM
         raise UserError(f"--llm {name} cannot be loaded as a decoder-only language model ({str(error).splitlines()[0]}); "
                         "give one such as gpt2-large or a Llama; where its files are cut short, fetch it again "
                         "(`make assets` for the pocket preset, after deleting the folder)") from error
-    return llm.to(device).eval().requires_grad_(False)
+    return fuse_gelu(llm.to(device).eval().requires_grad_(False))
+
+
+def fuse_gelu(model: PreTrainedModel) -> PreTrainedModel:
+    """Replace GPT-2's GELU, written as eight operations that each keep their result for the backward pass, by the one
+    operation of torch that computes the same; returns the model."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, NewGELUActivation):
+                setattr(module, name, nn.GELU(approximate="tanh"))
+    return model
 
 
 def is_cached(name: str) -> bool:
@@ -323,7 +334,7 @@ def build_distiller(spec: str, llm: PreTrainedModel, distill_len: int, output_sc
             raise UserError(f"--distiller {spec}: expected layers:N with a whole number N, as in layers:6")
         backbone = first_layers(llm, int(spec[7:]))
     rms = embedding_rms(embed, llm.config.vocab_size) if output_scale == "matched" else None
-    return Distiller(backbone.to(llm.device), backbone.get_input_embeddings() if own else embed, distill_len,
+    return Distiller(fuse_gelu(backbone).to(llm.device), backbone.get_input_embeddings() if own else embed, distill_len,
                      llm.config.hidden_size, own_embedding=own, output_rms=rms, seed=seed).to(llm.device)
 
 
