@@ -12,6 +12,7 @@ data go through the same code. In all rows a query is read with batch size 1; ME
 
 import argparse
 import functools
+import itertools
 import json
 import statistics
 import sys
@@ -25,7 +26,7 @@ from transformers import AutoConfig
 import common
 import speed
 from common import autocast, check, finish, parse, run_main, setup, torch_dtype
-from data import Encoder, Tokenizer, load_tasks
+from data import Tokenizer, load_tasks
 from evaluate import make_encoder
 from measure import (
     CONFIGS,
@@ -51,6 +52,7 @@ from model import (
 
 CONTEXTS = {"class_to_class": 469, "hr_to_lr": 652, "qa_to_qa": 639, "non_nli_to_nli": 848, "non_para_to_para": 818}
 QUERY = 56                          # tokens of a query with its answer; the paper names no figure
+SCALING = {"demo_tokens": (16, 32, 64, 100, 128, 192, 256, 384, 512, 768, 1024, 1536), "distill_len": (1, 10, 25, 50, 100, 200, 400)}
 METHODS = ("zero_shot", "icl", "icl_cached", "prompt_tuning", "mend", "mend_vectors", "mend_kv")
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -189,7 +191,7 @@ def fig3(args: argparse.Namespace, device: torch.device) -> dict:
     measured, args.all_logits, args.random_init = [], True, True
     if args.repeats:
         llm, distiller = load(args, device)
-        measured = [here(argparse.Namespace(**{**vars(args), "demo_tokens": n}), llm, distiller) for n in CONTEXTS.values()]
+        measured = [here(with_flags(args, demo_tokens=n), llm, distiller) for n in CONTEXTS.values()]
     return {"query_tokens": args.query_tokens, "distill_len": args.distill_len, "settings": settings, "measured": measured,
             "icl_over_mend_flops": ratios,
             "icl_over_mend_seconds": [m["rows"]["icl"]["seconds"] / m["rows"]["mend"]["seconds"] for m in measured],
@@ -201,15 +203,25 @@ def scaling(name: str, query_tokens: int, distill_len: int) -> dict:
     names = [n for n in METHODS if n != "zero_shot"]
     config, distiller = (AutoConfig.for_model(**CONFIGS[n]) for n in (name, PAIRS[name]))
     longest = min(max_positions(config) - query_tokens, max_positions(distiller) - distill_len)
-    by_demo = [n for n in (16, 32, 64, 100, 128, 192, 256, 384, 512, 768, 1024, 1536) if n < longest] + [longest]
-    by_l = [n for n in (1, 10, 25, 50, 100, 200, 400) if 900 + n <= max_positions(distiller)]
-    return {"llm": name, "demo_tokens": by_demo, "distill_len": by_l,
-            "by_demo_tokens": columns([counted(name, n, query_tokens, distill_len, False, names) for n in by_demo]),
-            "by_distill_len": columns([counted(name, 900, query_tokens, n, False, names) for n in by_l])}
+    by_demo = [n for n in SCALING["demo_tokens"] if n < longest] + [longest]
+    by_l = [n for n in SCALING["distill_len"] if 900 + n <= max_positions(distiller)]
+    found = {"llm": name}
+    for axis, xs, settings in (("demo_tokens", by_demo, [(n, distill_len) for n in by_demo]),
+                               ("distill_len", by_l, [(900, n) for n in by_l])):
+        points = [counted(name, T_d, query_tokens, l, False, names) for T_d, l in settings]
+        flops = {n: [rows[n]["query_flops"] for rows in points] for n in names}
+        pairs = itertools.combinations(names, 2)
+        found[axis] = {"x": xs, "flops": flops, "crossings": {f"{a} and {b}": at for a, b in pairs
+                                                             if (at := crossing(xs, flops[a], flops[b])) is not None}}
+    return found
 
 
-def columns(points: list[dict]) -> dict[str, list[int]]:
-    return {name: [rows[name]["query_flops"] for rows in points] for name in points[0]}
+def crossing(x: list[float], a: list[float], b: list[float]) -> float | None:
+    """Where the curves a and b over x first change places, between two points on a straight line; None where nowhere."""
+    for (x0, d0), (x1, d1) in itertools.pairwise(zip(x, (p - q for p, q in zip(a, b, strict=True)), strict=True)):
+        if d0 * d1 < 0 or (d1 == 0 and d0 != 0):
+            return x0 + (x1 - x0) * d0 / (d0 - d1)
+    return None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -274,20 +286,24 @@ def here(args: argparse.Namespace, llm, distiller) -> dict:
 
 
 def load_step(args: argparse.Namespace, dtype: str, random_llm: str | None = None):
-    """LLM, distiller, the rows of a typical step (K = 16, Q = 4) and dtype; random_llm: that architecture, and one row."""
+    """LLM, distiller, the rows of a typical step (2 sets, Q = 4) and dtype; random_llm: that architecture, l = 100, one row."""
     tasks = load_tasks(args.tasks, args.split)
-    args = argparse.Namespace(**{**vars(args), "dtype": dtype})
-    llm, distiller = load(args, torch.device(args.device)) if random_llm is None else \
-        build_random(random_llm, PAIRS[random_llm], 100, torch_dtype(dtype), args.device)
-    encoder = Encoder(Tokenizer(args.llm), args.template, 900, distiller.distill_len, max_positions(llm.config),
-                      max_positions(distiller.backbone.config))
+    if random_llm is None:
+        llm, distiller = load(with_flags(args, dtype=dtype), torch.device(args.device))
+    else:
+        llm, distiller = build_random(random_llm, PAIRS[random_llm], 100, torch_dtype(dtype), args.device)
+    encoder = make_encoder(with_flags(args, distill_len=distiller.distill_len), Tokenizer(args.llm), llm, distiller)
     rows = speed.typical_rows(tasks, encoder, args.seed, args.k, 2, 4)
     return llm, distiller, rows if random_llm is None else rows[:1], dtype
 
 
+def with_flags(args: argparse.Namespace, **changes) -> argparse.Namespace:
+    return argparse.Namespace(**{**vars(args), **changes})
+
+
 def suite(args: argparse.Namespace, device: torch.device) -> dict:
     """Every ratio of this project's speed claims, each with both figures; lines of the README's table."""
-    args.device = str(device)
+    args.device, args.context_len, args.dtype = str(device), 900, "fp32"
     results, lines, ratios = {}, [], {}
 
     def line(name: str, value: float, goal: float, what: str) -> None:
@@ -304,7 +320,7 @@ def suite(args: argparse.Namespace, device: torch.device) -> dict:
     line("loss_memory_plain_over_chunked", r["ratio"], 4,
          f"{r['bytes']['plain'] / 1e6:.0f} against {r['bytes']['chunked'] / 1e6:.0f} MB, gradients {r['gradient_difference']:.0e} apart")
     tasks = load_tasks(args.tasks, args.split)
-    llm, distiller = load(argparse.Namespace(**{**vars(args), "dtype": "fp32"}), device)
+    llm, distiller = load(args, device)
     encoder = make_encoder(args, Tokenizer(args.llm), llm, distiller)
     r = results["padding"] = speed.padding(tasks, encoder, args.seed, args.k, 1)
     line("padding_as_drawn_over_by_length", r["as_drawn"] / r["by_length"], r["as_drawn"] / 0.1,

@@ -5,6 +5,7 @@ Within `no_weights` a model of any size is made of tensors without data, and `Co
 
 import argparse
 import contextlib
+import os
 import time
 import weakref
 from collections.abc import Callable
@@ -96,7 +97,6 @@ def resident(field: str) -> int:
 
 def measure_peak(prepare: Callable, args: tuple) -> dict:
     """In a child: prepare(*args) gives a function; the peak resident set while it runs, in all and above what stood before."""
-    torch.set_num_threads(2)
     function = prepare(*args)
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak of the preparation
     before = resident("VmRSS")
@@ -104,15 +104,28 @@ def measure_peak(prepare: Callable, args: tuple) -> dict:
     return {"peak_bytes": resident("VmHWM"), "above_bytes": resident("VmHWM") - before, "result": result}
 
 
-def in_child(function: Callable, *args):
-    """function(*args) in a new process, with the environment of now."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(function, *args).result()
+def in_child(environment: dict[str, str], function: Callable, *args):
+    """function(*args) in a new process, in which these environment variables stand ("" = not set)."""
+    before = {name: os.environ.get(name, "") for name in environment}
+    try:
+        set_environment(environment)
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            return pool.submit(function, *args).result()
+    finally:
+        set_environment(before)
+
+
+def set_environment(values: dict[str, str]) -> None:
+    for name, value in values.items():
+        os.environ.pop(name, None)
+        if value:
+            os.environ[name] = value
 
 
 def peak_in_child(prepare: Callable, *args) -> dict:
-    """`measure_peak` in a process of its own (Linux)."""
-    return in_child(measure_peak, prepare, args)
+    """`measure_peak` in a process of its own (Linux). There, tensors over 1 MB go back to the system as soon as they are
+    free: glibc would keep pieces of its heap, and the peak would be its own."""
+    return in_child({"MALLOC_MMAP_THRESHOLD_": "1000000"}, measure_peak, prepare, args)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ from tests.plain import plain_embeds, plain_finetune_loss, plain_kl, plain_score
 
 CARDS = (16, 24, 40, 80)  # GB of memory
 GB = 1e9
+SQUARE = 4096             # width of the matrices whose product gives the machine's rate
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
@@ -77,7 +78,7 @@ def training_speed(llm, distiller, rows: list[dict], dtype: str, repeats: int) -
     """Query tokens a second of a step over `rows`, ours and plain, and ours as a share of the matrix-product rate."""
     device, batch = llm.device, collate(rows, llm.device)
     where = counted_positions(batch)
-    square = torch.randn(4096, 4096, device=device, dtype=torch_dtype(dtype))
+    square = torch.randn(SQUARE, SQUARE, device=device, dtype=torch_dtype(dtype))
     distiller.train()
 
     def step(run: Callable) -> Callable:
@@ -89,7 +90,7 @@ def training_speed(llm, distiller, rows: list[dict], dtype: str, repeats: int) -
                          "ours": step(lambda: training_step(llm, distiller, batch, where, dtype)),
                          "matmul again": lambda: square @ square,
                          "plain": step(lambda: plain_step(llm, distiller, rows, dtype))}, repeats, device)
-    rates = [2 * 4096 ** 3 * 2 / (a + b) for a, b in zip(times["matmul"], times["matmul again"], strict=True)]
+    rates = [2 * SQUARE ** 3 * 2 / (a + b) for a, b in zip(times["matmul"], times["matmul again"], strict=True)]
     tokens = int(batch["query_mask"].sum())
     seconds = {name: statistics.median(times[name]) for name in ("ours", "plain")}
     return {"dtype": dtype, "sets": len(rows), "queries_per_demo": len(rows[0]["queries"]), "query_tokens": tokens,
@@ -179,13 +180,14 @@ def scoring_task(tasks: Tasks, seed: int, n: int, options: int) -> tuple[str, di
 
 
 @torch.no_grad()
-def scoring_speed(llm, distiller, tasks: Tasks, encoder: Encoder, args, n: int = 400, n_plain: int = 4, repeats: int = 3) -> dict:
-    """Seconds for one (task, seed) of n queries with 4 options: evaluate.py's way and re-reading everything per option.
+def scoring_speed(llm, distiller, tasks: Tasks, encoder: Encoder, args, n: int = 400, n_plain: int = 4,
+                  options: int = 4, repeats: int = 3) -> dict:
+    """Seconds for one (task, seed) of n queries: evaluate.py's way and re-reading everything per option.
 
     The plain way is timed on n_plain queries and taken n / n_plain times. In it MEND distils for every option, as the
     prompt is read anew for each. Scores of the same queries must agree.
     """
-    task, files = scoring_task(tasks, args.seed, n, 4)
+    task, files = scoring_task(tasks, args.seed, n, options)
     demos, queries = files["train"][:args.k], [encoder.scoring_query(q) for q in files["test"][:n]]
     limit = encoder.limit(demos + files["test"])
     demo, some = encoder.demonstrations(demos, limit), queries[::n // n_plain][:n_plain]
@@ -197,9 +199,9 @@ def scoring_speed(llm, distiller, tasks: Tasks, encoder: Encoder, args, n: int =
 
     def plain(method: str) -> list[list[float]]:
         scores = []
-        for x, options in some:
+        for x, answers in some:
             scores.append([])
-            for option in options:
+            for option in answers:
                 prefix = plain_embeds(llm, demo) if method == "icl" else plain_vectors(distiller, demo)
                 scores[-1] += plain_score_options(llm, [{"demo": demo, "queries": [(x, [option])]}], [prefix])[0][0]
         return scores
@@ -233,13 +235,8 @@ def thread_settings(load: Callable, *args, repeats: int = 3) -> list[dict]:
     """Seconds of a training step under the thread settings that matter on a CPU, each in a process of its own."""
     found, cores = [], os.cpu_count() or 1
     for threads, spin in itertools.product(sorted({1, cores}), ("100", "")):
-        before = os.environ.pop("GOMP_SPINCOUNT", None)
-        if spin:
-            os.environ["GOMP_SPINCOUNT"] = spin
-        found.append({"threads": threads, "GOMP_SPINCOUNT": spin or "unset", "seconds": in_child(time_steps, load, args, threads, repeats)})
-        os.environ.pop("GOMP_SPINCOUNT", None)
-        if before is not None:
-            os.environ["GOMP_SPINCOUNT"] = before
+        seconds = in_child({"GOMP_SPINCOUNT": spin}, time_steps, load, args, threads, repeats)
+        found.append({"threads": threads, "GOMP_SPINCOUNT": spin or "unset", "seconds": seconds})
     return found
 
 

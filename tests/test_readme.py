@@ -6,13 +6,15 @@ import shlex
 import pytest
 
 import assets
+import bench
 import common
 import data
 import evaluate
+import figures_bench
 import train_finetune
 import train_pretrain
 
-SCRIPTS = {m.__name__: m for m in (assets, data, evaluate, train_finetune, train_pretrain)}
+SCRIPTS = {m.__name__: m for m in (assets, bench, data, evaluate, figures_bench, train_finetune, train_pretrain)}
 PLACES = ["README.md", "results/LOG.md", "Makefile", *(f"{name}.py" for name in SCRIPTS)]
 
 
@@ -33,5 +35,5 @@ def test_commands_are_found():
 def test_command_parses(command):
     script, flags = re.search(r"(\w+)\.py(.*)", command).groups()
     args = SCRIPTS[script].get_parser().parse_args(shlex.split(flags.replace("$(DEMO)", "out/demo").replace("$", "")))
-    if script != "assets":
+    if script not in ("assets", "figures_bench"):
         assert args.split in (*common.SPLITS, "S")
