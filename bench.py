@@ -1,10 +1,10 @@
-"""What the methods cost at inference (Fig. 3): FLOPs, time, memory, storage; what training needs; how fast this code is.
+"""What the methods cost at inference (Fig. 3), what training needs, and how fast this code is.
 
-    python bench.py --demo-tokens 847 --query-tokens 56                        # the seven methods on this machine
-    python bench.py --random-init --llm gpt2-large --distiller gpt2 --distill-len 100 --all-logits
-    python bench.py --fig3 --preset paper                                      # Fig. 3 and scaling, counted without weights
-    python bench.py --plan --preset paper                                      # which card a training step fits
-    python bench.py --suite --tasks FOLDER                                     # every ratio that the README states
+    python bench.py --demo-tokens 847 --query-tokens 56         # the seven methods on this machine
+    python bench.py --preset paper --random-init --all-logits   # the same for gpt2-large
+    python bench.py --preset paper --fig3                       # Fig. 3 and scaling, counted without weights
+    python bench.py --preset paper --plan                       # which card a training step fits
+    python bench.py --suite --tasks FOLDER                      # every ratio that the README states
 
 Covers Fig. 3 and the inference efficiency paragraph of Sec. 4 of the paper. Counting needs no weights: tensors without
 data go through the same code. In all rows a query is read with batch size 1; MEND's cost includes distilling.
@@ -14,6 +14,8 @@ import argparse
 import functools
 import itertools
 import json
+import platform
+import re
 import statistics
 import sys
 from collections.abc import Callable
@@ -25,9 +27,7 @@ from transformers import AutoConfig
 
 import common
 import speed
-from common import autocast, check, finish, parse, run_main, setup, torch_dtype
-from data import Tokenizer, load_tasks
-from evaluate import make_encoder
+from common import autocast, check, finish, parse, run_main, setup
 from measure import (
     CONFIGS,
     PAIRS,
@@ -38,6 +38,7 @@ from measure import (
     no_weights,
     peak_in_child,
     weight_bytes,
+    with_flags,
 )
 from model import (
     causal_mask,
@@ -52,7 +53,8 @@ from model import (
 
 CONTEXTS = {"class_to_class": 469, "hr_to_lr": 652, "qa_to_qa": 639, "non_nli_to_nli": 848, "non_para_to_para": 818}
 QUERY = 56                          # tokens of a query with its answer; the paper names no figure
-SCALING = {"demo_tokens": (16, 32, 64, 100, 128, 192, 256, 384, 512, 768, 1024, 1536), "distill_len": (1, 10, 25, 50, 100, 200, 400)}
+SCALING = {"demo_tokens": (16, 32, 64, 100, 128, 192, 256, 384, 512, 768, 1024, 1536),
+           "distill_len": (1, 10, 25, 50, 100, 200, 400)}
 METHODS = ("zero_shot", "icl", "icl_cached", "prompt_tuning", "mend", "mend_vectors", "mend_kv")
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -67,8 +69,8 @@ def methods(llm, distiller, demo_ids: Tensor, query_ids: Tensor, dtype: str, all
     keys and values in the LLM.
 
     Args:
-        demo_ids: (1, T_d). query_ids: (1, T). all_logits: (T, V) logits, as the original code makes them, of the prefix
-            too; else (1, V), of the last position.
+        demo_ids: (1, T_d). query_ids: (1, T). all_logits: logits at every position that is read, as the original code
+            makes them; else at the last one, (1, V).
     """
     ones = torch.ones_like
     demo_mask = ones(demo_ids, dtype=torch.bool)
@@ -104,7 +106,7 @@ def methods(llm, distiller, demo_ids: Tensor, query_ids: Tensor, dtype: str, all
             "mend_kv": (lambda: vector_prefix(llm, distil()), read_behind)}
 
 
-def kept_bytes(kept, distill_len: int) -> int:
+def kept_bytes(kept) -> int:
     """Storage for a demonstration set: token ids in 4 bytes each, vectors, or keys and values."""
     if kept is None:
         return 0
@@ -116,16 +118,16 @@ def kept_bytes(kept, distill_len: int) -> int:
 @torch.no_grad()
 def count_methods(llm, distiller, demo_tokens: int, query_tokens: int, dtype: str, all_logits: bool,
                   names=METHODS) -> dict[str, dict]:
-    """FLOPs to prepare and a query, memory (weights, what is kept, and what is alive at once beside it) and storage."""
+    """FLOPs to prepare and a query, memory (weights, what is kept, what is alive at once beside it) and storage."""
     ids = torch.zeros(1, demo_tokens + query_tokens, dtype=torch.long, device=llm.device)
-    found = {}
-    for name, (prepare, read) in methods(llm, distiller, ids[:, :demo_tokens], ids[:, demo_tokens:], dtype, all_logits).items():
+    made, found = methods(llm, distiller, ids[:, :demo_tokens], ids[:, demo_tokens:], dtype, all_logits), {}
+    for name, (prepare, read) in made.items():
         if name in names:
             with Count() as once:
                 kept = prepare()
             with Count() as query:
                 read(kept)
-            stored = kept_bytes(kept, distiller.distill_len)
+            stored = kept_bytes(kept)
             weights = weight_bytes(llm, *([distiller] if name == "mend" else []))
             found[name] = {"prepare_flops": once.flops, "query_flops": query.flops, "stored_bytes": stored,
                            "peak_bytes": weights + stored + query.peak}
@@ -151,8 +153,8 @@ def pay_off(rows: dict[str, dict]) -> dict:
 def flops_by_hand(config, demo_tokens: int, query_tokens: int, distiller_config, distill_len: int) -> dict[str, float]:
     """ICL's and MEND's FLOPs with all logits from the published sizes: the check of what is counted.
 
-    A layer of width d has 12 d^2 weights, 2 FLOPs each a token, and 4 d FLOPs for each pair of positions; the head 2 d V a
-    token.
+    A layer of width d has 12 d^2 weights, 2 FLOPs each a token, and 4 d FLOPs for each pair of positions; the head has
+    2 d V a token.
     """
     def layers(c, tokens: int) -> float:
         return c.num_hidden_layers * (24 * c.hidden_size ** 2 * tokens + 4 * c.hidden_size * tokens ** 2)
@@ -170,7 +172,8 @@ def flops_by_hand(config, demo_tokens: int, query_tokens: int, distiller_config,
 # Fig. 3 and scaling, counted
 
 
-def counted(llm_name: str, demo_tokens: int, query_tokens: int, distill_len: int, all_logits: bool, names=METHODS) -> dict:
+def counted(llm_name: str, demo_tokens: int, query_tokens: int, distill_len: int, all_logits: bool,
+            names=METHODS) -> dict[str, dict]:
     """count_methods for one of the paper's LLMs in 16 bit, without weights."""
     with no_weights():
         llm, distiller = build_random(llm_name, PAIRS[llm_name], distill_len, torch.bfloat16)
@@ -184,22 +187,23 @@ def fig3(args: argparse.Namespace, device: torch.device) -> dict:
     for name in PAIRS:
         for split, demo_tokens in CONTEXTS.items():
             rows = counted(name, demo_tokens, args.query_tokens, args.distill_len, True)
-            settings.append({"llm": name, "split": split, "demo_tokens": demo_tokens, "rows": rows, "pay_off": pay_off(rows)})
+            settings.append({"llm": name, "split": split, "demo_tokens": demo_tokens, "rows": rows,
+                             "pay_off": pay_off(rows)})
             ratios.setdefault(name, []).append(rows["icl"]["query_flops"] / rows["mend"]["query_flops"])
     for name, values in ratios.items():
-        print(f"{name:10s} ICL over MEND, FLOPs: " + "  ".join(f"{s} {v:.2f}" for s, v in zip(CONTEXTS, values, strict=True)))
+        print(f"{name:10s} ICL over MEND, FLOPs:", *(f"{s} {v:.2f}" for s, v in zip(CONTEXTS, values, strict=True)))
     measured, args.all_logits, args.random_init = [], True, True
     if args.repeats:
         llm, distiller = load(args, device)
         measured = [here(with_flags(args, demo_tokens=n), llm, distiller) for n in CONTEXTS.values()]
-    return {"query_tokens": args.query_tokens, "distill_len": args.distill_len, "settings": settings, "measured": measured,
-            "icl_over_mend_flops": ratios,
+    return {"query_tokens": args.query_tokens, "distill_len": args.distill_len, "settings": settings,
+            "measured": measured, "icl_over_mend_flops": ratios,
             "icl_over_mend_seconds": [m["rows"]["icl"]["seconds"] / m["rows"]["mend"]["seconds"] for m in measured],
             "scaling": [scaling(name, args.query_tokens, args.distill_len) for name in PAIRS]}
 
 
 def scaling(name: str, query_tokens: int, distill_len: int) -> dict:
-    """FLOPs of a query against T_d (up to what both models read) and against l (at T_d = 900), logits where scores look."""
+    """FLOPs of a query against T_d, up to what both models read, and against l at T_d = 900; logits where a score is."""
     names = [n for n in METHODS if n != "zero_shot"]
     config, distiller = (AutoConfig.for_model(**CONFIGS[n]) for n in (name, PAIRS[name]))
     longest = min(max_positions(config) - query_tokens, max_positions(distiller) - distill_len)
@@ -217,7 +221,7 @@ def scaling(name: str, query_tokens: int, distill_len: int) -> dict:
 
 
 def crossing(x: list[float], a: list[float], b: list[float]) -> float | None:
-    """Where the curves a and b over x first change places, between two points on a straight line; None where nowhere."""
+    """Where the curves a and b over x first change places, on straight lines between points; None where nowhere."""
     for (x0, d0), (x1, d1) in itertools.pairwise(zip(x, (p - q for p, q in zip(a, b, strict=True)), strict=True)):
         if d0 * d1 < 0 or (d1 == 0 and d0 != 0):
             return x0 + (x1 - x0) * d0 / (d0 - d1)
@@ -244,17 +248,19 @@ def prepare_method(args: argparse.Namespace, demo_tokens: int, name: str) -> Cal
 
 def real_methods(args: argparse.Namespace, llm, distiller, demo_tokens: int) -> dict[str, tuple]:
     generator = torch.Generator().manual_seed(args.seed)
-    ids = torch.randint(0, llm.config.vocab_size, (1, demo_tokens + args.query_tokens), generator=generator).to(llm.device)
+    shape = (1, demo_tokens + args.query_tokens)
+    ids = torch.randint(0, llm.config.vocab_size, shape, generator=generator).to(llm.device)
     return methods(llm, distiller, ids[:, :demo_tokens], ids[:, demo_tokens:], args.dtype, args.all_logits)
 
 
 @torch.no_grad()
 def here(args: argparse.Namespace, llm, distiller) -> dict:
     """The table of the seven methods on this machine: FLOPs, seconds a query, peak memory, storage."""
-    device, longest = llm.device, min(filter(None, (max_positions(llm.config), max_positions(distiller.backbone.config))))
+    limits = (max_positions(llm.config), max_positions(distiller.backbone.config))
+    device, longest = llm.device, min((limit for limit in limits if limit is not None), default=sys.maxsize)
     check((args.demo_tokens + max(args.query_tokens, distiller.distill_len) <= longest,
-           (f"--demo-tokens {args.demo_tokens} with a query or {distiller.distill_len} placeholders passes the {longest} "
-            "tokens that the models read; give less")))
+           (f"--demo-tokens {args.demo_tokens} with a query or {distiller.distill_len} placeholders passes the "
+            f"{longest} tokens that the models read; give less")))
     rows = count_methods(llm, distiller, args.demo_tokens, args.query_tokens, args.dtype, args.all_logits)
     made = real_methods(args, llm, distiller, args.demo_tokens)
     queries = {}
@@ -267,7 +273,8 @@ def here(args: argparse.Namespace, llm, distiller) -> dict:
             queries[name]()
             rows[name]["measured_peak_bytes"] = torch.cuda.max_memory_allocated()
         elif args.memory:
-            rows[name]["measured_peak_bytes"] = peak_in_child(prepare_method, args, args.demo_tokens, name)["peak_bytes"]
+            peak = peak_in_child(prepare_method, args, args.demo_tokens, name)["peak_bytes"]
+            rows[name]["measured_peak_bytes"] = peak
         spread = sorted(times[name])
         rows[name] |= {"seconds": statistics.median(spread), "seconds_range": [spread[0], spread[-1]]}
     print(f"{'':14s}{'GFLOP a query':>15s}{'ms a query':>12s}{'range':>18s}{'peak MB':>10s}{'stored kB':>11s}")
@@ -276,101 +283,28 @@ def here(args: argparse.Namespace, llm, distiller) -> dict:
         peak = r.get("measured_peak_bytes", r["peak_bytes"])
         print(f"{name:14s}{r['query_flops'] / 1e9:15.2f}{1e3 * r['seconds']:12.1f}{f'{low:.1f} to {high:.1f}':>18s}"
               f"{peak / 1e6:10.0f}{r['stored_bytes'] / 1e3:11.1f}")
-    return {"llm": Path(args.llm).name, "distiller": args.distiller, "random_init": args.random_init, "dtype": args.dtype,
-            "demo_tokens": args.demo_tokens, "query_tokens": args.query_tokens, "distill_len": distiller.distill_len,
-            "all_logits": args.all_logits, "rows": rows, "pay_off": pay_off(rows)}
+    return {"llm": Path(args.llm).name, "distiller": args.distiller, "random_init": args.random_init,
+            "dtype": args.dtype, "demo_tokens": args.demo_tokens, "query_tokens": args.query_tokens,
+            "distill_len": distiller.distill_len, "all_logits": args.all_logits, "rows": rows, "pay_off": pay_off(rows)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The suite
-
-
-def load_step(args: argparse.Namespace, dtype: str, random_llm: str | None = None):
-    """LLM, distiller, the rows of a typical step (2 sets, Q = 4) and dtype; random_llm: that architecture, l = 100, one row."""
-    tasks = load_tasks(args.tasks, args.split)
-    if random_llm is None:
-        llm, distiller = load(with_flags(args, dtype=dtype), torch.device(args.device))
-    else:
-        llm, distiller = build_random(random_llm, PAIRS[random_llm], 100, torch_dtype(dtype), args.device)
-    encoder = make_encoder(with_flags(args, distill_len=distiller.distill_len), Tokenizer(args.llm), llm, distiller)
-    rows = speed.typical_rows(tasks, encoder, args.seed, args.k, 2, 4)
-    return llm, distiller, rows if random_llm is None else rows[:1], dtype
-
-
-def with_flags(args: argparse.Namespace, **changes) -> argparse.Namespace:
-    return argparse.Namespace(**{**vars(args), **changes})
-
-
-def suite(args: argparse.Namespace, device: torch.device) -> dict:
-    """Every ratio of this project's speed claims, each with both figures; lines of the README's table."""
-    args.device, args.context_len, args.dtype = str(device), 900, "fp32"
-    results, lines, ratios = {}, [], {}
-
-    def line(name: str, value: float, goal: float, what: str) -> None:
-        ratios[name] = value
-        lines.append({"name": name, "value": value, "goal": goal, "met": value >= goal, "figures": what})
-        print(f"{name:46s}{value:8.2f}  (goal {goal:g}{'' if value >= goal else ', MISSED'})  {what}", flush=True)
-
-    for name, goal in (("gpt2-large", 3.5), ("gpt2-xl", 4.0)):
-        rows = results[f"methods_{name}"] = counted(name, 900, QUERY, 100, True)
-        icl, mend = rows["icl"]["query_flops"], rows["mend"]["query_flops"]
-        line(f"flops_icl_over_mend_{name.replace('-', '_')}", icl / mend, goal,
-             f"{icl / 1e9:.0f} against {mend / 1e9:.0f} GFLOP: {1 - mend / icl:.0%} fewer")
-    r = results["loss_memory"] = speed.loss_memory()
-    line("loss_memory_plain_over_chunked", r["ratio"], 4,
-         f"{r['bytes']['plain'] / 1e6:.0f} against {r['bytes']['chunked'] / 1e6:.0f} MB, gradients {r['gradient_difference']:.0e} apart")
-    tasks = load_tasks(args.tasks, args.split)
-    llm, distiller = load(args, device)
-    encoder = make_encoder(args, Tokenizer(args.llm), llm, distiller)
-    r = results["padding"] = speed.padding(tasks, encoder, args.seed, args.k, 1)
-    line("padding_as_drawn_over_by_length", r["as_drawn"] / r["by_length"], r["as_drawn"] / 0.1,
-         f"{r['as_drawn']:.1%} against {r['by_length']:.1%} of a batch of 8")
-    r = results["scoring"] = speed.scoring_speed(llm, distiller, tasks, encoder, args, repeats=args.repeats)
-    for m in ("icl", "mend"):
-        s = r[m]["seconds"]
-        line(f"scoring_cached_over_plain_{m}", r[m]["ratio"], 10, f"{s['cached']:.1f} against {s['plain']:.0f} s, {r['task']}, "
-             f"{r['queries']} queries, {r['demo_tokens']} tokens; scores at most {r[m]['score_difference']:.0e} apart")
-    ratios["scoring_cached_over_plain"] = min(ratios[f"scoring_cached_over_plain_{m}"] for m in ("icl", "mend"))
-    del llm, distiller
-    shares = 0.4 if device.type == "cuda" else 0.7
-    for label, random_llm, dtype in (("smollm2", None, "fp32"), ("smollm2", None, "bf16"), ("gpt2_large", "gpt2-large", "fp32"),
-                                     ("gpt2_large", "gpt2-large", "bf16")):
-        r = results[f"training_{label}_{dtype}"] = speed.training_speed(*load_step(args, dtype, random_llm), args.repeats)
-        t = r["tokens_per_second"]
-        line(f"training_q4_over_plain_{label}_{dtype}", r["ratio"], 2.5, f"{t['ours']:.1f} against {t['plain']:.1f} query tokens/s")
-        line(f"training_share_of_matmul_rate_{label}_{dtype}", r["share"], shares,
-             f"{r['flops'] / r['seconds']['ours'] / 1e9:.0f} of {r['matmul_flops_per_second'] / 1e9:.0f} GFLOP/s")
-    ratios["training_q4_over_plain"] = ratios["training_q4_over_plain_smollm2_fp32"]
-    ratios["training_share_of_matmul_rate"] = ratios["training_share_of_matmul_rate_gpt2_large_fp32"]
-    if device.type == "cpu":
-        results["threads"] = speed.thread_settings(load_step, args, "fp32")
-        for t in results["threads"]:
-            print(f"training step, {t['threads']} threads, GOMP_SPINCOUNT {t['GOMP_SPINCOUNT']}: {t['seconds']:.1f} s", flush=True)
-    return {"ratios": ratios, "lines": lines, "details": results}
-
-
-def markdown(results: dict) -> str:
-    """The README's table."""
-    head = "| what | ratio | goal | figures |\n|---|---|---|---|\n"
-    return head + "\n".join(f"| {r['name'].replace('_', ' ')} | {r['value']:.2f} | {r['goal']:.2f}{'' if r['met'] else ', missed'} "
-                            f"| {r['figures']} |" for r in results["lines"])
 
 
 def machine(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    names = [x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")]
-    return f"{len(names)} cores of {names[0]}"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+    names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    return f"{len(names)} cores of {names[0]}" if names else platform.processor()
 
 
 def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     common.add_shared_flags(parser)
-    group = parser.add_argument_group("what to measure; default: the seven methods on this machine").add_mutually_exclusive_group()
-    group.add_argument("--fig3", action="store_true", help="Fig. 3 and scaling, counted, and measured for --llm with --repeats above 0")
+    group = parser.add_argument_group("what to measure; default: the seven methods on this machine")
+    group = group.add_mutually_exclusive_group()
+    group.add_argument("--fig3", action="store_true",
+                       help="Fig. 3 and scaling, counted, and measured for --llm where --repeats is above 0")
     group.add_argument("--plan", action="store_true", help="memory and FLOPs of a training step of the paper's LLMs")
     group.add_argument("--suite", action="store_true", help="every ratio of the README, against the plain reference")
     group = parser.add_argument_group("measuring")
@@ -378,9 +312,9 @@ def get_parser() -> argparse.ArgumentParser:
     group.add_argument("--checkpoint", help="run folder or checkpoint file of a distiller; default: an untrained one")
     group.add_argument("--demo-tokens", type=int, default=900, help="tokens of the demonstrations")
     group.add_argument("--query-tokens", type=int, default=QUERY, help="tokens of the query with its answer")
-    group.add_argument("--all-logits", action="store_true", help="logits at every position, not only where a score looks")
-    group.add_argument("--memory", action="store_true", help="on a CPU, measure peak memory, in a process for each method")
-    group.add_argument("--repeats", type=int, default=3, help="timed runs of each, after a warm-up; with --fig3 0 = only count")
+    group.add_argument("--all-logits", action="store_true", help="logits at every position, not only where a score is")
+    group.add_argument("--memory", action="store_true", help="on a CPU, measure peak memory, a process for each method")
+    group.add_argument("--repeats", type=int, default=3, help="timed runs of each; with --fig3 0 = only count")
     group.add_argument("--out", default="", help="results file (JSON); default results/bench.json or fig3.json with "
                                                  "--suite or --fig3, else none")
     return parser
@@ -396,20 +330,23 @@ def main(argv: list[str] | None = None) -> dict:
     device = setup(args, training=False)
     mode = next((m for m in ("fig3", "plan", "suite") if getattr(args, m)), "here")
     if mode == "suite":
-        results = suite(args, device)
-        print(markdown(results))
+        rows = {name: counted(name, 900, QUERY, 100, True) for name in ("gpt2-large", "gpt2-xl")}
+        results = speed.suite(args, device, rows)
+        print(speed.markdown(results))
     elif mode == "plan":
         results = {"plan": speed.plan(args)}
     elif mode == "fig3":
         results = fig3(args, device)
     else:
         results = here(args, *load(args, device))
-    results = {"command": f"python bench.py {' '.join(sys.argv[1:] if argv is None else argv)}", "commit": common.commit(),
-               "date": common.today(), "machine": machine(device), "torch": torch.__version__, **results}
-    out = args.out or (common.ROOT / "results" / f"{'bench' if mode == 'suite' else mode}.json" if mode in ("suite", "fig3") else None)
-    if out:
+    results = {"command": " ".join(["python", "bench.py", *(sys.argv[1:] if argv is None else argv)]),
+               "commit": common.commit(), "date": common.today(), "machine": machine(device),
+               "torch": torch.__version__, **results}
+    default = {"suite": "bench.json", "fig3": "fig3.json"}.get(mode)
+    if out := args.out or (default and common.ROOT / "results" / default):
         Path(out).write_text(json.dumps(results, indent=1) + "\n")
-    return finish(results if mode in ("plan", "here") else {k: v for k, v in results.items() if k not in ("details", "settings", "scaling", "measured")})
+    long = ("details", "lines", "settings", "scaling", "measured")  # only in the file
+    return finish({name: value for name, value in results.items() if name not in long})
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from common import UserError, finish, run_main
 STYLES = {"icl": ("vanilla ICL", "#000000", "", "-"), "icl_cached": ("ICL, cached", "#56B4E9", "//", "--"),
           "prompt_tuning": ("PromptTuning", "#E69F00", "..", ":"), "mend": ("MEND", "#D55E00", "", "-"),
           "mend_kv": ("MEND, stored keys and values", "#009E73", "\\\\", "--")}
+AXES = {"demo_tokens": "demonstration tokens", "distill_len": "l, distilled vectors"}
 SPLITS = {"class_to_class": "Class→\nClass", "hr_to_lr": "HR→\nLR", "qa_to_qa": "QA→\nQA",
           "non_nli_to_nli": "non-NLI\n→NLI", "non_para_to_para": "non-Para\n→Para"}
 
@@ -25,12 +26,14 @@ def fig3(results: dict, out_dir: Path) -> list[Path]:
     panels = [(f"{name}: TFLOP a query", [s["rows"] for s in counted[name]], "query_flops", 1e12) for name in llms]
     panels += [(f"{name}: peak memory, GB", [s["rows"] for s in counted[name]], "peak_bytes", 1e9) for name in llms]
     if measured := results.get("measured"):
-        panels.append((f"{measured[0]['llm']}: seconds a query, {results['machine']}", [m["rows"] for m in measured], "seconds", 1))
+        panels.append((f"{measured[0]['llm']}: seconds a query, CPU" if "cores" in results["machine"] else
+                       f"{measured[0]['llm']}: seconds a query, GPU", [m["rows"] for m in measured], "seconds", 1))
     figure, axes = plt.subplots((len(panels) + 1) // 2, 2, figsize=(9, 2.9 * ((len(panels) + 1) // 2)), squeeze=False)
     for axis, (title, points, key, unit) in zip(axes.flat, panels, strict=False):
         for i, (method, (label, colour, hatch, _)) in enumerate(STYLES.items()):
-            axis.bar([x + 0.16 * (i - 2) for x in range(len(points))], [rows[method][key] / unit for rows in points], 0.16,
-                     color=colour, hatch=hatch, edgecolor="white", linewidth=0.3, label=label)
+            left = [x + 0.16 * (i - 2) for x in range(len(points))]
+            axis.bar(left, [rows[method][key] / unit for rows in points], 0.16, color=colour,
+                     hatch=hatch, edgecolor="white", linewidth=0.3, label=label)
         axis.set_title(title, fontsize=11)
         axis.set_xticks(range(len(points)), [SPLITS[s["split"]] for s in counted[llms[0]]], fontsize=9)
     for axis in axes.flat[len(panels):]:
@@ -46,10 +49,11 @@ def scaling(results: dict, out_dir: Path) -> list[Path]:
     llms = results["scaling"]
     figure, axes = plt.subplots(len(llms), 2, figsize=(9, 3 * len(llms)), squeeze=False)
     for row, llm in zip(axes, llms, strict=True):
-        for axis, key, label in zip(row, ("demo_tokens", "distill_len"), ("demonstration tokens", "l, distilled vectors"), strict=True):
+        for axis, (key, label) in zip(row, AXES.items(), strict=True):
             curves = llm[key]
             for method, (name, colour, _, style) in STYLES.items():
-                axis.plot(curves["x"], [f / 1e12 for f in curves["flops"][method]], style, color=colour, label=name, linewidth=2)
+                y = [f / 1e12 for f in curves["flops"][method]]
+                axis.plot(curves["x"], y, style, color=colour, label=name, linewidth=2)
             for pair in ("icl and mend", "icl_cached and mend_kv"):
                 if (at := curves["crossings"].get(pair)) is not None:
                     y = interpolate(curves["x"], curves["flops"][pair.split(" and ")[0]], at) / 1e12
@@ -81,15 +85,15 @@ def save(figure, path: Path, results: dict) -> list[Path]:
 
 def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=Path("results/fig3.json"), help="file that bench.py --fig3 wrote")
-    parser.add_argument("--out-dir", type=Path, default=Path("results"), help="folder for fig3 and scaling, .png and .svg")
+    parser.add_argument("--results", type=Path, default=Path("results/fig3.json"), help="what bench.py --fig3 wrote")
+    parser.add_argument("--out-dir", type=Path, default=Path("results"), help="folder for fig3 and scaling")
     return parser
 
 
 def main(argv: list[str] | None = None) -> dict:
     args = get_parser().parse_args(argv)
     if not args.results.is_file():
-        raise UserError(f"--results {args.results} does not exist; make it with python bench.py --fig3 --preset paper")
+        raise UserError(f"--results {args.results} does not exist; make it with `python bench.py --preset paper --fig3`")
     results = json.loads(args.results.read_text())
     import matplotlib
     matplotlib.use("Agg")

@@ -41,8 +41,8 @@ class Count(TorchDispatchMode):
 
     flops: of matrix products and attention, a multiplication and an addition each, by the formulas of torch's
     FlopCounterMode; that class itself cannot follow the gradient taken within a forward pass (`model.sum_in_chunks`).
-    Attention counts all pairs of positions, masked or not. peak: bytes that were made since, without what stood before and
-    without what an operation needs inside itself.
+    Attention counts all pairs of positions, masked or not. peak: bytes that were made since, without what stood before
+    and without what an operation needs inside itself.
     """
 
     def __init__(self):
@@ -73,10 +73,11 @@ class Count(TorchDispatchMode):
         self.live -= n
 
 
-def interleaved(functions: dict[str, Callable], repeats: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of each function, `repeats` times after one warm-up, in turns, so that other work on the machine meets all."""
+def interleaved(functions: dict[str, Callable], repeats: int, device: torch.device,
+                warm_up: bool = True) -> dict[str, list[float]]:
+    """Seconds of each function, `repeats` times and in turns, so that other work on the machine meets all alike."""
     times = {name: [] for name in functions}
-    for i in range(repeats + 1):
+    for i in range(-warm_up, repeats):
         for name, function in functions.items():
             if device.type == "cuda":
                 torch.cuda.synchronize()
@@ -84,7 +85,7 @@ def interleaved(functions: dict[str, Callable], repeats: int, device: torch.devi
             function()
             if device.type == "cuda":
                 torch.cuda.synchronize()
-            if i > 0:
+            if i >= 0:
                 times[name].append(time.perf_counter() - started)
     return times
 
@@ -96,7 +97,7 @@ def resident(field: str) -> int:
 
 
 def measure_peak(prepare: Callable, args: tuple) -> dict:
-    """In a child: prepare(*args) gives a function; the peak resident set while it runs, in all and above what stood before."""
+    """In a child: prepare(*args) gives a function; the peak resident set while it runs, and above what stood before."""
     function = prepare(*args)
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak of the preparation
     before = resident("VmRSS")
@@ -123,8 +124,8 @@ def set_environment(values: dict[str, str]) -> None:
 
 
 def peak_in_child(prepare: Callable, *args) -> dict:
-    """`measure_peak` in a process of its own (Linux). There, tensors over 1 MB go back to the system as soon as they are
-    free: glibc would keep pieces of its heap, and the peak would be its own."""
+    """`measure_peak` in a process of its own (Linux). There, tensors over 1 MB go back to the system as soon as they
+    are free: glibc would keep pieces of its heap, and the peak would be its own."""
     return in_child({"MALLOC_MMAP_THRESHOLD_": "1000000"}, measure_peak, prepare, args)
 
 
@@ -163,10 +164,14 @@ def load(args: argparse.Namespace, device: torch.device):
     return llm, distiller.eval()
 
 
+def with_flags(args: argparse.Namespace, **changes) -> argparse.Namespace:
+    return argparse.Namespace(**{**vars(args), **changes})
+
+
 @contextlib.contextmanager
 def no_weights():
     """Within it tensors have shapes and no data, and operations cost nothing: for `Count`."""
-    with FakeTensorMode(), mock.patch.object(nn.Module, "to", lambda module, *_, **__: module):  # nothing there to move
+    with FakeTensorMode(), mock.patch.object(nn.Module, "to", lambda module, *_, **__: module):  # nothing to move
         yield
 
 

@@ -5,6 +5,7 @@ scoring that of evaluate.py.
 """
 
 import argparse
+import functools
 import itertools
 import os
 import statistics
@@ -14,9 +15,20 @@ import torch
 from torch import Tensor, nn
 
 from common import UserError, autocast, torch_dtype
-from data import Encoder, Tasks, collate, sample_row, step_rows
-from evaluate import make_prefix, passes
-from measure import PAIRS, Count, build_random, in_child, interleaved, no_weights, peak_in_child, weight_bytes
+from data import Encoder, Tasks, Tokenizer, collate, load_tasks, sample_row, step_rows
+from evaluate import make_encoder, make_prefix, passes
+from measure import (
+    PAIRS,
+    Count,
+    build_random,
+    in_child,
+    interleaved,
+    load,
+    no_weights,
+    peak_in_child,
+    weight_bytes,
+    with_flags,
+)
 from model import (
     causal_mask,
     demo_prefix,
@@ -133,7 +145,8 @@ class Head(nn.Module):
 
     def __init__(self, width: int, vocab: int):
         super().__init__()
-        self.head, self.config, self.dtype = nn.Linear(width, vocab, bias=False).requires_grad_(False), None, torch.float32
+        self.head = nn.Linear(width, vocab, bias=False).requires_grad_(False)
+        self.config, self.dtype = None, torch.float32
 
     def get_output_embeddings(self) -> nn.Module:
         return self.head
@@ -175,8 +188,8 @@ def scoring_task(tasks: Tasks, seed: int, n: int, options: int) -> tuple[str, di
         files = tasks.files(task, seed)
         if len(files["test"]) >= n and all(len(q["options"]) == options for q in files["test"][:n]):
             return task, files
-    raise UserError(f"no meta-test task of {tasks.split} in {tasks.folder} has {n} test queries of {options} options; give "
-                    "another --split or --tasks")
+    raise UserError(f"no meta-test task of {tasks.split} in {tasks.folder} has {n} test queries of {options} options; "
+                    "give another --split or --tasks")
 
 
 @torch.no_grad()
@@ -208,12 +221,14 @@ def scoring_speed(llm, distiller, tasks: Tasks, encoder: Encoder, args, n: int =
 
     found = {"task": task, "queries": n, "demo_tokens": len(demo), "plain_queries": n_plain}
     for method in ("icl", "mend"):
-        times = interleaved({"plain": lambda m=method: plain(m), "cached": lambda m=method: fast(m, queries)}, repeats, llm.device)
-        seconds = {"plain": statistics.median(times["plain"]) * n / n_plain, "cached": statistics.median(times["cached"])}
-        difference = max(abs(a - b) for fast_scores, plain_scores in zip(fast(method, some), plain(method), strict=True)
-                         for a, b in zip(fast_scores.tolist(), plain_scores, strict=True))
-        found[method] = {"seconds": seconds, "ratio": seconds["plain"] / seconds["cached"], "score_difference": difference,
-                         "times": times}
+        both = [(a, b) for scores, expected in zip(fast(method, some), plain(method), strict=True)
+                for a, b in zip(scores.tolist(), expected, strict=True)]
+        ways = {"plain": functools.partial(plain, method), "cached": functools.partial(fast, method, queries)}
+        times = interleaved(ways, repeats, llm.device, warm_up=False)
+        plain_seconds, cached = (statistics.median(times[name]) for name in ("plain", "cached"))
+        seconds = {"plain": plain_seconds * n / n_plain, "cached": cached}
+        found[method] = {"seconds": seconds, "ratio": seconds["plain"] / cached, "times": times,
+                         "score_difference": max(abs(a - b) for a, b in both)}
     return found
 
 
@@ -222,13 +237,14 @@ def scoring_speed(llm, distiller, tasks: Tasks, encoder: Encoder, args, n: int =
 
 
 def time_steps(load: Callable, args: tuple, threads: int, repeats: int) -> float:
-    """In a child: median seconds of a training step with so many threads. load(*args) gives llm, distiller, rows, dtype."""
+    """In a child: median seconds of a step with so many threads. load(*args) gives llm, distiller, rows and dtype."""
     torch.set_num_threads(threads)
     llm, distiller, rows, dtype = load(*args)
     batch = collate(rows, llm.device)
     where = counted_positions(batch)
     distiller.train()
-    return statistics.median(interleaved({"step": lambda: training_step(llm, distiller, batch, where, dtype)}, repeats, llm.device)["step"])
+    times = interleaved({"step": lambda: training_step(llm, distiller, batch, where, dtype)}, repeats, llm.device)
+    return statistics.median(times["step"])
 
 
 def thread_settings(load: Callable, *args, repeats: int = 3) -> list[dict]:
@@ -247,9 +263,9 @@ def thread_settings(load: Callable, *args, repeats: int = 3) -> list[dict]:
 def plan_one(name: str, args: argparse.Namespace, batch_size: int, checkpointing: bool) -> dict:
     """FLOPs and memory of one step of Eq. (4), LLM in 16 bit: weights, AdamW's state and what is alive at once.
 
-    With checkpointing the frozen LLM's layers are run again in the backward pass, so the student reads [S_D ; E_x ; E_y]
-    as one sequence, without a cache. In 8 bit (bitsandbytes) each weight of the layers' matrices takes one byte, and the
-    backward pass unpacks one matrix at a time.
+    With checkpointing the frozen LLM's layers are run again in the backward pass, so the student reads [S_D ; E_x ;
+    E_y] as one sequence, without a cache. In 8 bit (bitsandbytes) each weight of the layers' matrices takes one byte,
+    and the backward pass unpacks one matrix at a time.
     """
     with no_weights():
         llm, distiller = build_random(name, PAIRS[name], args.distill_len, torch.bfloat16)
@@ -269,7 +285,8 @@ def plan_one(name: str, args: argparse.Namespace, batch_size: int, checkpointing
         distiller.train()
         with Count() as count:
             training_step(llm, distiller, batch, where, "bf16", read_again if checkpointing else None)
-    matrices = [p.numel() for n, p in llm.base_model.named_parameters() if p.dim() == 2 and (".layers." in n or "h." in n)]
+    embeddings = [p for m in llm.base_model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()]
+    matrices = [p.numel() for p in llm.base_model.parameters() if p.dim() == 2 and not any(p is e for e in embeddings)]
     adam = 8 * sum(p.numel() for p in distiller.parameters() if p.requires_grad)
     memory = {"llm": weight_bytes(llm), "distiller": weight_bytes(distiller) + adam, "alive": count.peak}
     in_8_bit = memory | {"llm": memory["llm"] - sum(matrices) + 2 * max(matrices)}
@@ -279,8 +296,10 @@ def plan_one(name: str, args: argparse.Namespace, batch_size: int, checkpointing
 
 def plan(args: argparse.Namespace) -> list[dict]:
     """Which card a training step fits: counted memory, and 1.5 GB for what torch itself takes and cannot use."""
-    print(f"one step of Eq. (4): {args.demo_tokens} demonstration and {args.query_tokens} query tokens, l = {args.distill_len}")
-    print(f"{'LLM':12s}{'batch':>6s}{'checkpointing':>14s}{'TFLOP':>8s}{'16 bit GB':>11s}{'fits':>14s}{'8 bit GB':>10s}{'fits':>14s}")
+    print(f"one step of Eq. (4): {args.demo_tokens} demonstration and {args.query_tokens} query tokens, "
+          f"l = {args.distill_len}")
+    print(f"{'LLM':12s}{'batch':>6s}{'checkpointing':>14s}{'TFLOP':>8s}"
+          f"{'16 bit GB':>11s}{'fits':>14s}{'8 bit GB':>10s}{'fits':>14s}")
     found = []
     for name, batch_size, checkpointing in itertools.product(PAIRS, (1, 8), (False, True)):
         r = plan_one(name, args, batch_size, checkpointing)
@@ -292,3 +311,80 @@ def plan(args: argparse.Namespace) -> list[dict]:
         print(line)
         found.append({"llm": name, "batch_size": batch_size, "checkpointing": checkpointing, **r, "fits_gb": fits})
     return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The suite
+
+
+def load_step(args: argparse.Namespace, dtype: str, random_llm: str | None = None):
+    """LLM, distiller, the rows of a typical step (2 sets, Q = 4) and dtype; random_llm: of that architecture with
+    random weights and l = 100, and one row."""
+    tasks = load_tasks(args.tasks, args.split)
+    if random_llm is None:
+        llm, distiller = load(with_flags(args, dtype=dtype), torch.device(args.device))
+    else:
+        llm, distiller = build_random(random_llm, PAIRS[random_llm], 100, torch_dtype(dtype), args.device)
+    encoder = make_encoder(with_flags(args, distill_len=distiller.distill_len), Tokenizer(args.llm), llm, distiller)
+    rows = typical_rows(tasks, encoder, args.seed, args.k, 2, 4)
+    return llm, distiller, rows if random_llm is None else rows[:1], dtype
+
+
+def suite(args: argparse.Namespace, device: torch.device, methods: dict[str, dict]) -> dict:
+    """Every ratio of the speed claims, each with both figures. methods: LLM -> `bench.counted` at 900 tokens."""
+    args.device, args.context_len, args.dtype = str(device), 900, "fp32"
+    results, lines, ratios = {}, [], {}
+
+    def line(name: str, value: float, goal: float, what: str) -> None:
+        ratios[name] = value
+        lines.append({"name": name, "value": value, "goal": goal, "met": value >= goal, "figures": what})
+        print(f"{name:46s}{value:8.2f}  (goal {goal:g}{'' if value >= goal else ', MISSED'})  {what}", flush=True)
+
+    for (name, rows), goal in zip(methods.items(), (3.5, 4.0), strict=True):
+        results[f"methods_{name}"] = rows
+        icl, mend = rows["icl"]["query_flops"], rows["mend"]["query_flops"]
+        line(f"flops_icl_over_mend_{name.replace('-', '_')}", icl / mend, goal,
+             f"{icl / 1e9:.0f} against {mend / 1e9:.0f} GFLOP: {1 - mend / icl:.0%} fewer")
+    r = results["loss_memory"] = loss_memory()
+    line("loss_memory_plain_over_chunked", r["ratio"], 4,
+         f"{r['bytes']['chunked'] / 1e6:.0f} against {r['bytes']['plain'] / 1e6:.0f} MB for {r['tokens']:,} tokens, "
+         f"gradients {r['gradient_difference']:.0e} apart")
+    tasks = load_tasks(args.tasks, args.split)
+    llm, distiller = load(args, device)
+    encoder = make_encoder(args, Tokenizer(args.llm), llm, distiller)
+    r = results["padding"] = padding(tasks, encoder, args.seed, args.k, 1)
+    line("padding_as_drawn_over_by_length", r["as_drawn"] / r["by_length"], r["as_drawn"] / 0.1,
+         f"{r['as_drawn']:.1%} against {r['by_length']:.1%} of a batch of 8")
+    r = results["scoring"] = scoring_speed(llm, distiller, tasks, encoder, args, repeats=args.repeats)
+    for m in ("icl", "mend"):
+        s = r[m]["seconds"]
+        line(f"scoring_cached_over_plain_{m}", r[m]["ratio"], 10,
+             f"{s['cached']:.1f} against {s['plain']:.0f} s for {r['queries']} queries of {r['task']} with "
+             f"{r['demo_tokens']} demonstration tokens, scores at most {r[m]['score_difference']:.0e} apart")
+    ratios["scoring_cached_over_plain"] = min(ratios[f"scoring_cached_over_plain_{m}"] for m in ("icl", "mend"))
+    del llm, distiller
+    shares = 0.4 if device.type == "cuda" else 0.7
+    llms = {"smollm2": None, "gpt2_large": "gpt2-large"}
+    for (label, random_llm), dtype in itertools.product(llms.items(), ("fp32", "bf16")):
+        r = training_speed(*load_step(args, dtype, random_llm), args.repeats)
+        results[f"training_{label}_{dtype}"], t = r, r["tokens_per_second"]
+        line(f"training_q4_over_plain_{label}_{dtype}", r["ratio"], 2.5,
+             f"{t['ours']:.1f} against {t['plain']:.1f} query tokens/s")
+        line(f"training_share_of_matmul_rate_{label}_{dtype}", r["share"], shares,
+             f"{r['flops'] / r['seconds']['ours'] / 1e9:.0f} of {r['matmul_flops_per_second'] / 1e9:.0f} GFLOP/s")
+    ratios["training_q4_over_plain"] = ratios["training_q4_over_plain_smollm2_fp32"]
+    ratios["training_share_of_matmul_rate"] = ratios["training_share_of_matmul_rate_gpt2_large_fp32"]
+    if device.type == "cpu":
+        results["threads"] = thread_settings(load_step, args, "fp32")
+        for t in results["threads"]:
+            print(f"training step, {t['threads']} threads, GOMP_SPINCOUNT {t['GOMP_SPINCOUNT']}: {t['seconds']:.1f} s")
+    return {"ratios": ratios, "lines": lines, "details": results}
+
+
+def markdown(results: dict) -> str:
+    """The README's table."""
+    rows = ["| what | ratio | goal | figures |", "|---|---|---|---|"]
+    for r in results["lines"]:
+        goal = f"{r['goal']:.2f}{'' if r['met'] else ', missed'}"
+        rows.append(f"| {r['name'].replace('_', ' ')} | {r['value']:.2f} | {goal} | {r['figures']} |")
+    return "\n".join(rows)

@@ -1,4 +1,4 @@
-"""Tests of bench.py, speed.py, measure.py and figures_bench.py: counts against sums by hand, speed against tests/plain.py."""
+"""Tests of bench.py, speed.py, measure.py and figures_bench.py: counts against sums by hand, losses against plain.py."""
 
 import argparse
 import json
@@ -24,10 +24,10 @@ TINY = {  # every name that the code asks for, so small that a count takes no ti
     "gpt2": {"model_type": "gpt2", "n_embd": 48, "n_layer": 2, "n_head": 4, "vocab_size": 500},
     "gpt2-large": {"model_type": "gpt2", "n_embd": 64, "n_layer": 4, "n_head": 4, "vocab_size": 500},
     "gpt2-xl": {"model_type": "gpt2", "n_embd": 80, "n_layer": 5, "n_head": 5, "vocab_size": 500},
-    "opt-125m": {"model_type": "opt", "hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 128, "num_hidden_layers": 2,
-                 "num_attention_heads": 2, "vocab_size": 500},
-    "opt-6.7b": {"model_type": "opt", "hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 256, "num_hidden_layers": 3,
-                 "num_attention_heads": 4, "vocab_size": 500},
+    "opt-125m": {"model_type": "opt", "hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 128,
+                 "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 500},
+    "opt-6.7b": {"model_type": "opt", "hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 256,
+                 "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 500},
 }
 T_D, T_X, L, V = 30, 9, 5, 500
 WIDTH, LAYERS, WIDTH_S, LAYERS_S = 64, 4, 48, 2  # of gpt2-large and gpt2 above
@@ -125,13 +125,15 @@ def test_flops_of_the_seven_methods_by_hand(tiny, all_logits):
     def head(tokens):
         return 2 * WIDTH * V * (tokens if all_logits else 1)
 
-    distil = matrices(WIDTH_S, LAYERS_S, T_D + L) + attention(WIDTH_S, LAYERS_S, T_D + L, T_D + L) + 2 * WIDTH_S * WIDTH * L
+    distil = matrices(WIDTH_S, LAYERS_S, T_D + L) + attention(WIDTH_S, LAYERS_S, T_D + L, T_D + L)
+    distil += 2 * WIDTH_S * WIDTH * L
+    behind_vectors = llm(L + T_X, L + T_X) + head(L + T_X)
     query = {"zero_shot": llm(T_X, T_X) + head(T_X), "icl": llm(T_D + T_X, T_D + T_X) + head(T_D + T_X),
-             "icl_cached": llm(T_X, T_D + T_X) + head(T_X), "prompt_tuning": llm(L + T_X, L + T_X) + head(L + T_X),
-             "mend": distil + llm(L + T_X, L + T_X) + head(L + T_X), "mend_vectors": llm(L + T_X, L + T_X) + head(L + T_X),
+             "icl_cached": llm(T_X, T_D + T_X) + head(T_X), "prompt_tuning": behind_vectors,
+             "mend": distil + behind_vectors, "mend_vectors": behind_vectors,
              "mend_kv": llm(T_X, L + T_X) + head(T_X)}
-    prepare = {"zero_shot": 0, "icl": 0, "icl_cached": llm(T_D, T_D), "prompt_tuning": 0, "mend": 0, "mend_vectors": distil,
-               "mend_kv": distil + llm(L, L)}
+    prepare = {"zero_shot": 0, "icl": 0, "icl_cached": llm(T_D, T_D), "prompt_tuning": 0, "mend": 0,
+               "mend_vectors": distil, "mend_kv": distil + llm(L, L)}
     assert {n: r["query_flops"] for n, r in rows.items()} == pytest.approx(query, rel=0.005)
     assert {n: r["prepare_flops"] for n, r in rows.items()} == pytest.approx(prepare, rel=0.005)
 
@@ -187,8 +189,8 @@ def test_all_ways_of_reading_give_the_plain_logits(llm_folder):
     ids = torch.randint(0, llm.config.vocab_size, (1, T_D + T_X), generator=torch.Generator().manual_seed(0))
     demo, query = ids[:, :T_D], ids[:, T_D:]
     with torch.no_grad():
-        logits = {n: read(prepare()) for n, (prepare, read) in bench.methods(llm, distiller, demo, query, "fp32", True).items()}
-        last = {n: read(prepare()) for n, (prepare, read) in bench.methods(llm, distiller, demo, query, "fp32", False).items()}
+        logits, last = ({name: read(prepare()) for name, (prepare, read) in
+                         bench.methods(llm, distiller, demo, query, "fp32", every).items()} for every in (True, False))
         following = query[0].tolist() + [0]  # so that the last column is the prediction after the query
         plain = {"icl": plain_logits(llm, plain_embeds(llm, demo[0].tolist()), following),
                  "mend": plain_logits(llm, plain_vectors(distiller, demo[0].tolist()), following)}
@@ -204,7 +206,7 @@ def test_all_ways_of_reading_give_the_plain_logits(llm_folder):
 
 
 def test_pays_off_after():
-    """Distilling costs 100 and saves 40 a query; cached ICL costs 300 at first and 5 more a query; a dearer query never does."""
+    """Distilling costs 100 and saves 40 a query; cached ICL costs 300 at first and 5 more a query; a dearer query never."""
     assert bench.pays_off_after(100, 60, 0, 100) == 2.5
     assert bench.pays_off_after(100, 60, 300, 65) == 0
     assert bench.pays_off_after(100, 60, 0, 60) is None and bench.pays_off_after(100, 60, 0, 50) is None
@@ -224,12 +226,12 @@ def test_crossing():
 # Training and scoring
 
 
-def speed_setting(llama, tasks_dir, **changes):
-    args = argparse.Namespace(template="space", context_len=900, distill_len=4, dtype="fp32", seed=100, k=4, device="cpu",
-                              **changes)
+def speed_setting(llama, tasks_dir):
+    args = argparse.Namespace(template="space", context_len=900, distill_len=4, dtype="fp32", seed=100, k=4)
     llm = load_llm(str(llama), CPU, torch.float32)
     distiller = build_distiller("layers:2", llm, 4, "matched", 0)
-    return args, llm, distiller, load_tasks(str(tasks_dir), "class_to_class"), make_encoder(args, Tokenizer(str(llama)), llm, distiller)
+    encoder = make_encoder(args, Tokenizer(str(llama)), llm, distiller)
+    return args, llm, distiller, load_tasks(str(tasks_dir), "class_to_class"), encoder
 
 
 def test_the_step_that_is_timed_is_eq_4(llama, tasks_dir):
@@ -253,7 +255,8 @@ def test_plain_step_is_the_mean_over_queries(llama, tasks_dir):
     speed.plain_step(llm, distiller, rows, "fp32")
     found = distiller.placeholders.grad.clone()
     distiller.zero_grad()
-    losses = [plain_finetune_loss(llm, row["demo"], plain_vectors(distiller, row["demo"]), q) for row in rows for q in row["queries"]]
+    losses = [plain_finetune_loss(llm, row["demo"], plain_vectors(distiller, row["demo"]), query)
+              for row in rows for query in row["queries"]]
     torch.stack(losses).mean().backward()
     assert len(losses) == 4
     torch.testing.assert_close(found, distiller.placeholders.grad, atol=1e-6, rtol=1e-4)
@@ -263,8 +266,8 @@ def test_training_speed(llama, tasks_dir, monkeypatch):
     """From made-up times: ours 2 s, plain 7 s, a product of 4,096 in 1 s."""
     args, llm, distiller, tasks, encoder = speed_setting(llama, tasks_dir)
     rows = speed.typical_rows(tasks, encoder, args.seed, args.k, 2, 2)
-    monkeypatch.setattr(speed, "interleaved", lambda functions, repeats, device: (
-        functions["ours"](), {"matmul": [1.0, 1.0], "matmul again": [1.0, 1.0], "ours": [2.0, 2.0], "plain": [7.0, 7.0]})[1])
+    times = {"matmul": [1.0, 1.0], "matmul again": [1.0, 1.0], "ours": [2.0, 2.0], "plain": [7.0, 7.0]}
+    monkeypatch.setattr(speed, "interleaved", lambda functions, *_: (functions["ours"](), times)[1])
     found = speed.training_speed(llm, distiller, rows, "fp32", 2)
     tokens = sum(len(x) + len(y) for row in rows for x, (y,) in row["queries"])
     assert found["query_tokens"] == tokens and found["ratio"] == 3.5
@@ -275,7 +278,8 @@ def test_training_speed(llama, tasks_dir, monkeypatch):
 
 def test_the_typical_step_is_of_middle_size(llama, tasks_dir):
     *_, tasks, encoder = speed_setting(llama, tasks_dir)
-    rows_of = speed.step_rows(lambda first, n: [speed.sample_row(tasks, encoder, 100, i, 4, 1) for i in range(first, first + n)], 100, 2)
+    rows_of = speed.step_rows(lambda first, n: [speed.sample_row(tasks, encoder, 100, i, 4, 1)
+                                                for i in range(first, first + n)], 100, 2)
     sizes = sorted(sum(len(r["demo"]) for r in rows_of(step)) for step in range(64))
     assert sum(len(r["demo"]) for r in speed.typical_rows(tasks, encoder, 100, 4, 2, 1)) == sizes[32]
 
@@ -309,14 +313,15 @@ def test_the_losses_memory_in_processes_of_their_own():
 
 def test_scoring_speed_compares_equal_scores(llama, tasks_dir, monkeypatch):
     args, llm, distiller, tasks, encoder = speed_setting(llama, tasks_dir)
-    monkeypatch.setattr(speed, "interleaved", lambda *_: {"plain": [2.0, 2.0], "cached": [4.0, 4.0]})
+    monkeypatch.setattr(speed, "interleaved", lambda *_, **__: {"plain": [2.0, 2.0], "cached": [4.0, 4.0]})
     found = speed.scoring_speed(llm, distiller, tasks, encoder, args, n=20, n_plain=2, options=3)
     for method in ("icl", "mend"):
         assert found[method]["score_difference"] < 1e-4
         assert found[method]["seconds"] == {"plain": 20.0, "cached": 4.0} and found[method]["ratio"] == 5.0
     real = speed.score_options
     monkeypatch.setattr(speed, "score_options", lambda *a: real(*a) + torch.tensor([0.0, 0.1, 0.0]))
-    assert speed.scoring_speed(llm, distiller, tasks, encoder, args, n=20, n_plain=2, options=3)["icl"]["score_difference"] > 0.09
+    found = speed.scoring_speed(llm, distiller, tasks, encoder, args, n=20, n_plain=2, options=3)
+    assert found["icl"]["score_difference"] > 0.09
 
 
 def test_scoring_needs_a_task_that_fits(tasks_dir):
@@ -332,7 +337,7 @@ def plan_args():
 
 
 def test_plan_by_hand(tiny):
-    """Teacher: all tokens once. Distiller: three times. Student: forward, and backward to its input, no weight gradients."""
+    """Teacher: all tokens once. Distiller: three times. Student: forward, and backward to its input without weights."""
     found = {c: speed.plan_one("opt-6.7b", plan_args(), 2, c) for c in (False, True)}
     width, layers, width_s, layers_s = 64, 3, 32, 2
 
@@ -340,8 +345,10 @@ def test_plan_by_hand(tiny):
         return matrices(width, layers, tokens) + times_attention * attention(width, layers, tokens, seen)
 
     teacher = llm(T_D, T_D) + llm(T_X, T_D + T_X)
-    student = sum(matrices(width, layers, n) * 2 + attention(width, layers, n, seen) * 3.5 for n, seen in ((L, L), (T_X, L + T_X)))
-    distil = 3 * matrices(width_s, layers_s, T_D + L) + 3.5 * attention(width_s, layers_s, T_D + L, T_D + L) + 3 * 2 * width_s * width * L
+    student = sum(matrices(width, layers, n) * 2 + attention(width, layers, n, seen) * 3.5
+                  for n, seen in ((L, L), (T_X, L + T_X)))
+    distil = 3 * matrices(width_s, layers_s, T_D + L) + 3.5 * attention(width_s, layers_s, T_D + L, T_D + L)
+    distil += 3 * 2 * width_s * width * L
     head = 2 * width * V * (3 * T_X + 2 * 4)
     assert found[False]["flops"] == pytest.approx(2 * (teacher + student + distil + head), rel=0.05)
     again = llm(L + T_X, L + T_X) + attention(width, layers, 1, 1) * 4.5 * ((L + T_X) ** 2 - L ** 2 - T_X * (L + T_X))
@@ -356,11 +363,14 @@ def test_plan_by_hand(tiny):
 
 def test_plan_says_which_cards_fit(tiny, monkeypatch, capsys):
     peaks = iter([14.6, 14.4, 22, 38, 78.6, 1] * 2)
-    monkeypatch.setattr(speed, "plan_one", lambda *_: {"flops": 1, "peak_bytes": {"16 bit": next(peaks) * 1e9, "8 bit": 1e9}})
+    monkeypatch.setattr(speed, "plan_one", lambda *_: {
+        "flops": 1, "peak_bytes": {"16 bit": next(peaks) * 1e9, "8 bit": 1e9}})
     found = speed.plan(plan_args())
-    assert [r["fits_gb"]["16 bit"] for r in found][:6] == [[24, 40, 80], [16, 24, 40, 80], [24, 40, 80], [40, 80], [], [16, 24, 40, 80]]
+    cards = [16, 24, 40, 80]
+    assert [r["fits_gb"]["16 bit"] for r in found][:6] == [cards[1:], cards, cards[1:], cards[2:], [], cards]
     assert [(r["llm"], r["batch_size"], r["checkpointing"]) for r in found[:5]] == [
-        ("gpt2-large", 1, False), ("gpt2-large", 1, True), ("gpt2-large", 8, False), ("gpt2-large", 8, True), ("gpt2-xl", 1, False)]
+        ("gpt2-large", 1, False), ("gpt2-large", 1, True), ("gpt2-large", 8, False), ("gpt2-large", 8, True),
+        ("gpt2-xl", 1, False)]
     assert "none" in capsys.readouterr().out
 
 
@@ -390,18 +400,18 @@ def test_fig3_and_its_pictures(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench, "CONTEXTS", {"class_to_class": 30, "qa_to_qa": 50})
     monkeypatch.setattr(bench, "SCALING", {"demo_tokens": (2, 8), "distill_len": (5, 200)})
     monkeypatch.delitem(measure.PAIRS, "opt-6.7b"), monkeypatch.delitem(measure.PAIRS, "gpt2-large")
-    flags = ["--preset", "paper", "--llm", "gpt2-large", "--device", "cpu", "--dtype", "fp32", "--distill-len", "5", "--query-tokens", "9"]
+    flags = ["--preset", "paper", "--device", "cpu", "--dtype", "fp32", "--distill-len", "5", "--query-tokens", "9"]
     final = bench.main(["--fig3", *flags, "--repeats", "1", "--out", str(tmp_path / "fig3.json")])
-    assert last_line(capsys) == final and "settings" not in final
+    assert last_line(capsys) == final and "settings" not in final and final["icl_over_mend_seconds"][1] > 0
     saved = json.loads((tmp_path / "fig3.json").read_text())
     assert len(saved["settings"]) == 2 and len(saved["scaling"]) == 1 and len(saved["measured"]) == 2
     rows = next(s["rows"] for s in saved["settings"] if (s["llm"], s["demo_tokens"]) == ("gpt2-xl", 50))
     assert rows == bench.counted("gpt2-xl", 50, 9, 5, True)
     assert saved["icl_over_mend_flops"]["gpt2-xl"][1] == rows["icl"]["query_flops"] / rows["mend"]["query_flops"]
     (scaling,) = saved["scaling"]
-    assert scaling["demo_tokens"]["x"] == [2, 8, 1024 - 9] and scaling["distill_len"]["x"] == [5]  # 900 + 200 is too long
-    assert scaling["demo_tokens"]["flops"]["icl"][0] == bench.counted("gpt2-xl", 2, 9, 5, False)["icl"]["query_flops"]
-    assert scaling["distill_len"]["flops"]["mend"][0] == bench.counted("gpt2-xl", 900, 9, 5, False)["mend"]["query_flops"]
+    assert scaling["demo_tokens"]["x"] == [2, 8, 1024 - 9] and scaling["distill_len"]["x"] == [5]  # 900 + 200: too long
+    last = bench.counted("gpt2-xl", 1024 - 9, 9, 5, False, ["mend"])
+    assert scaling["demo_tokens"]["flops"]["mend"][2] == last["mend"]["query_flops"]
     at = scaling["demo_tokens"]["crossings"]
     assert at["icl_cached and mend_kv"] == pytest.approx(5) and 5 < at["icl and mend"] < 8
     files = figures_bench.main(["--results", str(tmp_path / "fig3.json"), "--out-dir", str(tmp_path)])["files"]
@@ -410,26 +420,30 @@ def test_fig3_and_its_pictures(tiny, tmp_path, monkeypatch, capsys):
 
 
 def test_suite_states_every_ratio(flags, tiny, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(speed, "loss_memory", lambda: {"ratio": 3.0, "bytes": {"plain": 3e6, "chunked": 1e6}, "gradient_difference": 1e-7})
+    monkeypatch.setattr(speed, "loss_memory", lambda: {"ratio": 3.0, "bytes": {"plain": 3e6, "chunked": 1e6}, "tokens": 1024,
+                                                   "gradient_difference": 1e-7})
     scoring = speed.scoring_speed
     monkeypatch.setattr(speed, "scoring_speed", lambda *a, **k: scoring(*a, **k, n=12, n_plain=2, options=3))
     monkeypatch.setattr(speed, "SQUARE", 64)
-    monkeypatch.setattr(speed, "thread_settings", lambda load, *a: [{"threads": 1, "GOMP_SPINCOUNT": "100", "seconds": 1.0}])
+    monkeypatch.setattr(speed, "thread_settings", lambda *_: [{"threads": 1, "GOMP_SPINCOUNT": "100", "seconds": 1.0}])
     final = bench.main(["--suite", *flags, "--k", "4", "--repeats", "1", "--out", str(tmp_path / "bench.json")])
     saved = json.loads((tmp_path / "bench.json").read_text())
-    assert {"scoring_cached_over_plain", "training_q4_over_plain", "loss_memory_plain_over_chunked", "flops_icl_over_mend_gpt2_large",
-            "flops_icl_over_mend_gpt2_xl", "training_share_of_matmul_rate"} <= saved["ratios"].keys() == final["ratios"].keys()
+    assert {"scoring_cached_over_plain", "training_q4_over_plain", "loss_memory_plain_over_chunked",
+            "flops_icl_over_mend_gpt2_large", "flops_icl_over_mend_gpt2_xl", "training_share_of_matmul_rate"} \
+        <= saved["ratios"].keys() == final["ratios"].keys()
     assert saved["commit"] and saved["machine"] and saved["command"].startswith("python bench.py --suite")
     rows = saved["details"]["methods_gpt2-xl"]
     assert saved["ratios"]["flops_icl_over_mend_gpt2_xl"] == rows["icl"]["query_flops"] / rows["mend"]["query_flops"]
-    assert saved["ratios"]["scoring_cached_over_plain"] == min(saved["details"]["scoring"][m]["ratio"] for m in ("icl", "mend"))
-    assert saved["details"]["training_gpt2_large_bf16"]["sets"] == 1 and saved["details"]["training_smollm2_fp32"]["sets"] == 2
-    assert "| loss memory plain over chunked | 3.00 | 4.00, missed | 3 against 1 MB" in capsys.readouterr().out
+    details = saved["details"]
+    assert saved["ratios"]["scoring_cached_over_plain"] == min(details["scoring"][m]["ratio"] for m in ("icl", "mend"))
+    assert details["training_gpt2_large_bf16"]["sets"] == 1 and details["training_smollm2_fp32"]["sets"] == 2
+    assert "| loss memory plain over chunked | 3.00 | 4.00, missed | 1 against 3 MB" in capsys.readouterr().out
 
 
 def test_flag_faults(flags):
     with pytest.raises(UserError, match=r"--demo-tokens is 0.*--query-tokens is 2.*--repeats is 0.*exclude each other"):
-        bench.main([*flags, "--demo-tokens", "0", "--query-tokens", "2", "--repeats", "0", "--random-init", "--checkpoint", "x"])
+        bench.main([*flags, "--demo-tokens", "0", "--query-tokens", "2", "--repeats", "0", "--random-init",
+                    "--checkpoint", "x"])
     with pytest.raises(UserError, match="passes the 2048 tokens"):
         bench.main([*flags, "--demo-tokens", "2045", "--repeats", "1"])
     with pytest.raises(UserError, match="does not exist; make it with"):
