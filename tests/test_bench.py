@@ -171,6 +171,8 @@ def test_what_is_stored_and_the_memory_beside_it(tiny):
                            + L * WIDTH_S + (WIDTH_S + 1) * WIDTH)
     logits = 4 * V * (T_D + T_X)
     assert llm_bytes + logits < rows["icl"]["peak_bytes"] < llm_bytes + 4 * logits
+    # what is stored, and the copy of it that reading a query makes
+    assert rows["icl_cached"]["peak_bytes"] - rows["mend_kv"]["peak_bytes"] == pytest.approx(2 * kv * (T_D - L), rel=0.2)
     assert rows["mend"]["peak_bytes"] > llm_bytes + distiller_bytes > rows["mend_vectors"]["peak_bytes"]
 
 
@@ -206,7 +208,7 @@ def test_all_ways_of_reading_give_the_plain_logits(llm_folder):
 
 
 def test_pays_off_after():
-    """Distilling costs 100 and saves 40 a query; cached ICL costs 300 at first and 5 more a query; a dearer query never."""
+    """Distilling costs 100 and saves 40 a query; cached ICL costs 300 at first and 5 more a query; a dearer one never."""
     assert bench.pays_off_after(100, 60, 0, 100) == 2.5
     assert bench.pays_off_after(100, 60, 300, 65) == 0
     assert bench.pays_off_after(100, 60, 0, 60) is None and bench.pays_off_after(100, 60, 0, 50) is None
@@ -420,8 +422,8 @@ def test_fig3_and_its_pictures(tiny, tmp_path, monkeypatch, capsys):
 
 
 def test_suite_states_every_ratio(flags, tiny, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(speed, "loss_memory", lambda: {"ratio": 3.0, "bytes": {"plain": 3e6, "chunked": 1e6}, "tokens": 1024,
-                                                   "gradient_difference": 1e-7})
+    loss = {"ratio": 3.0, "bytes": {"plain": 3e6, "chunked": 1e6}, "tokens": 1024, "gradient_difference": 1e-7}
+    monkeypatch.setattr(speed, "loss_memory", lambda: loss)
     scoring = speed.scoring_speed
     monkeypatch.setattr(speed, "scoring_speed", lambda *a, **k: scoring(*a, **k, n=12, n_plain=2, options=3))
     monkeypatch.setattr(speed, "SQUARE", 64)
