@@ -281,8 +281,9 @@ def plan_one(name: str, args: argparse.Namespace, batch_size: int, checkpointing
             return states[:, args.distill_len - 1:-1]
 
         if checkpointing:
-            llm.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+            llm.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
         distiller.train()
+        turn_dropout_off(llm), turn_dropout_off(distiller)
         with Count() as count:
             training_step(llm, distiller, batch, where, "bf16", read_again if checkpointing else None)
     embeddings = [p for m in llm.base_model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()]
@@ -292,6 +293,16 @@ def plan_one(name: str, args: argparse.Namespace, batch_size: int, checkpointing
     in_8_bit = memory | {"llm": memory["llm"] - sum(matrices) + 2 * max(matrices)}
     return {"flops": count.flops, "bytes": memory,
             "peak_bytes": {"16 bit": sum(memory.values()), "8 bit": sum(in_8_bit.values())}}
+
+
+def turn_dropout_off(model: nn.Module) -> None:
+    """The frozen LLM has none, in whatever mode. The distiller's is drawn inside the fused attention on a GPU, where the
+    CPU's kernels would write all scores out; outside attention it takes a byte a number, which is left out."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif isinstance(getattr(module, "dropout", None), float):  # OPT
+            module.dropout = 0.0
 
 
 def plan(args: argparse.Namespace) -> list[dict]:

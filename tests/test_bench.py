@@ -363,6 +363,12 @@ def test_plan_by_hand(tiny):
         assert r["peak_bytes"]["16 bit"] - r["peak_bytes"]["8 bit"] == matrix - 2 * 4 * width ** 2
 
 
+def test_plan_counts_fused_attention(tiny):
+    """With 1,000 demonstration tokens, the distiller's scores alone would take 2 layers x 4 heads x 1,005^2 x 2 bytes."""
+    args = argparse.Namespace(distill_len=L, demo_tokens=1000, query_tokens=T_X)
+    assert speed.plan_one("gpt2-large", args, 1, False)["bytes"]["alive"] < 2 * 4 * 1005 ** 2 * 2
+
+
 def test_plan_says_which_cards_fit(tiny, monkeypatch, capsys):
     peaks = iter([14.6, 14.4, 22, 38, 78.6, 1] * 2)
     monkeypatch.setattr(speed, "plan_one", lambda *_: {
