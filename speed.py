@@ -296,8 +296,8 @@ def plan_one(name: str, args: argparse.Namespace, batch_size: int, checkpointing
 
 
 def turn_dropout_off(model: nn.Module) -> None:
-    """The frozen LLM has none, in whatever mode. The distiller's is drawn inside the fused attention on a GPU, where the
-    CPU's kernels would write all scores out; outside attention it takes a byte a number, which is left out."""
+    """The frozen LLM has none. The distiller's is drawn inside the fused attention on a GPU, where the CPU's kernels
+    would write all scores out; outside attention it takes a byte a number, which is left out."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
