@@ -11,7 +11,7 @@ from common import UserError, finish, run_main
 
 # Okabe and Ito's colours, told apart with any colour vision; each method also has a hatch or a line style of its own
 STYLES = {"icl": ("vanilla ICL", "#000000", "", "-"), "icl_cached": ("ICL, cached", "#56B4E9", "//", "--"),
-          "prompt_tuning": ("PromptTuning", "#E69F00", "..", ":"), "mend": ("MEND", "#D55E00", "", "-"),
+          "prompt_tuning": ("PromptTuning; MEND, stored vectors", "#E69F00", "..", ":"), "mend": ("MEND, distilling each time", "#D55E00", "", "-"),
           "mend_kv": ("MEND, stored keys and values", "#009E73", "\\\\", "--")}
 AXES = {"demo_tokens": "demonstration tokens", "distill_len": "l, distilled vectors"}
 SPLITS = {"class_to_class": "Class→\nClass", "hr_to_lr": "HR→\nLR", "qa_to_qa": "QA→\nQA",
@@ -38,8 +38,6 @@ def fig3(results: dict, out_dir: Path) -> list[Path]:
         axis.set_xticks(range(len(points)), [SPLITS[s["split"]] for s in counted[llms[0]]], fontsize=9)
     for axis in axes.flat[len(panels):]:
         axis.axis("off")
-    place = "center" if len(panels) % 2 else "upper left"
-    axes.flat[-1].legend(*axes.flat[0].get_legend_handles_labels(), fontsize=11, loc=place)
     return save(figure, out_dir / "fig3", results)
 
 
@@ -54,16 +52,15 @@ def scaling(results: dict, out_dir: Path) -> list[Path]:
             for method, (name, colour, _, style) in STYLES.items():
                 y = [f / 1e12 for f in curves["flops"][method]]
                 axis.plot(curves["x"], y, style, color=colour, label=name, linewidth=2)
-            for pair in ("icl and mend", "icl_cached and mend_kv"):
+            for pair, below in (("icl and mend", -13), ("icl_cached and mend_kv", 5)):
                 if (at := curves["crossings"].get(pair)) is not None:
                     y = interpolate(curves["x"], curves["flops"][pair.split(" and ")[0]], at) / 1e12
                     axis.plot(at, y, "o", color="white", markeredgecolor="black", markersize=8, zorder=5)
-                    axis.annotate(f"{at:.0f}", (at, y), textcoords="offset points", xytext=(6, 7), fontsize=10)
+                    axis.annotate(f"{at:.0f}", (at, y), textcoords="offset points", xytext=(7, below), fontsize=10)
             axis.set_title(llm["llm"], fontsize=11)
             axis.set_xlabel(label, fontsize=10)
             axis.set_ylabel("TFLOP a query", fontsize=10)
-            axis.set_ylim(bottom=0)
-    axes[0, 0].legend(fontsize=9)
+            axis.set_yscale("log")
     return save(figure, out_dir / "scaling", results)
 
 
@@ -76,7 +73,8 @@ def save(figure, path: Path, results: dict) -> list[Path]:
     """Write path.png and path.svg, with the command and commit that made the figures below."""
     figure.text(0.01, 0.002, f"{results['command']} · {results['commit']} · {results['query_tokens']} query tokens, "
                 f"l = {results['distill_len']}, batch 1; counted in 16 bit", fontsize=8)
-    figure.tight_layout(rect=(0, 0.02, 1, 1))
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="upper center", ncols=3, fontsize=11)
+    figure.tight_layout(rect=(0, 0.02, 1, 1 - 0.6 / figure.get_figheight()))
     files = [path.with_suffix(suffix) for suffix in (".png", ".svg")]
     for file in files:
         figure.savefig(file, dpi=150)

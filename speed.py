@@ -249,8 +249,8 @@ def time_steps(load: Callable, args: tuple, threads: int, repeats: int) -> float
 
 def thread_settings(load: Callable, *args, repeats: int = 3) -> list[dict]:
     """Seconds of a training step under the thread settings that matter on a CPU, each in a process of its own."""
-    found, cores = [], os.cpu_count() or 1
-    for threads, spin in itertools.product(sorted({1, cores}), ("100", "")):
+    found = []
+    for threads, spin in itertools.product(sorted({1, os.cpu_count() or 1}), ("100", "")):
         seconds = in_child({"GOMP_SPINCOUNT": spin}, time_steps, load, args, threads, repeats)
         found.append({"threads": threads, "GOMP_SPINCOUNT": spin or "unset", "seconds": seconds})
     return found
@@ -283,7 +283,8 @@ def plan_one(name: str, args: argparse.Namespace, batch_size: int, checkpointing
         if checkpointing:
             llm.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
         distiller.train()
-        turn_dropout_off(llm), turn_dropout_off(distiller)
+        turn_dropout_off(llm)
+        turn_dropout_off(distiller)
         with Count() as count:
             training_step(llm, distiller, batch, where, "bf16", read_again if checkpointing else None)
     embeddings = [p for m in llm.base_model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()]
