@@ -61,8 +61,7 @@ def training_step(llm, distiller, batch: dict[str, Tensor], where: tuple[Tensor,
                   read_student: Callable | None = None) -> Tensor:
     """Forward and backward of Eq. (4) as in train_finetune.py, the gradient left in the distiller; returns the loss.
 
-    Args:
-        where: `counted_positions` of the batch. read_student: vectors -> (B, T, d) stands in for the student's pass.
+    where: `counted_positions` of the batch. read_student: vectors -> (B, T, d) stands in for the student's pass.
     """
     tokens, answers = where
     with torch.no_grad():
@@ -376,9 +375,8 @@ def suite(args: argparse.Namespace, device: torch.device, methods: dict[str, dic
     ratios["scoring_cached_over_plain"] = min(ratios[f"scoring_cached_over_plain_{m}"] for m in ("icl", "mend"))
     del llm, distiller
     shares = 0.4 if device.type == "cuda" else 0.7
-    llms = {"smollm2": None, "gpt2_large": "gpt2-large"}
-    for (label, random_llm), dtype in itertools.product(llms.items(), ("fp32", "bf16")):
-        r = training_speed(*load_step(args, dtype, random_llm), args.repeats)
+    for label, dtype in itertools.product(("smollm2", "gpt2_large"), ("fp32", "bf16")):
+        r = training_speed(*load_step(args, dtype, {"gpt2_large": "gpt2-large"}.get(label)), args.repeats)
         results[f"training_{label}_{dtype}"], t = r, r["tokens_per_second"]
         line(f"training_q4_over_plain_{label}_{dtype}", r["ratio"], 2.5,
              f"{t['ours']:.1f} against {t['plain']:.1f} query tokens/s")
