@@ -1,7 +1,7 @@
 # make demo   set-up, assets, then both training stages and an evaluation on a real pretrained LLM
 # make test   set-up, then the whole suite
 # make setup, make assets   their parts
-# make table2 SCALE=pocket   a table or figure of the paper: table1 table2 table3 table6 table7 fig4 fig5 ablations
+# make table2 SCALE=pocket   a table or figure of the paper: table1 table2 table3 table6 table7 fig3 fig4 fig5 ablations
 # A CPU build of torch, where the default would be a GPU build of several GB: make setup PIP_FLAGS="--index-url ..."
 # with the address that PyTorch's own installation page gives for CPU.
 
@@ -12,7 +12,7 @@ DEMO := out/demo
 # threads that spin while they wait make a training step ten times slower where other work shares the cores
 export GOMP_SPINCOUNT ?= 100
 
-.PHONY: demo test setup assets lint table1 table2 table3 table6 table7 fig4 fig5 ablations
+.PHONY: demo test setup assets lint table1 table2 table3 table6 table7 fig3 fig4 fig5 ablations
 
 setup: .venv/done
 
@@ -30,7 +30,7 @@ demo: assets
 	$(BIN)/python evaluate.py --preset pocket --checkpoint $(DEMO)/finetune --seeds 100 --limit 32 --out $(DEMO)/results.jsonl
 
 # the paper's tables and figures: make table2 SCALE=pocket (runs/settings.sh has the other settings)
-table1 table2 table3 table6 table7 fig4 fig5 ablations: setup
+table1 table2 table3 table6 table7 fig3 fig4 fig5 ablations: setup
 	PYTHON=$(BIN)/python runs/$@.sh
 
 test: setup

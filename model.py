@@ -43,6 +43,7 @@ from transformers import (
     DynamicCache,
     PreTrainedModel,
 )
+from transformers.activations import NewGELUActivation
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from common import UserError, check, load_checkpoint, require_hub, torch_dtype
@@ -129,10 +130,10 @@ def run_backbone(backbone: nn.Module, embeds: Tensor, allowed: Tensor, positions
     """
     key_positions = positions if prefix_mask is None else torch.cat([positions_of(prefix_mask), positions], dim=1)
     masks = window_masks(backbone.config, allowed, positions, key_positions)
-    if backbone.config._attn_implementation == "eager":  # adds the mask to the scores instead of selecting by it
-        def bias(mask):
-            return torch.zeros_like(mask, dtype=embeds.dtype).masked_fill(~mask, torch.finfo(embeds.dtype).min)
-        masks = {kind: bias(mask) for kind, mask in masks.items()} if isinstance(masks, dict) else bias(masks)
+    # the form that is added to the scores, made here once: torch would make it of a bool mask anew in every layer
+    def bias(mask):
+        return torch.zeros_like(mask, dtype=embeds.dtype).masked_fill(~mask, torch.finfo(embeds.dtype).min)
+    masks = {kind: bias(mask) for kind, mask in masks.items()} if isinstance(masks, dict) else bias(masks)
     return backbone(inputs_embeds=embeds, attention_mask=masks, position_ids=positions,
                     past_key_values=cache, use_cache=cache is not None)
 
@@ -437,7 +438,7 @@ def load_llm(name: str, device: torch.device, dtype: torch.dtype, weights: str |
         raise UserError(f"--llm {name} cannot be loaded as a language model ({str(error).splitlines()[0]}); "
                         "give one such as gpt2-large, t5-large-lm-adapt or a Llama; where its files are cut short, fetch it "
                         "again (`make assets` for the pocket preset, after deleting the folder)") from error
-    llm = (llm if eight_bit else llm.to(device)).eval().requires_grad_(False)  # 8-bit weights are there already
+    llm = fuse_gelu((llm if eight_bit else llm.to(device)).eval().requires_grad_(False))  # 8-bit weights are there already
     check((not report["missing_keys"], (f"--llm {name} lacks weights of its own configuration, such as "
                                          f"{min(report['missing_keys'], default='')}; give a whole model")),
           (not config.is_encoder_decoder or config.model_type in ENCODER_DECODERS,
@@ -487,6 +488,16 @@ def checkpoint_layers(llm: PreTrainedModel) -> None:
     for layer in llm.modules():
         if isinstance(layer, GradientCheckpointingLayer):
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+
+
+def fuse_gelu(model: PreTrainedModel) -> PreTrainedModel:
+    """Replace GPT-2's GELU, written as eight operations that each keep their result for the backward pass, by the one
+    operation of torch that computes the same; returns the model."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, NewGELUActivation):
+                setattr(module, name, nn.GELU(approximate="tanh"))
+    return model
 
 
 def is_cached(name: str) -> bool:
@@ -542,7 +553,7 @@ def build_distiller(spec: str, llm: PreTrainedModel, distill_len: int, start: st
         backbone = first_layers(llm, int(spec[7:]))
     shares = {"plain": None, "matched": 1.0, "residual": 0.1}  # of the LLM's embeddings' scale
     rms = shares[start] and shares[start] * embedding_rms(embed, llm.config.vocab_size)
-    return Distiller(backbone.to(llm.device), backbone.get_input_embeddings() if own else embed, distill_len,
+    return Distiller(fuse_gelu(backbone).to(llm.device), backbone.get_input_embeddings() if own else embed, distill_len,
                      llm.get_input_embeddings().embedding_dim, own_embedding=own, output_rms=rms,
                      residual_embed=llm.get_input_embeddings() if start == "residual" else None,
                      seed=seed).to(llm.device)

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import common
 from common import autocast, check, finish, is_main, parse, run_main, setup, sum_over_ranks, world
-from data import MAX_INPUT, Tokenizer, collate, load_tasks, sample_row
+from data import MAX_INPUT, Tokenizer, collate, load_tasks, sample_row, step_rows
 from evaluate import dev_figures, make_encoder
 from model import (
     build_distiller,
@@ -127,7 +127,10 @@ def train(args, device, llm, distiller, trained_on, tasks, encoder) -> dict:
                                                 "pred_weight": args.pred_weight}})
     rank, ranks = world()
     ddp = DistributedDataParallel(distiller) if ranks > 1 else distiller
-    bos_id, per_step = encoder.tokenizer.bos_id, args.batch_size * args.grad_accum
+    bos_id = encoder.tokenizer.bos_id
+    rows_of = step_rows(lambda first, count: [sample_row(tasks, encoder, args.seed, i, args.k, args.queries_per_demo)
+                                              for i in range(first, first + count)],
+                        args.seed, args.batch_size * args.grad_accum)
     bar = tqdm(total=args.steps, initial=run.step, desc="finetune", unit="step", disable=not is_main())
     distiller.train()
     while True:
@@ -140,8 +143,7 @@ def train(args, device, llm, distiller, trained_on, tasks, encoder) -> dict:
             break
         started = time.time()
         run.begin_step(args)
-        rows = [sample_row(tasks, encoder, args.seed, run.step * per_step + i, args.k, args.queries_per_demo)
-                for i in range(per_step)]
+        rows = rows_of(run.step)
         queries = [query for row in rows for query in row["queries"]]
         n_answers = sum(len(y) for _, (y,) in queries)
         n_tokens = n_answers + (0 if llm.config.is_encoder_decoder else sum(len(x) for x, _ in queries))  # of loss_mask

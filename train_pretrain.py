@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import common
 from common import autocast, check, finish, is_main, parse, run_main, setup, sum_over_ranks, world
-from data import Corpus, Tokenizer, collate, load_tasks
+from data import Corpus, Tokenizer, collate, load_tasks, step_rows
 from evaluate import dev_figures, make_encoder
 from model import (
     build_distiller,
@@ -135,7 +135,9 @@ def train(args, device, llm, distiller, corpus, tasks, encoder) -> dict:
     uses_kl, uses_clm = args.objective != "clm", args.objective != "kl"
     rank, ranks = world()
     ddp = DistributedDataParallel(distiller) if ranks > 1 else distiller
-    bos_id, per_step = encoder.tokenizer.bos_id, args.batch_size * args.grad_accum
+    bos_id = encoder.tokenizer.bos_id
+    rows_of = step_rows(lambda first, count: corpus.training_rows(args.seed, first, count, args.beta),
+                        args.seed, args.batch_size * args.grad_accum)
     bar = tqdm(total=args.steps, initial=run.step, desc="pretrain", unit="step", disable=not is_main())
     distiller.train()
     while True:
@@ -152,7 +154,7 @@ def train(args, device, llm, distiller, corpus, tasks, encoder) -> dict:
             break
         started = time.time()
         run.begin_step(args)
-        rows = corpus.training_rows(args.seed, run.step * per_step, per_step, args.beta)
+        rows = rows_of(run.step)
         n_tokens = sum(len(x) for row in rows for _, (x,) in row["queries"])
         totals = {name: 0.0 for name, used in (("kl", uses_kl), ("clm", uses_clm)) if used}
         for micro in range(args.grad_accum):

@@ -50,6 +50,11 @@ def plain_answer_logits(llm: nn.Module, prefix: Tensor, x: list[int], y: list[in
     return llm(inputs_embeds=embeds[None], decoder_input_ids=decoder_ids, use_cache=False).logits[0].float()
 
 
+def plain_kl(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
+    """KL(teacher || student) of each position: two (T, V) -> (T,)."""
+    return kl_divergence(Categorical(logits=teacher_logits), Categorical(logits=student_logits))
+
+
 def plain_distill_loss(llm: nn.Module, rows: list[dict], students: list[Tensor], teachers: list[Tensor]) -> Tensor:
     """Eq. (3), Sec. 3.1: KL(teacher || student), mean over all tokens of x and y (of y alone where
     the LLM is an encoder-decoder). At most one answer a query."""
@@ -63,8 +68,8 @@ def plain_distill_loss(llm: nn.Module, rows: list[dict], students: list[Tensor],
         for x, answers in row["queries"]:
             y = [token for answer in answers for token in answer]
             with torch.no_grad():
-                p = Categorical(logits=log_p(teacher, x, y))
-            divergences.append(kl_divergence(p, Categorical(logits=log_p(student, x, y))))            # (T,)
+                target = log_p(teacher, x, y)                                                        # (T, V)
+            divergences.append(plain_kl(target, log_p(student, x, y)))                               # (T,)
     return torch.cat(divergences).mean()
 
 
@@ -76,6 +81,16 @@ def plain_pred_loss(llm: nn.Module, rows: list[dict], students: list[Tensor]) ->
             logits = plain_answer_logits(llm, student, x, y)                                         # (T_y, V)
             losses.append(F.cross_entropy(logits, torch.tensor(y, device=logits.device), reduction="none"))
     return torch.cat(losses).mean()
+
+
+def plain_finetune_loss(llm: nn.Module, demo_ids: list[int], student: Tensor, query: tuple, lam: float = 1.0) -> Tensor:
+    """Eq. (4), Sec. 3.2, for one query (x ids, [y ids]): L_pred + lambda L_distill, from one pass of either reader."""
+    x, (y,) = query
+    with torch.no_grad():
+        target = plain_logits(llm, plain_embeds(llm, demo_ids), x + y)                               # (T, V)
+    logits = plain_logits(llm, student, x + y)                                                       # (T, V)
+    pred = F.cross_entropy(logits[len(x):], torch.tensor(y, device=logits.device))
+    return pred + lam * plain_kl(target, logits).mean()
 
 
 @torch.no_grad()

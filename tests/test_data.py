@@ -21,7 +21,18 @@ from transformers import PreTrainedTokenizerFast
 import common
 import data
 from common import UserError
-from data import MAX_INPUT, SEEDS, Corpus, Encoder, Tokenizer, collate, load_tasks, read_examples, sample_row
+from data import (
+    MAX_INPUT,
+    SEEDS,
+    Corpus,
+    Encoder,
+    Tokenizer,
+    collate,
+    load_tasks,
+    read_examples,
+    sample_row,
+    step_rows,
+)
 
 # Tokenizer
 
@@ -345,6 +356,45 @@ def test_queries_and_demonstrations_are_different_examples_of_one_task(tiny_task
         assert len({task for task, *_ in everything}) == 1
         drawn[everything[0][0]] += 1
     assert drawn.keys() == set(tiny_tasks.train) and min(drawn.values()) > 20  # tasks are drawn evenly: 40 each
+
+
+def long_row(number: int) -> dict:
+    """A row of its own length: 1 to 900 demonstration tokens, 1 to 60 query tokens, no two alike."""
+    rng = np.random.default_rng(number)
+    return {"demo": [number] * rng.integers(1, 900), "queries": [([0] * rng.integers(1, 60), [[1]])]}
+
+
+def drawn_step_rows(seed: int, per_step: int):
+    return step_rows(lambda first, count: [long_row(i) for i in range(first, first + count)], seed, per_step)
+
+
+def test_steps_share_out_their_samples():
+    rows = drawn_step_rows(3, 8)
+    for first in (0, 64):
+        samples = [row["demo"][0] for step in range(first, first + 64) for row in rows(step)]
+        assert sorted(samples) == list(range(8 * first, 8 * (first + 64)))
+    assert all(len(rows(step)) == 8 for step in (0, 63, 64))
+
+
+def test_a_step_is_a_function_of_seed_and_step():
+    rows, again = drawn_step_rows(3, 8), drawn_step_rows(3, 8)
+    steps = [5, 70, 6, 0, 64, 63]
+    assert {s: rows(s) for s in steps} == {s: again(s) for s in steps[::-1]}
+    assert [drawn_step_rows(4, 8)(s) for s in steps] != [rows(s) for s in steps]
+
+
+def test_rows_of_similar_length_meet_in_random_order():
+    """Padding of batches of eight: over 40% as drawn, under 10% by length; the order of the steps says nothing."""
+    def padding(batches):
+        batches = [collate(batch) for batch in batches]
+        masks = [batch[name] for batch in batches for name in ("demo_mask", "query_mask")]
+        return 1 - sum(m.sum() for m in masks) / sum(m.numel() for m in masks)
+
+    rows = drawn_step_rows(3, 8)
+    assert padding([[long_row(i) for i in range(j, j + 8)] for j in range(0, 512, 8)]) > 0.4
+    assert padding([rows(step) for step in range(64)]) < 0.1
+    widths = [max(len(row["demo"]) for row in rows(step)) for step in range(64)]
+    assert abs(np.corrcoef(widths, range(64))[0, 1]) < 0.4
 
 
 def test_a_sample_is_a_function_of_seed_and_number(tiny_tasks, tasks_dir):

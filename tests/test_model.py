@@ -44,6 +44,7 @@ from model import (
     embedding_rms,
     finetune_loss,
     first_layers,
+    fuse_gelu,
     head_logits,
     load_distiller,
     load_llm,
@@ -76,6 +77,30 @@ def one_thread():
 @pytest.fixture(scope="module")
 def llm(llm_folder):
     return load(llm_folder)
+
+
+def test_the_fused_gelu_is_gpt2s(gpt2):
+    """Same logits and gradient as transformers' own, with fewer tensors kept for the backward pass."""
+    found = {}
+    for name in ("own", "fused"):
+        llm = AutoModelForCausalLM.from_pretrained(gpt2).eval()
+        if name == "fused":
+            assert fuse_gelu(llm) is llm and not any("NewGELU" in type(m).__name__ for m in llm.modules())
+        embeds, kept = torch.randn(1, 9, 32, generator=torch.Generator().manual_seed(0)).requires_grad_(), []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: (kept.append(t), t)[1], lambda t: t):
+            logits = llm(inputs_embeds=embeds).logits
+        logits.square().sum().backward()
+        found[name] = logits.detach(), embeds.grad, len(kept)
+    for own, fused in zip(found["own"][:2], found["fused"][:2], strict=True):
+        torch.testing.assert_close(fused, own, atol=1e-4, rtol=1e-4)
+    assert found["fused"][2] < found["own"][2]
+
+
+def test_gpt2_is_loaded_with_the_fused_gelu(gpt2):
+    llm = load(gpt2)
+    for model in (llm, build_distiller("layers:2", llm, 4, "plain", 0), build_distiller(str(gpt2), llm, 4, "plain", 0)):
+        assert [m for m in model.modules() if "NewGELU" in type(m).__name__] == []
+        assert any(isinstance(m, nn.GELU) for m in model.modules())
 
 
 def make_distiller(llm, spec: str = "layers:2", distill_len: int = 4, start: str = "matched", seed: int = 0):

@@ -14,7 +14,7 @@ import evaluate
 import train_finetune
 import train_pretrain
 from common import UserError, load_checkpoint, save_checkpoint
-from data import Encoder, Tokenizer, load_tasks, sample_row
+from data import Encoder, Tokenizer, load_tasks, sample_row, step_rows
 from model import build_distiller, distiller_config, load_llm
 
 CPU = torch.device("cpu")
@@ -84,8 +84,8 @@ def test_the_first_step_is_eq_4_on_the_whole_step(argv, quick_dev, tmp_path, lla
     encoder = Encoder(Tokenizer(str(llama)), template, 450, 4, 2048, 2048)
     tasks = load_tasks(str(tasks_dir), "class_to_class")
     pred, kl, answers, tokens = 0, 0, 0, 0
-    for sample in range(4):
-        row = sample_row(tasks, encoder, 100, sample, 4, 2)
+    rows = step_rows(lambda _, n: [sample_row(tasks, encoder, 100, i, 4, 2) for i in range(n)], 100, 4)(0)
+    for row in rows:
         demo = torch.tensor([row["demo"]])
         vectors = distiller(demo, torch.ones_like(demo, dtype=torch.bool))
         assert len(row["queries"]) == 2
@@ -136,8 +136,11 @@ def test_every_step_draws_new_samples(argv, quick_dev, tmp_path, monkeypatch):
     drawn, sample = [], train_finetune.sample_row
     monkeypatch.setattr(train_finetune, "sample_row", lambda tasks, encoder, seed, number, k, queries: (
         drawn.append((seed, number, k, queries)), sample(tasks, encoder, seed, number, k, queries))[1])
+    read, collate = [], train_finetune.collate
+    monkeypatch.setattr(train_finetune, "collate", lambda rows, device: (read.extend(rows), collate(rows, device))[1])
     train_finetune.main([*argv, "--out-dir", str(tmp_path / "run")])
-    assert drawn == [(100, number, 4, 2) for number in range(16)]
+    assert drawn == [(100, number, 4, 2) for number in range(256)]  # of 64 steps, sorted by length together
+    assert len({id(row) for row in read}) == len(read) == 16
 
 
 def test_without_lambda_the_distillation_loss_has_no_part(argv, quick_dev, tmp_path, monkeypatch):

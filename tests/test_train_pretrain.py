@@ -16,7 +16,7 @@ import torch.nn.functional as F
 import common
 import train_pretrain
 from common import UserError, load_checkpoint
-from data import Corpus, Tokenizer
+from data import Corpus, Tokenizer, step_rows
 from model import build_distiller, load_llm
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -103,11 +103,11 @@ def log_softmaxes(llm, context: torch.Tensor, x: list[int]) -> torch.Tensor:
 
 def test_the_first_step_is_eq_3_on_the_whole_step(argv, quick_dev, tmp_path, llama, corpus_dir):
     """Loss and gradient norm of step 1, from one window at a time, full logits and autograd."""
-    train_pretrain.main([*argv, "--steps", "1", "--beta", "0.6", "--out-dir", str(tmp_path / "run")])
+    train_pretrain.main([*argv, "--steps", "1", "--beta", "0.6", "--window", "300", "--seed", "1", "--out-dir", str(tmp_path / "run")])
     llm = load_llm(str(llama), CPU, torch.float32)
-    distiller = build_distiller("layers:2", llm, 4, "matched", 100)
-    corpus = Corpus([str(corpus_dir)], Tokenizer(str(llama)), 96, 64)
-    rows = corpus.training_rows(100, 0, 4, 0.6)
+    distiller = build_distiller("layers:2", llm, 4, "matched", 1)
+    corpus = Corpus([str(corpus_dir)], Tokenizer(str(llama)), 300, 64)
+    rows = step_rows(lambda first, count: corpus.training_rows(1, first, count, 0.6), 1, 4)(0)
     counts = [len(row["queries"][0][1][0]) for row in rows]
     assert sum(counts[:2]) != sum(counts[2:])  # else a mean of means would pass
     total, n = 0, 0
@@ -136,7 +136,8 @@ def test_the_first_step_of_the_other_objectives(argv, quick_dev, tmp_path, llama
     llm = load_llm(str(llama), CPU, torch.float32)
     distiller = build_distiller("layers:2", llm, 4, "matched", 100)
     clm, kl, n = 0, 0, 0
-    for row in Corpus([str(corpus_dir)], Tokenizer(str(llama)), 96, 64).training_rows(100, 0, 4, 0.8):
+    corpus = Corpus([str(corpus_dir)], Tokenizer(str(llama)), 96, 64)
+    for row in step_rows(lambda first, count: corpus.training_rows(100, first, count, 0.8), 100, 4)(0):
         demo, x = torch.tensor([row["demo"]]), tokens_of(row["queries"][0])
         student = log_softmaxes(llm, distiller(demo, torch.ones_like(demo, dtype=torch.bool)), x)
         teacher = log_softmaxes(llm, llm.get_input_embeddings()(demo), x).detach()
@@ -231,12 +232,18 @@ def test_two_micro_batches_equal_one_large_batch(argv, quick_dev, tmp_path):
     assert furthest(other, one, "distiller.") > 1e-4 and furthest(other, one, ".exp_avg") > 1e-4
 
 
-def test_no_sample_is_drawn_twice_before_the_corpus_is_through(argv, quick_dev, tmp_path, monkeypatch):
+def test_every_sample_is_read_once(argv, quick_dev, tmp_path, monkeypatch):
     asked, rows = [], Corpus.training_rows
     monkeypatch.setattr(Corpus, "training_rows", lambda corpus, seed, first, count, beta: (
-        asked.append((seed, first, count)), rows(corpus, seed, first, count, beta))[1])
-    train_pretrain.main([*argv, "--out-dir", str(tmp_path / "run")])
-    assert asked == [(100, 0, 4), (100, 4, 4), (100, 8, 4), (100, 12, 4)]
+        asked.append((seed, first, count)),
+        [row | {"sample": first + i} for i, row in enumerate(rows(corpus, seed, first, count, beta))])[1])
+    read, collate = [], train_pretrain.collate
+    monkeypatch.setattr(train_pretrain, "collate", lambda rows, device: (read.extend(rows), collate(rows, device))[1])
+    train_pretrain.main([*argv, "--steps", "66", "--eval-every", "66", "--eval-docs", "1", "--out-dir", str(tmp_path / "run")])
+    assert asked == [(100, 0, 256), (100, 256, 256)]  # 64 steps at a time, sorted by length together
+    read = [row for row in read if "sample" in row]
+    samples = [row["sample"] for row in read]
+    assert sorted(samples[:256]) == list(range(256)) and len(set(samples)) == 66 * 4
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])  # gpt2 has dropout, which must be drawn again alike

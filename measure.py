@@ -1,0 +1,179 @@
+"""What bench.py measures with: FLOPs and live bytes, times, peak memory, and models without weights.
+
+Within `no_weights` a model of any size is made of tensors without data, and `Count` sees what it would cost to run.
+"""
+
+import argparse
+import contextlib
+import os
+import time
+import weakref
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from common import torch_dtype
+from model import build_distiller, fuse_gelu, load_distiller, load_llm
+
+# ---------------------------------------------------------------------------------------------------------------------
+# FLOPs, time, memory
+
+ATEN = torch.ops.aten
+FORMULAS = flop_registry | {  # torch's own formulas, and the same for its attention on a CPU, which has none there
+    ATEN._scaled_dot_product_flash_attention_for_cpu:
+        lambda q, k, v, *_, **__: sdpa_flop_count(q.shape, k.shape, v.shape),
+    ATEN._scaled_dot_product_flash_attention_for_cpu_backward:
+        lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad.shape, q.shape, k.shape, v.shape)}
+
+
+class Count(TorchDispatchMode):
+    """Counts FLOPs and the bytes of tensors that are alive at once, in `with Count() as count:`.
+
+    flops: of matrix products and attention, a multiplication and an addition each, by the formulas of torch's
+    FlopCounterMode; that class itself cannot follow the gradient taken within a forward pass (`model.sum_in_chunks`).
+    Attention counts all pairs of positions, masked or not. peak: bytes that were made since, without what stood before
+    and without what an operation needs inside itself.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.flops = self.live = self.peak = 0
+        self.known = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        self.track((args, kwargs), new=False)
+        out = func(*args, **kwargs)
+        self.track(out, new=True)
+        self.peak = max(self.peak, self.live)
+        if func.overloadpacket in FORMULAS:
+            self.flops += FORMULAS[func.overloadpacket](*args, **kwargs, out_val=out)
+        return out
+
+    def track(self, tensors, new: bool) -> None:
+        for tensor in tree_leaves(tensors):
+            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage())._cdata not in self.known:
+                n = storage.nbytes() if new else 0
+                self.known.add(storage._cdata)
+                self.live += n
+                weakref.finalize(storage, self.forget, storage._cdata, n).atexit = False
+
+    def forget(self, key: int, n: int) -> None:
+        self.known.discard(key)
+        self.live -= n
+
+
+def interleaved(functions: dict[str, Callable], repeats: int, device: torch.device,
+                warm_up: bool = True) -> dict[str, list[float]]:
+    """Seconds of each function, `repeats` times and in turns, so that other work on the machine meets all alike."""
+    times = {name: [] for name in functions}
+    for i in range(-warm_up, repeats):
+        for name, function in functions.items():
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            started = time.perf_counter()
+            function()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if i >= 0:
+                times[name].append(time.perf_counter() - started)
+    return times
+
+
+def resident(field: str) -> int:
+    """VmRSS (now) or VmHWM (the most so far) of this process, in bytes."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+def measure_peak(prepare: Callable, args: tuple) -> dict:
+    """In a child: prepare(*args) gives a function; the peak resident set while it runs, and above what stood before."""
+    function = prepare(*args)
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak of the preparation
+    before = resident("VmRSS")
+    result = function()
+    return {"peak_bytes": resident("VmHWM"), "above_bytes": resident("VmHWM") - before, "result": result}
+
+
+def in_child(environment: dict[str, str], function: Callable, *args):
+    """function(*args) in a new process, in which these environment variables stand ("" = not set)."""
+    before = {name: os.environ.get(name, "") for name in environment}
+    try:
+        set_environment(environment)
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            return pool.submit(function, *args).result()
+    finally:
+        set_environment(before)
+
+
+def set_environment(values: dict[str, str]) -> None:
+    for name, value in values.items():
+        os.environ.pop(name, None)
+        if value:
+            os.environ[name] = value
+
+
+def peak_in_child(prepare: Callable, *args) -> dict:
+    """`measure_peak` in a process of its own (Linux). There, tensors over 1 MB go back to the system as soon as they
+    are free: glibc would keep pieces of its heap, and the peak would be its own."""
+    return in_child({"MALLOC_MMAP_THRESHOLD_": "1000000"}, measure_peak, prepare, args)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models
+
+CONFIGS = {  # the published architectures, so that neither counting nor --random-init needs a hub
+    "gpt2": {"model_type": "gpt2"},
+    "gpt2-large": {"model_type": "gpt2", "n_embd": 1280, "n_layer": 36, "n_head": 20},
+    "gpt2-xl": {"model_type": "gpt2", "n_embd": 1600, "n_layer": 48, "n_head": 25},
+    "opt-125m": {"model_type": "opt"},
+    "opt-6.7b": {"model_type": "opt", "hidden_size": 4096, "word_embed_proj_dim": 4096, "ffn_dim": 16384,
+                 "num_hidden_layers": 32, "num_attention_heads": 32},
+}
+PAIRS = {"gpt2-large": "gpt2", "gpt2-xl": "gpt2", "opt-6.7b": "opt-125m"}  # the paper's LLMs and their distillers
+
+
+def build_random(llm_name: str, distiller_name: str, distill_len: int, dtype: torch.dtype, device="cpu"):
+    """An LLM and its distiller with random weights, or, under `no_weights`, with none; in eval mode."""
+    config = CONFIGS.get(Path(llm_name).name)
+    config = AutoConfig.for_model(**config) if config else AutoConfig.from_pretrained(llm_name)
+    llm = AutoModelForCausalLM.from_config(config, dtype=dtype).to(device).eval().requires_grad_(False)
+    backbone = None if distiller_name.startswith("layers:") else CONFIGS.get(Path(distiller_name).name) or \
+        AutoConfig.from_pretrained(distiller_name).to_dict()
+    return fuse_gelu(llm), build_distiller(distiller_name, llm, distill_len, "plain", 0, backbone).eval()
+
+
+def load(args: argparse.Namespace, device: torch.device):
+    """The LLM and distiller that the flags name: trained, pretrained or random weights."""
+    dtype = torch_dtype(args.dtype)
+    if args.random_init:
+        return build_random(args.llm, args.distiller, args.distill_len, dtype, device)
+    llm = load_llm(args.llm, device, dtype)
+    distiller = load_distiller(args.checkpoint, llm)[0] if args.checkpoint else \
+        build_distiller(args.distiller, llm, args.distill_len, "matched", args.seed)
+    return llm, distiller.eval()
+
+
+def with_flags(args: argparse.Namespace, **changes) -> argparse.Namespace:
+    return argparse.Namespace(**{**vars(args), **changes})
+
+
+@contextlib.contextmanager
+def no_weights():
+    """Within it tensors have shapes and no data, and operations cost nothing: for `Count`."""
+    with FakeTensorMode(), mock.patch.object(nn.Module, "to", lambda module, *_, **__: module):  # nothing to move
+        yield
+
+
+def weight_bytes(*modules) -> int:
+    return sum(p.numel() * p.element_size() for module in modules for p in module.parameters())

@@ -1,0 +1,400 @@
+"""How fast training and scoring are, against the plain reference of tests/plain.py, and what a training step needs.
+
+`python bench.py --suite` and `python bench.py --plan` run it. The step is that of train_finetune.py, Eq. (4), and the
+scoring that of evaluate.py.
+"""
+
+import argparse
+import functools
+import itertools
+import os
+import statistics
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from common import UserError, autocast, torch_dtype
+from data import Encoder, Tasks, Tokenizer, collate, load_tasks, sample_row, step_rows
+from evaluate import make_encoder, one_prefix, passes
+from measure import (
+    PAIRS,
+    Count,
+    build_random,
+    in_child,
+    interleaved,
+    load,
+    no_weights,
+    peak_in_child,
+    weight_bytes,
+    with_flags,
+)
+from model import (
+    causal_mask,
+    demo_prefix,
+    distill_loss,
+    finetune_loss,
+    positions_of,
+    pred_loss,
+    query_states,
+    run_backbone,
+    score_options,
+    vector_prefix,
+)
+from tests.plain import plain_embeds, plain_finetune_loss, plain_kl, plain_score_options, plain_vectors
+
+CARDS = (16, 24, 40, 80)  # GB of memory
+GB = 1e9
+SQUARE = 4096             # width of the matrices whose product gives the machine's rate
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def counted_positions(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Indices into the batch's flattened (B * T) columns: of all tokens, and of answer tokens."""
+    mask, answers = batch["query_mask"], batch["query_mask"] & (batch["branch"] > 0)
+    return mask.flatten().nonzero()[:, 0], answers.flatten().nonzero()[:, 0]
+
+
+def training_step(llm, distiller, batch: dict[str, Tensor], where: tuple[Tensor, Tensor], dtype: str,
+                  read_student: Callable | None = None) -> Tensor:
+    """Forward and backward of Eq. (4) as in train_finetune.py, the gradient left in the distiller; returns the loss.
+
+    where: `counted_positions` of the batch. read_student: vectors -> (B, T, d) stands in for the student's pass.
+    """
+    tokens, answers = where
+    with torch.no_grad():
+        teacher = query_states(llm, demo_prefix(llm, batch["demo_ids"], batch["demo_mask"]), batch).flatten(0, 1)
+    with autocast(llm.device, dtype):
+        vectors = distiller(batch["demo_ids"], batch["demo_mask"])                                   # (B, l, d)
+    read = read_student or (lambda vectors: query_states(llm, vector_prefix(llm, vectors), batch))
+    student = read(vectors).flatten(0, 1)                                                            # (B * T, d)
+    loss = finetune_loss(pred_loss(llm, student[answers], batch["query_ids"].flatten()[answers]),
+                         distill_loss(llm, student[tokens], teacher[tokens]), 1.0)
+    loss.backward()
+    return loss.detach()
+
+
+def plain_step(llm, distiller, rows: list[dict], dtype: str) -> None:
+    """The same samples the plain way: each query with a demonstration set of its own, full logits, nothing shared."""
+    queries = [(row["demo"], query) for row in rows for query in row["queries"]]
+    for demo, query in queries:
+        with autocast(llm.device, dtype):
+            vectors = plain_vectors(distiller, demo)
+        (plain_finetune_loss(llm, demo, vectors.float(), query) / len(queries)).backward()
+
+
+def training_speed(llm, distiller, rows: list[dict], dtype: str, repeats: int) -> dict:
+    """Query tokens a second of a step over `rows`, ours and plain, and ours as a share of the matrix-product rate."""
+    device, batch = llm.device, collate(rows, llm.device)
+    where = counted_positions(batch)
+    square = torch.randn(SQUARE, SQUARE, device=device, dtype=torch_dtype(dtype))
+    distiller.train()
+
+    def step(run: Callable) -> Callable:
+        return lambda: (run(), distiller.zero_grad(set_to_none=True))
+
+    with Count() as count:
+        step(lambda: training_step(llm, distiller, batch, where, dtype))()
+    times = interleaved({"matmul": lambda: square @ square,
+                         "ours": step(lambda: training_step(llm, distiller, batch, where, dtype)),
+                         "matmul again": lambda: square @ square,
+                         "plain": step(lambda: plain_step(llm, distiller, rows, dtype))}, repeats, device)
+    rates = [2 * SQUARE ** 3 * 2 / (a + b) for a, b in zip(times["matmul"], times["matmul again"], strict=True)]
+    tokens = int(batch["query_mask"].sum())
+    seconds = {name: statistics.median(times[name]) for name in ("ours", "plain")}
+    return {"dtype": dtype, "sets": len(rows), "queries_per_demo": len(rows[0]["queries"]), "query_tokens": tokens,
+            "demo_tokens": int(batch["demo_mask"].sum()), "distill_len": distiller.distill_len, "seconds": seconds,
+            "tokens_per_second": {name: tokens / s for name, s in seconds.items()},
+            "ratio": statistics.median(p / o for p, o in zip(times["plain"], times["ours"], strict=True)),
+            "flops": count.flops, "matmul_flops_per_second": statistics.median(rates),
+            "share": statistics.median(count.flops / t / rate for t, rate in zip(times["ours"], rates, strict=True)),
+            "times": times}
+
+
+def typical_rows(tasks: Tasks, encoder: Encoder, seed: int, k: int, sets: int, queries: int) -> list[dict]:
+    """The rows of that one of the first 64 training steps whose size is the median."""
+    rows_of = step_rows(lambda first, count: [sample_row(tasks, encoder, seed, i, k, queries)
+                                              for i in range(first, first + count)], seed, sets)
+    steps = sorted((rows_of(step) for step in range(64)), key=lambda rows: sum(len(row["demo"]) for row in rows))
+    return steps[32]
+
+
+def padding(tasks: Tasks, encoder: Encoder, seed: int, k: int, queries: int, batch_size: int = 8) -> dict:
+    """Share of padding in the batches of 64 steps, by length as in training, and as the samples are drawn."""
+    def draw(first: int, count: int) -> list[dict]:
+        return [sample_row(tasks, encoder, seed, i, k, queries) for i in range(first, first + count)]
+
+    def share(batches) -> float:
+        masks = [batch[name] for batch in map(collate, batches) for name in ("demo_mask", "query_mask")]
+        return 1 - sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
+
+    rows_of, rows = step_rows(draw, seed, batch_size), draw(0, 64 * batch_size)
+    return {"by_length": share(rows_of(step) for step in range(64)),
+            "as_drawn": share(rows[i:i + batch_size] for i in range(0, len(rows), batch_size))}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loss's memory
+
+
+class Head(nn.Module):
+    """What the losses need of an LLM: its output head, tied to nothing."""
+
+    def __init__(self, width: int, vocab: int):
+        super().__init__()
+        self.head = nn.Linear(width, vocab, bias=False).requires_grad_(False)
+        self.config, self.dtype = None, torch.float32
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+
+def prepare_loss(kind: str, tokens: int, width: int, vocab: int) -> Callable[[], Tensor]:
+    """Eq. (3) over `tokens` positions and its gradient with respect to the student's states, chunked or plain."""
+    torch.manual_seed(0)
+    llm = Head(width, vocab)
+    teacher = torch.randn(tokens, width)
+    student = (teacher + torch.randn(tokens, width)).requires_grad_()
+
+    def run() -> Tensor:
+        loss = distill_loss(llm, student, teacher) if kind == "chunked" else \
+            plain_kl(llm.head(teacher), llm.head(student)).mean()
+        loss.backward()
+        return student.grad
+
+    return run
+
+
+def loss_memory(tokens: int = 1024, width: int = 1280, vocab: int = 50257) -> dict:
+    """Peak memory of the loss in processes of their own, and how far the two gradients are apart, relative."""
+    found = {kind: peak_in_child(prepare_loss, kind, tokens, width, vocab) for kind in ("plain", "chunked")}
+    gradients = {kind: f.pop("result") for kind, f in found.items()}
+    difference = (gradients["plain"] - gradients["chunked"]).norm() / gradients["plain"].norm()
+    return {"tokens": tokens, "vocab": vocab, "bytes": {kind: f["above_bytes"] for kind, f in found.items()},
+            "ratio": found["plain"]["above_bytes"] / found["chunked"]["above_bytes"],
+            "gradient_difference": difference.item()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scoring
+
+
+def scoring_task(tasks: Tasks, seed: int, n: int, options: int) -> tuple[str, dict]:
+    """The first meta-test task with at least n test queries that all have so many options; its files."""
+    for task in tasks.test:
+        files = tasks.files(task, seed)
+        if len(files["test"]) >= n and all(len(q["options"]) == options for q in files["test"][:n]):
+            return task, files
+    raise UserError(f"no meta-test task of {tasks.split} in {tasks.folder} has {n} test queries of {options} options; "
+                    "give another --split or --tasks")
+
+
+@torch.no_grad()
+def scoring_speed(llm, distiller, tasks: Tasks, encoder: Encoder, args, n: int = 400, n_plain: int = 4,
+                  options: int = 4, repeats: int = 3) -> dict:
+    """Seconds for one (task, seed) of n queries: evaluate.py's way and re-reading everything per option.
+
+    The plain way is timed on n_plain queries and taken n / n_plain times. In it MEND distils for every option, as the
+    prompt is read anew for each. Scores of the same queries must agree.
+    """
+    task, files = scoring_task(tasks, args.seed, n, options)
+    demos, queries = files["train"][:args.k], [encoder.scoring_query(q) for q in files["test"][:n]]
+    limit = encoder.limit(demos + files["test"])
+    demo, some = encoder.demonstrations(demos, limit), queries[::n // n_plain][:n_plain]
+    distiller.eval()
+
+    def fast(method: str, queries: list) -> list[Tensor]:
+        prefix = one_prefix(method, demos, limit, llm, distiller, encoder, args)
+        return [scores for batch in passes(queries, llm.device) for scores in score_options(llm, prefix, batch)[0]]
+
+    def plain(method: str) -> list[list[float]]:
+        scores = []
+        for x, answers in some:
+            scores.append([])
+            for option in answers:
+                prefix = plain_embeds(llm, demo) if method == "icl" else plain_vectors(distiller, demo)
+                scores[-1] += plain_score_options(llm, [{"demo": demo, "queries": [(x, [option])]}], [prefix])[0][0]
+        return scores
+
+    found = {"task": task, "queries": n, "demo_tokens": len(demo), "plain_queries": n_plain}
+    for method in ("icl", "mend"):
+        both = [(a, b) for scores, expected in zip(fast(method, some), plain(method), strict=True)
+                for a, b in zip(scores.tolist(), expected, strict=True)]
+        ways = {"plain": functools.partial(plain, method), "cached": functools.partial(fast, method, queries)}
+        times = interleaved(ways, repeats, llm.device, warm_up=False)
+        plain_seconds, cached = (statistics.median(times[name]) for name in ("plain", "cached"))
+        seconds = {"plain": plain_seconds * n / n_plain, "cached": cached}
+        found[method] = {"seconds": seconds, "ratio": seconds["plain"] / cached, "times": times,
+                         "score_difference": max(abs(a - b) for a, b in both)}
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Threads
+
+
+def time_steps(load: Callable, args: tuple, threads: int, repeats: int) -> float:
+    """In a child: median seconds of a step with so many threads. load(*args) gives llm, distiller, rows and dtype."""
+    torch.set_num_threads(threads)
+    llm, distiller, rows, dtype = load(*args)
+    batch = collate(rows, llm.device)
+    where = counted_positions(batch)
+    distiller.train()
+    times = interleaved({"step": lambda: training_step(llm, distiller, batch, where, dtype)}, repeats, llm.device)
+    return statistics.median(times["step"])
+
+
+def thread_settings(load: Callable, *args, repeats: int = 3) -> list[dict]:
+    """Seconds of a training step under the thread settings that matter on a CPU, each in a process of its own."""
+    found = []
+    for threads, spin in itertools.product(sorted({1, os.cpu_count() or 1}), ("100", "")):
+        seconds = in_child({"GOMP_SPINCOUNT": spin}, time_steps, load, args, threads, repeats)
+        found.append({"threads": threads, "GOMP_SPINCOUNT": spin or "unset", "seconds": seconds})
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a training step needs
+
+
+def plan_one(name: str, args: argparse.Namespace, batch_size: int, checkpointing: bool) -> dict:
+    """FLOPs and memory of one step of Eq. (4), LLM in 16 bit: weights, AdamW's state and what is alive at once.
+
+    With checkpointing the frozen LLM's layers are run again in the backward pass, so the student reads [S_D ; E_x ;
+    E_y] as one sequence, without a cache. In 8 bit (bitsandbytes) each weight of the layers' matrices takes one byte,
+    and the backward pass unpacks one matrix at a time.
+    """
+    with no_weights():
+        llm, distiller = build_random(name, PAIRS[name], args.distill_len, torch.bfloat16)
+        row = {"demo": [0] * args.demo_tokens, "queries": [([0] * (args.query_tokens - 4), [[0] * 4])]}
+        batch, columns = collate([row] * batch_size), torch.arange(batch_size * args.query_tokens)
+        where = columns, columns[:4 * batch_size]
+
+        def read_again(vectors: Tensor) -> Tensor:
+            embeds = torch.cat([vectors.to(llm.dtype), llm.get_input_embeddings()(batch["query_ids"])], dim=1)
+            mask = torch.ones(embeds.shape[:2], dtype=torch.bool)
+            llm.train()  # transformers recomputes in this mode only
+            states = run_backbone(llm.base_model, embeds, causal_mask(mask), positions_of(mask)).last_hidden_state
+            return states[:, args.distill_len - 1:-1]
+
+        if checkpointing:
+            llm.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+        distiller.train()
+        turn_dropout_off(llm)
+        turn_dropout_off(distiller)
+        with Count() as count:
+            training_step(llm, distiller, batch, where, "bf16", read_again if checkpointing else None)
+    embeddings = [p for m in llm.base_model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()]
+    matrices = [p.numel() for p in llm.base_model.parameters() if p.dim() == 2 and not any(p is e for e in embeddings)]
+    adam = 8 * sum(p.numel() for p in distiller.parameters() if p.requires_grad)
+    memory = {"llm": weight_bytes(llm), "distiller": weight_bytes(distiller) + adam, "alive": count.peak}
+    in_8_bit = memory | {"llm": memory["llm"] - sum(matrices) + 2 * max(matrices)}
+    return {"flops": count.flops, "bytes": memory,
+            "peak_bytes": {"16 bit": sum(memory.values()), "8 bit": sum(in_8_bit.values())}}
+
+
+def turn_dropout_off(model: nn.Module) -> None:
+    """The frozen LLM has none. The distiller's is drawn inside the fused attention on a GPU, where the CPU's kernels
+    would write all scores out; outside attention it takes a byte a number, which is left out."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif isinstance(getattr(module, "dropout", None), float):  # OPT
+            module.dropout = 0.0
+
+
+def plan(args: argparse.Namespace) -> list[dict]:
+    """Which card a training step fits: counted memory, and 1.5 GB for what torch itself takes and cannot use."""
+    print(f"one step of Eq. (4): {args.demo_tokens} demonstration and {args.query_tokens} query tokens, "
+          f"l = {args.distill_len}")
+    print(f"{'LLM':12s}{'batch':>6s}{'checkpointing':>14s}{'TFLOP':>8s}"
+          f"{'16 bit GB':>11s}{'fits':>14s}{'8 bit GB':>10s}{'fits':>14s}")
+    found = []
+    for name, batch_size, checkpointing in itertools.product(PAIRS, (1, 8), (False, True)):
+        r = plan_one(name, args, batch_size, checkpointing)
+        line = f"{name:12s}{batch_size:6d}{'yes' if checkpointing else 'no':>14s}{r['flops'] / 1e12:8.2f}"
+        fits = {}
+        for bits, width in (("16 bit", 11), ("8 bit", 10)):
+            fits[bits] = [card for card in CARDS if r["peak_bytes"][bits] + 1.5 * GB <= card * GB]
+            line += f"{r['peak_bytes'][bits] / GB:{width}.1f}{' '.join(map(str, fits[bits])) or 'none':>14s}"
+        print(line)
+        found.append({"llm": name, "batch_size": batch_size, "checkpointing": checkpointing, **r, "fits_gb": fits})
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The suite
+
+
+def load_step(args: argparse.Namespace, dtype: str, random_llm: str | None = None):
+    """LLM, distiller, the rows of a typical step (2 sets, Q = 4) and dtype; random_llm: of that architecture with
+    random weights and l = 100, and one row."""
+    tasks = load_tasks(args.tasks, args.split)
+    if random_llm is None:
+        llm, distiller = load(with_flags(args, dtype=dtype), torch.device(args.device))
+    else:
+        llm, distiller = build_random(random_llm, PAIRS[random_llm], 100, torch_dtype(dtype), args.device)
+    encoder = make_encoder(with_flags(args, distill_len=distiller.distill_len), Tokenizer(args.llm), llm, distiller)
+    rows = typical_rows(tasks, encoder, args.seed, args.k, 2, 4)
+    return llm, distiller, rows if random_llm is None else rows[:1], dtype
+
+
+def suite(args: argparse.Namespace, device: torch.device, methods: dict[str, dict]) -> dict:
+    """Every ratio of the speed claims, each with both figures. methods: LLM -> `bench.counted` at 900 tokens."""
+    args.device, args.context_len, args.dtype = str(device), 900, "fp32"
+    results, lines, ratios = {}, [], {}
+
+    def line(name: str, value: float, goal: float, what: str) -> None:
+        ratios[name] = value
+        lines.append({"name": name, "value": value, "goal": goal, "met": value >= goal, "figures": what})
+        print(f"{name:46s}{value:8.2f}  (goal {goal:g}{'' if value >= goal else ', MISSED'})  {what}", flush=True)
+
+    for (name, rows), goal in zip(methods.items(), (3.5, 4.0), strict=True):
+        results[f"methods_{name}"] = rows
+        icl, mend = rows["icl"]["query_flops"], rows["mend"]["query_flops"]
+        line(f"flops_icl_over_mend_{name.replace('-', '_')}", icl / mend, goal,
+             f"{icl / 1e9:.0f} against {mend / 1e9:.0f} GFLOP: {1 - mend / icl:.0%} fewer")
+    r = results["loss_memory"] = loss_memory()
+    line("loss_memory_plain_over_chunked", r["ratio"], 4,
+         f"{r['bytes']['chunked'] / 1e6:.0f} against {r['bytes']['plain'] / 1e6:.0f} MB for {r['tokens']:,} tokens, "
+         f"gradients {r['gradient_difference']:.0e} apart")
+    tasks = load_tasks(args.tasks, args.split)
+    llm, distiller = load(args, device)
+    encoder = make_encoder(args, Tokenizer(args.llm), llm, distiller)
+    r = results["padding"] = padding(tasks, encoder, args.seed, args.k, 1)
+    line("padding_as_drawn_over_by_length", r["as_drawn"] / r["by_length"], r["as_drawn"] / 0.1,
+         f"{r['as_drawn']:.1%} against {r['by_length']:.1%} of a batch of 8")
+    r = results["scoring"] = scoring_speed(llm, distiller, tasks, encoder, args, repeats=args.repeats)
+    for m in ("icl", "mend"):
+        s = r[m]["seconds"]
+        line(f"scoring_cached_over_plain_{m}", r[m]["ratio"], 10,
+             f"{s['cached']:.1f} against {s['plain']:.0f} s for {r['queries']} queries of {r['task']} with "
+             f"{r['demo_tokens']} demonstration tokens, scores at most {r[m]['score_difference']:.0e} apart")
+    ratios["scoring_cached_over_plain"] = min(ratios[f"scoring_cached_over_plain_{m}"] for m in ("icl", "mend"))
+    del llm, distiller
+    shares = 0.4 if device.type == "cuda" else 0.7
+    for label, dtype in itertools.product(("smollm2", "gpt2_large"), ("fp32", "bf16")):
+        r = training_speed(*load_step(args, dtype, {"gpt2_large": "gpt2-large"}.get(label)), args.repeats)
+        results[f"training_{label}_{dtype}"], t = r, r["tokens_per_second"]
+        line(f"training_q4_over_plain_{label}_{dtype}", r["ratio"], 2.5,
+             f"{t['ours']:.1f} against {t['plain']:.1f} query tokens/s")
+        line(f"training_share_of_matmul_rate_{label}_{dtype}", r["share"], shares,
+             f"{r['flops'] / r['seconds']['ours'] / 1e9:.0f} of {r['matmul_flops_per_second'] / 1e9:.0f} GFLOP/s")
+    ratios["training_q4_over_plain"] = ratios["training_q4_over_plain_smollm2_fp32"]
+    ratios["training_share_of_matmul_rate"] = ratios["training_share_of_matmul_rate_gpt2_large_fp32"]
+    if device.type == "cpu":
+        results["threads"] = thread_settings(load_step, args, "fp32")
+        for t in results["threads"]:
+            print(f"training step, {t['threads']} threads, GOMP_SPINCOUNT {t['GOMP_SPINCOUNT']}: {t['seconds']:.1f} s")
+    return {"ratios": ratios, "lines": lines, "details": results}
+
+
+def markdown(results: dict) -> str:
+    """The README's table."""
+    rows = ["| what | ratio | goal | figures |", "|---|---|---|---|"]
+    for r in results["lines"]:
+        goal = f"{r['goal']:.2f}{'' if r['met'] else ', missed'}"
+        rows.append(f"| {r['name'].replace('_', ' ')} | {r['value']:.2f} | {goal} | {r['figures']} |")
+    return "\n".join(rows)
