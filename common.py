@@ -33,9 +33,9 @@ SPLITS = ("class_to_class", "non_class_to_class", "qa_to_qa", "non_qa_to_qa", "n
 # Values of the flags that are not given. A script adds its own to these.
 PRESETS = {
     "paper": {"llm": "gpt2-large", "distiller": "gpt2", "distill_len": 100, "corpus": ["c4"], "tasks": "metaicl",
-              "k": 16, "start": "matched"},
+              "k": 16, "vector_start": "matched"},
     "pocket": {"llm": str(ASSETS / "SmolLM2-135M-Instruct"), "distiller": "layers:6", "distill_len": 32,
-               "corpus": ["sotu"], "tasks": "bigbench", "k": 16, "start": "residual"},
+               "corpus": ["sotu"], "tasks": "bigbench", "k": 16, "vector_start": "residual"},
 }
 
 
@@ -99,7 +99,7 @@ def add_training_flags(parser: argparse.ArgumentParser, run_name: str) -> None:
     group.add_argument("--clip", type=float, default=1.0, help="largest gradient norm; 0 = no clipping")
     group.add_argument("--grad-checkpoint", action="store_true", help="run each layer of the LLM again in the backward pass "
                        "instead of keeping its activations: less memory, more time")
-    group.add_argument("--start", choices=("plain", "matched", "residual"),
+    group.add_argument("--vector-start", choices=("plain", "matched", "residual"),
                        help="how the vectors start: the distiller's states as they are; brought to the scale of the LLM's "
                             "embeddings by a learned scalar; or a tenth of that, added to D's last l token embeddings")
     group = parser.add_argument_group("output")

@@ -581,7 +581,7 @@ def distiller_config(distiller: Distiller | FreeVectors, llm: PreTrainedModel, a
     """What `load_distiller` needs to build the distiller again, for a checkpoint's state. args: the script's flags."""
     config = distiller.backbone and distiller.backbone.config
     return {"llm": identity(llm), "distiller": args.distiller, "distill_len": args.distill_len,
-            "start": args.start, "template": args.template,
+            "vector_start": args.vector_start, "template": args.template,
             "backbone": config and config.to_diff_dict() | {"model_type": config.model_type}}
 
 
@@ -589,11 +589,11 @@ def load_distiller(path: str | Path, llm: PreTrainedModel) -> tuple[Distiller | 
     """The distiller of a checkpoint file or run folder, for this LLM, and the checkpoint's state."""
     tensors, state = load_checkpoint(path)
     config, found = state["model"], identity(llm)
-    check(("start" in config, f"{path} is of an older version of this code, without --start; train it again"))
+    check(("vector_start" in config, f"{path} is of an older version of this code, without --vector-start; train it again"))
     if config["llm"] != found:
         raise UserError(f"the checkpoint {path} was trained for the LLM {config['llm']}, and this one is {found}; "
                         "vectors speak to one LLM only: give its own --llm, or another checkpoint")
-    distiller = build_distiller(config["distiller"], llm, config["distill_len"], config["start"], 0,
+    distiller = build_distiller(config["distiller"], llm, config["distill_len"], config["vector_start"], 0,
                                 config["backbone"])
     weights = {k.removeprefix("distiller."): t for k, t in tensors.items() if k.startswith("distiller.")}
     distiller.load_state_dict(weights)

@@ -62,7 +62,7 @@ def get_parser() -> argparse.ArgumentParser:
 def find_pretrained(llm, args) -> Path | None:
     """The pretraining checkpoint under out/ with the lowest held-out KL that has this LLM, distiller and l."""
     wanted = {"llm": identity(llm), "distiller": args.distiller, "distill_len": args.distill_len,
-              "start": args.start, "template": args.template}
+              "vector_start": args.vector_start, "template": args.template}
     found = []
     for path in sorted(common.OUT.glob("*/best.safetensors")):
         _, state = common.load_checkpoint(path, weights=False)
@@ -83,11 +83,11 @@ def start(args, llm):
                   "NO PRETRAINING CHECKPOINT for this LLM and distiller under out/: starting from the distiller's own "
                   "weights, which costs accuracy (Tab. 4). Run train_pretrain.py first, or give --init-from DIR.")
     if source == "none":
-        return build_distiller(args.distiller, llm, args.distill_len, args.start, args.seed), {}
+        return build_distiller(args.distiller, llm, args.distill_len, args.vector_start, args.seed), {}
     distiller, state = load_distiller(source, llm)
     check(*((state["model"][name] == getattr(args, name),
              (f"--init-from {source} has --{name.replace('_', '-')} {state['model'][name]}, and the flag is "
-              f"{getattr(args, name)}; give the former")) for name in ("distiller", "distill_len", "start", "template")),
+              f"{getattr(args, name)}; give the former")) for name in ("distiller", "distill_len", "vector_start", "template")),
           ("finetune" not in state["trained_on"],
            f"--init-from {source} is finetuned already; give a pretraining run, or --resume that run in its --out-dir"))
     return distiller, state["trained_on"]

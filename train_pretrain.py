@@ -117,7 +117,7 @@ def main(argv: list[str] | None = None) -> dict:
     # DEVIATION: early stopping looks at the Class->Class meta-test validation data (App. A); which quantity, the paper
     # does not say. Here it is the loss of this stage, the KL.
     tasks = load_tasks(args.tasks, "class_to_class")
-    distiller = build_distiller(args.distiller, llm, args.distill_len, args.start, args.seed)
+    distiller = build_distiller(args.distiller, llm, args.distill_len, args.vector_start, args.seed)
     limit = max_positions(distiller.backbone.config)
     check((limit is None or demo + args.distill_len <= limit,
            (f"--beta {args.beta} of --window {args.window} and --distill-len {args.distill_len} make "

@@ -155,7 +155,7 @@ def test_answer_attention_is_the_last_query_tokens(llama, bos_id):
 def checkpoint(llm_folder, tmp_path_factory):
     llm = load_llm(str(llm_folder), CPU, torch.float32)
     distiller = build_distiller("layers:2", llm, 24, "matched", 0)
-    flags = SimpleNamespace(distiller="layers:2", distill_len=24, start="matched", template="space")
+    flags = SimpleNamespace(distiller="layers:2", distill_len=24, vector_start="matched", template="space")
     path = tmp_path_factory.mktemp("run") / "best.safetensors"
     common.save_checkpoint(path, distiller, {"model": distiller_config(distiller, llm, flags), "step": 7,
                                              "trained_on": {"pretrain": {"corpus": "text"}}})

@@ -201,7 +201,7 @@ def checkpoint(llama, tmp_path_factory) -> Path:
 def write_run(folder: Path, llama: Path, distiller: str = "layers:2", **stages) -> Path:
     llm = load_llm(str(llama), CPU, torch.float32)
     module = build_distiller(distiller, llm, 4, "matched", 0)
-    args = SimpleNamespace(distiller=distiller, distill_len=4, start="matched", template="space")
+    args = SimpleNamespace(distiller=distiller, distill_len=4, vector_start="matched", template="space")
     state = {"model": distiller_config(module, llm, args), "trained_on": stages}
     common.save_checkpoint(folder / "best.safetensors", module, state)
     return folder

@@ -346,7 +346,7 @@ def test_checkpoint_round_trip(llm, kind, family, tmp_path, monkeypatch):
         for p in distiller.parameters():
             p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
     flags = SimpleNamespace(distiller="layers:2" if kind == "layers" else str(tmp_path / "sibling"), distill_len=4,
-                            start="matched", template="space")
+                            vector_start="matched", template="space")
     save_checkpoint(tmp_path / "best.safetensors", distiller, {"model": distiller_config(distiller, llm, flags)})
     again, _ = load_distiller(tmp_path, llm)
     with torch.no_grad():

@@ -112,10 +112,10 @@ def test_mend_learns_to_pass_on_what_the_demonstrations_say(family, layers, step
              "--dtype", "fp32", "--device", "cpu", "--k", str(K)]
     training = ["--lr", "5e-3", "--warmup", "0.1", "--save-every", "1000", "--eval-every", "1000", "--patience", "0"]
     pretrained = train_pretrain.main([
-        *flags, *training, "--start", "matched", "--corpus", str(tmp_path / "text.jsonl"), "--window", "30", "--min-doc-len", "30", "--batch-size", "16",
+        *flags, *training, "--vector-start", "matched", "--corpus", str(tmp_path / "text.jsonl"), "--window", "30", "--min-doc-len", "30", "--batch-size", "16",
         "--steps", str(steps[1]), "--out-dir", str(tmp_path / "pretrain")])
     assert pretrained["recovered"] > 0.5
-    train_finetune.main([*flags, *training, "--start", "matched", "--batch-size", "8", "--steps", str(steps[2]), "--init-from", str(tmp_path / "pretrain"),
+    train_finetune.main([*flags, *training, "--vector-start", "matched", "--batch-size", "8", "--steps", str(steps[2]), "--init-from", str(tmp_path / "pretrain"),
                          "--out-dir", str(tmp_path / "finetune")])
     final = evaluate.main([*flags, "--checkpoint", str(tmp_path / "finetune"), "--seeds", "100", "--methods", "zero_shot", "icl", "icl_budget",
                            "mend", "--out", str(tmp_path / "results.jsonl")])

@@ -774,7 +774,7 @@ def test_load_llm_of_weights_that_do_not_fill_the_model_is_a_user_error(llm_fold
 
 
 def args_for(spec: str, start: str) -> SimpleNamespace:
-    return SimpleNamespace(distiller=spec, distill_len=4, start=start, template="space")
+    return SimpleNamespace(distiller=spec, distill_len=4, vector_start=start, template="space")
 
 
 def write_gpt2(folder, **changes):

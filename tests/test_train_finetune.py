@@ -24,7 +24,7 @@ FINETUNED = {"tasks": "metaicl", "split": "class_to_class", "lam": 1.0, "pred_we
 
 @pytest.fixture
 def argv(flags) -> list[str]:
-    return [*flags, "--start", "matched", "--k", "4", "--batch-size", "2", "--grad-accum", "2", "--queries-per-demo", "2", "--steps", "4",
+    return [*flags, "--vector-start", "matched", "--k", "4", "--batch-size", "2", "--grad-accum", "2", "--queries-per-demo", "2", "--steps", "4",
             "--eval-every", "2", "--lr", "1e-3", "--init-from", "none"]
 
 
@@ -44,7 +44,7 @@ def pretrained(argv, llama):
               objective: str | None = "kl") -> Path:
         class Flags:
             template = "space"
-        Flags.distiller, Flags.distill_len, Flags.start = distiller, distill_len, start
+        Flags.distiller, Flags.distill_len, Flags.vector_start = distiller, distill_len, start
         module = build_distiller(distiller, llm, distill_len, start, seed)
         config = distiller_config(module, llm, Flags)
         config["llm"] = config["llm"] | {"name": llm_name}
@@ -184,7 +184,7 @@ def test_prompt_tuning_lowers_the_answer_loss(argv, tmp_path):
     assert [(name, t.shape) for name, t in tensors.items()] == [("distiller.vectors", (4, 32))]
     assert state["trained_on"] == {"finetune": FINETUNED | {"lam": 0.0}}
     assert state["best"] == metrics(tmp_path / "run", "val_pred")[40]
-    flags = [flag for flag in argv if flag not in ("--init-from", "none", "--start", "matched")]
+    flags = [flag for flag in argv if flag not in ("--init-from", "none", "--vector-start", "matched")]
     flags = flags[:flags.index("--batch-size")]
     final = evaluate.main([*flags, "--methods", "prompt_tuning", "--checkpoint", str(tmp_path / "run"), "--limit", "8", "--k", "4",
                            "--out", str(tmp_path / "results.jsonl")])
@@ -338,7 +338,7 @@ def test_pretraining_then_finetuning(argv, quick_dev, flags, corpus_dir, monkeyp
     """The two stages as the quickstart runs them: the second finds what the first left."""
     monkeypatch.setattr(train_pretrain, "dev_figures", lambda *_: {"val_kl": 1.0, "val_clm": 2.0})
     first = train_pretrain.main([*flags, "--corpus", str(corpus_dir), "--window", "48", "--batch-size", "2", "--steps", "2",
-                                 "--eval-docs", "3", "--start", "matched"])
+                                 "--eval-docs", "3", "--vector-start", "matched"])
     train_finetune.main([flag for flag in argv if flag not in ("--init-from", "none")])
     assert f"starting from the pretraining checkpoint {first['out_dir']}" in capsys.readouterr().out
     state = load_checkpoint(next(common.OUT.glob("finetune-*/last.safetensors")), weights=False)[1]
@@ -348,7 +348,7 @@ def test_pretraining_then_finetuning(argv, quick_dev, flags, corpus_dir, monkeyp
 @pytest.mark.parametrize("made_with, message", [
     ({"distill_len": 5}, "has --distill-len 5, and the flag is 4; give the former"),
     ({"distiller": "layers:1"}, "has --distiller layers:1, and the flag is layers:2"),
-    ({"start": "plain"}, "has --start plain, and the flag is matched"),
+    ({"start": "plain"}, "has --vector-start plain, and the flag is matched"),
     ({"llm_name": "another"}, "was trained for the LLM .*another")])
 def test_a_start_that_does_not_fit(argv, pretrained, made_with, message):
     folder = pretrained("given", 0.5, seed=1, **made_with)

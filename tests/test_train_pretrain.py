@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def argv(flags, corpus_dir) -> list[str]:
-    return [*flags, "--start", "matched", "--corpus", str(corpus_dir), "--window", "96", "--k", "4", "--batch-size", "2", "--grad-accum", "2",
+    return [*flags, "--vector-start", "matched", "--corpus", str(corpus_dir), "--window", "96", "--k", "4", "--batch-size", "2", "--grad-accum", "2",
             "--eval-docs", "3", "--steps", "4", "--eval-every", "2", "--lr", "1e-3"]
 
 
