@@ -226,6 +226,9 @@ def setup(args: argparse.Namespace, training: bool) -> torch.device:
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if device.type == "cuda":
+        # its kernels are planned anew for each shape, and here every batch has another (a step took three times as long)
+        torch.backends.cuda.enable_cudnn_sdp(False)
     if args.dtype == "auto":
         if device.type == "cuda":
             args.dtype = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
@@ -318,6 +321,17 @@ def save_checkpoint(path: Path, distiller: nn.Module, state: dict, optimizer: to
     temporary = path.with_suffix(".tmp")
     save_file(tensors, temporary, metadata={"state": json.dumps(state)})
     os.replace(temporary, path)
+
+
+def export_checkpoint(source: str | Path, target: Path) -> None:
+    """Write a run's distiller to a file of its own, to be published: weights in bf16, no optimiser, no flags (which name
+    this machine's folders)."""
+    tensors, state = load_checkpoint(source)
+    from safetensors.torch import save_file
+    weights = {name: t.to(torch.bfloat16) for name, t in tensors.items() if name.startswith("distiller.")}
+    kept = {name: state[name] for name in ("model", "trained_on", "commit", "step", "figures")}
+    target.parent.mkdir(parents=True, exist_ok=True)
+    save_file(weights, target, metadata={"state": json.dumps(kept)})
 
 
 def load_checkpoint(path: str | Path, device: torch.device | str = "cpu",
@@ -415,7 +429,8 @@ class Run:
     def begin_step(self, args: argparse.Namespace) -> None:
         """Set the learning rate, and seed what is random in a step (dropout), so that a resumed run draws the same."""
         torch.manual_seed(args.seed * 1_000_003 + self.step)
-        trim_heap()
+        if next(self.distiller.parameters()).device.type == "cpu":
+            trim_heap()
         for group in self.optimizer.param_groups:
             group["lr"] = lr_at(self.step, args.steps, args.warmup, args.lr)
         self.optimizer.zero_grad(set_to_none=True)
@@ -469,6 +484,11 @@ def commit() -> str:
 
 def today() -> str:
     return datetime.date.today().isoformat()
+
+
+def peak_memory(device: torch.device) -> dict:
+    """{"peak_gpu_gb": most memory that tensors took on this rank's GPU so far}; nothing on a CPU."""
+    return {"peak_gpu_gb": round(torch.cuda.max_memory_allocated(device) / 1e9, 2)} if device.type == "cuda" else {}
 
 
 def finish(figures: dict) -> dict:

@@ -11,7 +11,6 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
-import bm25s
 import numpy as np
 import torch
 from torch import Tensor
@@ -53,12 +52,14 @@ def perturb(examples: list[dict], kind: str, seed: int) -> list[dict]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Retrieval: for each query the K nearest examples of a pool, the nearest first. What passes the context limit is dropped
-# from the end of a set, so the nearest are the ones that stay.
+# Retrieval: for each query the K nearest examples of a pool.
+# DEVIATION: the paper does not give their order. Here the nearest stands first, since what passes the context limit is
+# dropped from the end of a set.
 
 
 def bm25_neighbours(pool: list[str], queries: list[str], k: int) -> np.ndarray:
     """The k texts of `pool` with the highest BM25 score for each query: (queries, k) indices; equal scores in pool order."""
+    import bm25s  # only here: where JAX is installed it takes most of a GPU's memory on import
     pool_words, query_words = (bm25s.tokenize(texts, return_ids=False, show_progress=False) for texts in (pool, queries))
     scores = np.zeros((len(queries), len(pool)))
     if any(pool_words):  # bm25s cannot index texts without a single word

@@ -40,7 +40,7 @@ from tables import METHODS, TABLES, print_summary, read_results, summarise, tabl
 
 DEFAULT_METHODS = ["zero_shot", "majority", "icl", "icl_budget", "mend"]
 PRESETS = {"paper": {"methods": DEFAULT_METHODS}, "pocket": {"methods": DEFAULT_METHODS}}
-PASS_TOKENS = 512  # query and option tokens scored in one pass
+PASS_TOKENS = {"cpu": 512, "cuda": 2048}  # query and option tokens scored in one pass
 SET_TOKENS = 4096  # tokens of demonstrations, queries and options in one pass where each query has its own demonstrations
 VECTOR_METHODS = ("prompt_tuning", "hypertuning", "mend")  # the LLM reads vectors of a checkpoint
 SEEDLESS = ("zero_shot", "prompt_tuning")  # the same for every demonstration set
@@ -84,10 +84,10 @@ def one_prefix(method: str, demos: list[dict], limit: int, llm, distiller, encod
 
 def passes(queries: list[tuple], device) -> Iterator[dict]:
     """Batches of one row that hold `queries`, (x ids, [option ids, ...]) each, in order, PASS_TOKENS or so at a time."""
-    pending, size = [], 0
+    pending, size, most = [], 0, PASS_TOKENS[torch.device(device).type]
     for query in queries:
         tokens = len(query[0]) + sum(map(len, query[1]))
-        if pending and size + tokens > PASS_TOKENS:
+        if pending and size + tokens > most:
             yield collate([{"demo": [], "queries": pending}], device)
             pending, size = [], 0
         pending.append(query)

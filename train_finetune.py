@@ -177,7 +177,7 @@ def train(args, device, llm, distiller, trained_on, tasks, encoder) -> dict:
             run.save()
     bar.close()
     return finish({"stage": "finetune", "split": args.split, "steps": run.step, **run.state["figures"],
-                   "out_dir": str(out_dir)})
+                   "out_dir": str(out_dir), **common.peak_memory(device)})
 
 
 if __name__ == "__main__":

@@ -185,7 +185,7 @@ def train(args, device, llm, distiller, corpus, tasks, encoder) -> dict:
         if run.step % args.save_every == 0:
             run.save()
     bar.close()
-    return finish({"stage": "pretrain", "steps": run.step, **run.state["figures"], "out_dir": str(out_dir)})
+    return finish({"stage": "pretrain", "steps": run.step, **run.state["figures"], "out_dir": str(out_dir), **common.peak_memory(device)})
 
 
 if __name__ == "__main__":

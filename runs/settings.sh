@@ -3,6 +3,8 @@
 #
 #   SCALE=paper  gpt2-large + gpt2, C4 and MetaICL from the hub, the paper's Table 5; the default where a GPU is there
 #   SCALE=pocket SmolLM2-135M-Instruct on two CPU cores; the default elsewhere
+#   SCALE=gpu    SmolLM2-135M-Instruct at the paper's lengths (windows of 1,024, l = 100, 900 tokens of demonstrations), with
+#                steps for minutes on one GPU; runs/gpu.sh does all of it, side by side
 # Optional, for either scale (relative paths count from the repository's root):
 #   METAICL_DIR, C4_DIR  a folder in MetaICL's layout and a folder or file in C4's form, in place of the preset's data
 #   SPLITS, SEEDS        settings and MetaICL seeds, separated by blanks
@@ -22,12 +24,17 @@ LIMIT=${LIMIT:-0}
 RESULTS=${RESULTS:-results}
 RUNS=${RUNS:-out/$SCALE}
 SEVEN="class_to_class non_class_to_class non_nli_to_nli non_qa_to_qa qa_to_qa hr_to_lr non_para_to_para"
-PRESET=$SCALE PRETRAIN="" MEND="" HYPERTUNING="" PROMPT_TUNING=""
+PRESET=$SCALE COMMON="" PRETRAIN="" MEND="" HYPERTUNING="" PROMPT_TUNING=""
 if [ "$SCALE" = pocket ]; then  # what was tried on dev data is in results/LOG.md
     PRETRAIN="--steps 300 --eval-every 150 --patience 0"
     MEND="--steps 300 --batch-size 4 --lr 1e-3 --eval-every 50 --patience 0" HYPERTUNING=$MEND PROMPT_TUNING=$MEND
+elif [ "$SCALE" = gpu ]; then
+    PRESET=pocket COMMON="--distill-len 100"
+    PRETRAIN="--window 1024 --context-len 900 --batch-size 16 --steps 3000 --eval-every 500 --patience 0 --save-every 250"
+    MEND="--context-len 900 --batch-size 8 --steps 4000 --eval-every 250 --patience 0 --save-every 250"
+    HYPERTUNING=$MEND PROMPT_TUNING=$MEND
 elif [ "$SCALE" != paper ]; then
-    echo "SCALE is $SCALE; give paper or pocket" >&2
+    echo "SCALE is $SCALE; give paper, pocket or gpu" >&2
     exit 2
 fi
 mkdir -p "$RESULTS"
@@ -40,13 +47,13 @@ if [ -n "${C4_DIR:-}" ]; then TEXT=(--corpus "$C4_DIR"); fi
 # pretrain NAME FLAG...: stage 1 into $RUNS/NAME
 pretrain() {
     "$PYTHON" train_pretrain.py --preset "$PRESET" ${DATA[@]+"${DATA[@]}"} ${TEXT[@]+"${TEXT[@]}"} --out-dir "$RUNS/$1" --resume \
-        $PRETRAIN ${EXTRA:-} ${EXTRA_PRETRAIN:-} "${@:2}"
+        $COMMON $PRETRAIN ${EXTRA:-} ${EXTRA_PRETRAIN:-} "${@:2}"
 }
 
 # finetune NAME SPLIT SCALE_FLAGS FLAG...: stage 2 into $RUNS/NAME-SPLIT
 finetune() {
     "$PYTHON" train_finetune.py --preset "$PRESET" ${DATA[@]+"${DATA[@]}"} --split "$2" --out-dir "$RUNS/$1-$2" --resume \
-        $3 ${EXTRA:-} ${EXTRA_FINETUNE:-} "${@:4}"
+        $COMMON $3 ${EXTRA:-} ${EXTRA_FINETUNE:-} "${@:4}"
 }
 
 # The three trained methods of Table 2, on one split. mend, hypertuning and prompt_tuning take SPLIT.
@@ -60,7 +67,7 @@ prompt_tuning() { finetune prompt_tuning "$1" "$PROMPT_TUNING" --distiller free 
 # score FILE SPLIT FLAG...: evaluate into $RESULTS/FILE-$SCALE.jsonl
 score() {
     "$PYTHON" evaluate.py --preset "$PRESET" ${DATA[@]+"${DATA[@]}"} --split "$2" --seeds $SEEDS --limit "$LIMIT" \
-        --out "$RESULTS/$1-$SCALE.jsonl" ${EXTRA:-} ${EXTRA_EVAL:-} "${@:3}"
+        --out "$RESULTS/$1-$SCALE.jsonl" $COMMON ${EXTRA:-} ${EXTRA_EVAL:-} "${@:3}"
 }
 
 # table NUMBER FILE: the paper's table, from $RESULTS/FILE-$SCALE.jsonl to the screen and to $RESULTS/tableNUMBER-$SCALE.md

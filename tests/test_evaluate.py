@@ -91,7 +91,7 @@ def test_packed_queries_are_answered_like_single_ones(tiny, files, monkeypatch, 
     sizes, score = [], evaluate.score_options
     monkeypatch.setattr(evaluate, "score_options", lambda llm, prefix, batch: (
         sizes.append(int(batch["query_mask"].sum())), score(llm, prefix, batch))[1])
-    monkeypatch.setattr(evaluate, "PASS_TOKENS", pass_tokens)
+    monkeypatch.setattr(evaluate, "PASS_TOKENS", {"cpu": pass_tokens, "cuda": pass_tokens})
     assert predict(tiny.llm, prefix, tiny.encoder, queries, prefix.state is None) == one_by_one
     assert len(set(one_by_one)) > 1  # else an LLM that always says the same would pass
     assert {1: len(sizes) == len(queries), 60: max(sizes) <= 60 and 1 < len(sizes) < 24, 100_000: len(sizes) == 1}[pass_tokens]
@@ -137,7 +137,7 @@ def test_only_zero_shot_ignores_the_demonstrations(tiny, tasks_dir, tmp_path, mo
     args = SimpleNamespace(k=16, limit=0, distill_len=24, dtype="fp32", retrieve=None, perturb=None)
     scores, score = [], evaluate.score_options
     monkeypatch.setattr(evaluate, "score_options", lambda *a: scores.append(score(*a)) or scores[-1])
-    monkeypatch.setattr(evaluate, "PASS_TOKENS", 100_000)
+    monkeypatch.setattr(evaluate, "PASS_TOKENS", {"cpu": 100_000, "cuda": 100_000})
     figures = [evaluate.evaluate_one(args, tiny.llm, tiny.distiller, tiny.encoder, tasks, "emo", seed, method) for seed in (13, 21)]
     assert torch.equal(*scores) == (method == "zero_shot")
     if method == "zero_shot":

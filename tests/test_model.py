@@ -108,7 +108,7 @@ def make_distiller(llm, spec: str = "layers:2", distill_len: int = 4, start: str
     return build_distiller(spec, llm, distill_len, start, seed).eval()
 
 
-def close(found, expected, tolerance: float = 1e-5):
+def close(found, expected, tolerance: float = 1e-4):
     torch.testing.assert_close(found, torch.as_tensor(expected, dtype=found.dtype), atol=tolerance, rtol=tolerance)
 
 

