@@ -1,0 +1,180 @@
+"""Tests of distill.py: answers against plain forward passes of the LLM, files, errors; and the published checkpoint."""
+
+import json
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+from plain import plain_embeds, plain_logits, plain_score_options, plain_vectors
+from safetensors.torch import load_file
+
+import common
+import distill
+from data import Encoder, Tokenizer
+from evaluate import main as evaluate_main
+from model import build_distiller, distiller_config, load_distiller, load_llm
+
+CPU = torch.device("cpu")
+DEMOS = [("the boat is green", "happy"), ("war and trade", "sad"), ("bread and music", "happy"), ("rain past hills", "sad")]
+ASKED = ["the river is cold", "people talk of rain and ships"]
+
+
+@pytest.fixture
+def llm_name(llm_folder) -> str:
+    return str(llm_folder)
+
+
+@pytest.fixture
+def checkpoint(llm_name, tmp_path):
+    """An untrained distiller of two layers, l = 4, as a run folder."""
+    llm = load_llm(llm_name, CPU, torch.float32)
+    module = build_distiller("layers:2", llm, 4, "matched", 1)
+    model = distiller_config(module, llm, SimpleNamespace(distiller="layers:2", distill_len=4, vector_start="matched", template="space"))
+    state = {"model": model, "trained_on": {}, "step": 3, "figures": {}, "commit": "abc", "flags": {"out_dir": "/home/me/run"}}
+    common.save_checkpoint(tmp_path / "run" / "best.safetensors", module, state)
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def demos(tmp_path):
+    def write(pairs, **more):
+        path = tmp_path / "demos.jsonl"
+        path.write_text("".join(json.dumps({"input": x, "output": y} | more) + "\n" for x, y in pairs))
+        return str(path)
+    return write
+
+
+def parts(llm_name, checkpoint):
+    llm = load_llm(llm_name, CPU, torch.float32)
+    distiller = load_distiller(checkpoint, llm)[0].eval()
+    return llm, distiller, Encoder(Tokenizer(llm_name), "space", 900)
+
+
+def split_first(llm, prefix, x):
+    """The plain functions want a prefix: without one the query's first token takes its place."""
+    return (prefix, x) if len(prefix) else (plain_embeds(llm, x[:1]), x[1:])
+
+
+def examples(pairs) -> list[dict]:
+    return [{"task": "t", "input": x, "output": y, "options": []} for x, y in pairs]
+
+
+def test_labels_answers_and_vectors_equal_plain_ones(llm_name, checkpoint, demos, tmp_path):
+    argv = ["--llm", llm_name, "--checkpoint", str(checkpoint), "--demos", demos(DEMOS), "--dtype", "fp32", "--device", "cpu",
+            "--out", str(tmp_path / "v.safetensors"), "--ask", *ASKED]
+    result = distill.main(argv)
+    llm, distiller, encoder = parts(llm_name, checkpoint)
+    ids = encoder.demonstrations(examples(DEMOS), 900)
+    with torch.no_grad():
+        vectors = plain_vectors(distiller, ids)
+        torch.testing.assert_close(load_file(tmp_path / "v.safetensors")["vectors"], vectors, atol=1e-5, rtol=1e-5)
+        prefixes = {"zero_shot": plain_embeds(llm, []), "icl": plain_embeds(llm, ids), "mend": vectors}
+        for way, prefix in prefixes.items():
+            for text, found in zip(ASKED, result["answers"][way], strict=True):
+                before, x = split_first(llm, prefix, encoder.query({"input": text}, first=way == "zero_shot"))
+                row = {"demo": [], "queries": [(x, [encoder.answer("happy"), encoder.answer("sad")])]}
+                scores = plain_score_options(llm, [row], [before])[0][0]
+                assert found == ("happy", "sad")[scores.index(max(scores))]
+    assert (result["demonstrations"], result["tokens"], result["vectors"]) == (4, len(ids), 4)
+    again = distill.main(["--llm", llm_name, "--vectors", str(tmp_path / "v.safetensors"), "--dtype", "fp32", "--device", "cpu", "--ask", *ASKED])
+    assert again["answers"] == {"mend": result["answers"]["mend"]}  # no distiller and no demonstration at hand
+
+
+def test_written_answers_equal_a_greedy_loop(llm_name, checkpoint, demos):
+    pairs = [("the boat", "green hills"), ("war", "trade and law"), ("bread", "music")]
+    result = distill.main(["--llm", llm_name, "--checkpoint", str(checkpoint), "--demos", demos(pairs), "--dtype", "fp32",
+                           "--device", "cpu", "--ask", *ASKED])
+    llm, distiller, encoder = parts(llm_name, checkpoint)
+    ids, steps = encoder.demonstrations(examples(pairs), 900), max(len(encoder.answer(y)) for _, y in pairs)
+    with torch.no_grad():
+        prefixes = {"zero_shot": plain_embeds(llm, []), "icl": plain_embeds(llm, ids), "mend": plain_vectors(distiller, ids)}
+        for way, prefix in prefixes.items():
+            for text, found in zip(ASKED, result["answers"][way], strict=True):
+                before, x = split_first(llm, prefix, encoder.query({"input": text}, first=way == "zero_shot"))
+                written = []
+                while len(written) < steps:
+                    # plain_logits gives the logits that predict each of the ids it is given: the last one's place is free
+                    best = plain_logits(llm, before, [*x, *written, 0])[-1].argmax().item()
+                    written.append(best)
+                    if best == llm.config.eos_token_id:
+                        break
+                expected = encoder.tokenizer.hf.decode(written, skip_special_tokens=True).strip().split("\n")[0]
+                assert found == expected
+
+
+def test_accuracy_of_labelled_queries_with_options_of_their_own(llm_name, checkpoint, demos, tmp_path):
+    queries = [{"input": text, "output": "happy", "options": ["happy"]} for text in ASKED]
+    queries += [{"input": "rain", "output": "sad", "options": ["happy"]}, {"input": "law"}]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(q) + "\n" for q in queries))
+    result = distill.main(["--llm", llm_name, "--checkpoint", str(checkpoint), "--demos", demos(DEMOS), "--device", "cpu",
+                           "--queries", str(tmp_path / "q.jsonl")])
+    assert result["accuracy"] == {way: pytest.approx(2 / 3, abs=1e-4) for way in ("zero_shot", "icl", "mend")}
+    assert all(len(answers) == 4 and answers[:3] == ["happy"] * 3 for answers in result["answers"].values())
+
+
+def test_labels():
+    assert distill.labels_of(examples(DEMOS)) == ["happy", "sad"]
+    assert distill.labels_of(examples([("a", "b"), ("c", "d")])) == []
+    assert distill.labels_of([e | {"options": ["no", "yes"]} for e in examples([("a", "b"), ("c", "d")])]) == ["no", "yes"]
+
+
+def test_export_is_small_says_no_path_and_can_be_evaluated(llama, tasks_dir, tmp_path, demos):
+    llm = load_llm(str(llama), CPU, torch.float32)
+    module = build_distiller("layers:2", llm, 4, "residual", 1)
+    model = distiller_config(module, llm, SimpleNamespace(distiller="layers:2", distill_len=4, vector_start="residual", template="space"))
+    state = {"model": model, "trained_on": {"pretrain": {"objective": "kl"}}, "step": 3, "figures": {}, "commit": "abc",
+             "flags": {"out_dir": "/home/me/run"}}
+    common.save_checkpoint(tmp_path / "run" / "best.safetensors", module, state)
+    target = tmp_path / "out" / "x.safetensors"
+    distill.main(["--checkpoint", str(tmp_path / "run"), "--export", str(target)])
+    assert b"/home/me" not in target.read_bytes()
+    tensors, kept = common.load_checkpoint(target)
+    assert {t.dtype for t in tensors.values()} == {torch.bfloat16} and "flags" not in kept
+    for name, p in module.state_dict().items():
+        torch.testing.assert_close(tensors[f"distiller.{name}"].float(), p.float(), atol=1e-2, rtol=1e-2)
+    found = evaluate_main(["--preset", "pocket", "--llm", str(llama), "--tasks", str(tasks_dir), "--checkpoint", str(target), "--methods",
+                           "mend", "--k", "4", "--limit", "4", "--seeds", "13", "--device", "cpu", "--out", str(tmp_path / "r.jsonl")])
+    assert found["tasks"] == 2
+
+
+@pytest.mark.parametrize("argv, message", [
+    ([], "give --demos FILE"), (["--demos", "D", "--vectors", "V"], "give --demos FILE"), (["--demos", "D"], "nothing to do"),
+    (["--vectors", "V", "--out", "O"], "are in a file already"), (["--demos", "missing", "--ask", "x"], "missing does not exist"),
+    (["--demos", "D", "--ask", " "], "--ask holds an empty text"), (["--demos", "D", "--ask", "x", "--context-len", "0"], "--context-len is 0"),
+])
+def test_bad_flags(argv, message, demos):
+    argv = [demos(DEMOS) if a == "D" else a for a in argv]
+    with pytest.raises(common.UserError, match=re.escape(message)):
+        distill.main(argv)
+
+
+@pytest.mark.parametrize("line, message", [
+    ("{", "line 1: expected"), ('{"output": "b"}', "line 1: expected"), ('{"input": "a"}', "output must not be empty"),
+    ("[1]", "line 1: expected"), ("", "is empty"),
+])
+def test_bad_files(line, message, tmp_path):
+    (tmp_path / "d.jsonl").write_text(line + "\n")
+    with pytest.raises(common.UserError, match=re.escape(message)):
+        distill.main(["--demos", str(tmp_path / "d.jsonl"), "--ask", "x"])
+
+
+def test_vectors_of_another_llm_and_no_vectors_are_refused(gpt2, llama, tmp_path):
+    llm, other = (load_llm(str(name), CPU, torch.float32) for name in (gpt2, llama))
+    path = str(tmp_path / "v.safetensors")
+    distill.save_vectors(path, torch.zeros(4, 32), {"llm": distill.identity(llm)})
+    with pytest.raises(common.UserError, match="belong to the LLM"):
+        distill.read_vectors(path, other)
+    (tmp_path / "v.safetensors").write_text("no")
+    with pytest.raises(common.UserError, match="is no file that --out has written"):
+        distill.read_vectors(path, llm)
+
+
+def test_the_published_checkpoint_is_small_and_names_its_data():
+    size = distill.PUBLISHED.stat().st_size
+    _, state = common.load_checkpoint(distill.PUBLISHED, weights=False)
+    assert size <= 45e6 and state["trained_on"]["finetune"]["tasks"] == "metaicl"
+    assert state["trained_on"].keys() == {"pretrain", "finetune"} and "bigbench" not in json.dumps(state)
+    assert state["model"]["llm"]["name"] == "SmolLM2-135M-Instruct" and "flags" not in state
+    card = (distill.PUBLISHED.parent / "README.md").read_text()
+    assert distill.PUBLISHED.name in card and common.checkpoint_id(distill.PUBLISHED).split("@")[1] in card
