@@ -258,7 +258,9 @@ def here(args: argparse.Namespace, llm, distiller) -> dict:
     """The table of the seven methods on this machine: FLOPs, seconds a query, peak memory, storage."""
     limits = (max_positions(llm.config), max_positions(distiller.backbone.config))
     device, longest = llm.device, min((limit for limit in limits if limit is not None), default=sys.maxsize)
-    check((args.demo_tokens + max(args.query_tokens, distiller.distill_len) <= longest,
+    check((not llm.config.is_encoder_decoder,
+           f"--llm {args.llm} is an encoder-decoder, which keeps no keys and values; give a decoder-only LLM, or --plan"),
+          (args.demo_tokens + max(args.query_tokens, distiller.distill_len) <= longest,
            (f"--demo-tokens {args.demo_tokens} with a query or {distiller.distill_len} placeholders passes the "
             f"{longest} tokens that the models read; give less")))
     rows = count_methods(llm, distiller, args.demo_tokens, args.query_tokens, args.dtype, args.all_logits)

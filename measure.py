@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from common import torch_dtype
 from model import build_distiller, fuse_gelu, load_distiller, load_llm
@@ -132,6 +132,7 @@ def peak_in_child(prepare: Callable, *args) -> dict:
 # ---------------------------------------------------------------------------------------------------------------------
 # Models
 
+T5 = {"model_type": "t5", "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "decoder_start_token_id": 0}
 CONFIGS = {  # the published architectures, so that neither counting nor --random-init needs a hub
     "gpt2": {"model_type": "gpt2"},
     "gpt2-large": {"model_type": "gpt2", "n_embd": 1280, "n_layer": 36, "n_head": 20},
@@ -139,15 +140,24 @@ CONFIGS = {  # the published architectures, so that neither counting nor --rando
     "opt-125m": {"model_type": "opt"},
     "opt-6.7b": {"model_type": "opt", "hidden_size": 4096, "word_embed_proj_dim": 4096, "ffn_dim": 16384,
                  "num_hidden_layers": 32, "num_attention_heads": 32},
+    "t5-small-lm-adapt": {**T5, "d_model": 512, "d_ff": 1024, "num_layers": 8, "num_heads": 6},
+    "t5-large-lm-adapt": {**T5, "d_model": 1024, "d_ff": 2816, "num_layers": 24, "num_heads": 16},
+    "flan-t5-base": {**T5, "d_model": 768, "d_ff": 2048, "num_layers": 12, "num_heads": 12},
+    "flan-t5-xl": {**T5, "d_model": 2048, "d_ff": 5120, "num_layers": 24, "num_heads": 32},
 }
 PAIRS = {"gpt2-large": "gpt2", "gpt2-xl": "gpt2", "opt-6.7b": "opt-125m"}  # the paper's LLMs and their distillers
+T5_PAIRS = {"t5-large-lm-adapt": "t5-small-lm-adapt", "flan-t5-xl": "flan-t5-base"}
 
 
 def build_random(llm_name: str, distiller_name: str, distill_len: int, dtype: torch.dtype, device="cpu"):
     """An LLM and its distiller with random weights, or, under `no_weights`, with none; in eval mode."""
     config = CONFIGS.get(Path(llm_name).name)
     config = AutoConfig.for_model(**config) if config else AutoConfig.from_pretrained(llm_name)
-    llm = AutoModelForCausalLM.from_config(config, dtype=dtype).to(device).eval().requires_grad_(False)
+    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    llm = kind.from_config(config, dtype=dtype)
+    if getattr(config, "scale_decoder_outputs", None) is False:  # T5 v1.1 has a head of its own; from_config ties it
+        llm.lm_head.weight = nn.Parameter(llm.lm_head.weight.detach().clone())
+    llm = llm.to(device).eval().requires_grad_(False)
     backbone = None if distiller_name.startswith("layers:") else CONFIGS.get(Path(distiller_name).name) or \
         AutoConfig.from_pretrained(distiller_name).to_dict()
     return fuse_gelu(llm), build_distiller(distiller_name, llm, distill_len, "plain", 0, backbone).eval()

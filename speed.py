@@ -12,13 +12,16 @@ import statistics
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from common import UserError, autocast, torch_dtype
 from data import Encoder, Tasks, Tokenizer, collate, load_tasks, sample_row, step_rows
 from evaluate import make_encoder, one_prefix, passes
 from measure import (
     PAIRS,
+    T5_PAIRS,
     Count,
     build_random,
     in_child,
@@ -30,14 +33,14 @@ from measure import (
     with_flags,
 )
 from model import (
-    causal_mask,
+    Prefix,
+    checkpoint_layers,
     demo_prefix,
     distill_loss,
     finetune_loss,
-    positions_of,
+    loss_mask,
     pred_loss,
     query_states,
-    run_backbone,
     score_options,
     vector_prefix,
 )
@@ -45,31 +48,32 @@ from tests.plain import plain_embeds, plain_finetune_loss, plain_kl, plain_score
 
 CARDS = (16, 24, 40, 80)  # GB of memory
 GB = 1e9
+ANSWER = 4                # tokens of the answer in a planned step
 SQUARE = 4096             # width of the matrices whose product gives the machine's rate
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
 
 
-def counted_positions(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Indices into the batch's flattened (B * T) columns: of all tokens, and of answer tokens."""
-    mask, answers = batch["query_mask"], batch["query_mask"] & (batch["branch"] > 0)
+def counted_positions(llm, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Indices into the batch's flattened (B * T) columns: of the tokens of `loss_mask`, and of answer tokens."""
+    mask, answers = loss_mask(llm, batch), batch["query_mask"] & (batch["branch"] > 0)
     return mask.flatten().nonzero()[:, 0], answers.flatten().nonzero()[:, 0]
 
 
 def training_step(llm, distiller, batch: dict[str, Tensor], where: tuple[Tensor, Tensor], dtype: str,
-                  read_student: Callable | None = None) -> Tensor:
+                  read: Callable[[Prefix], Tensor] | None = None) -> Tensor:
     """Forward and backward of Eq. (4) as in train_finetune.py, the gradient left in the distiller; returns the loss.
 
-    where: `counted_positions` of the batch. read_student: vectors -> (B, T, d) stands in for the student's pass.
+    where: `counted_positions` of the batch. read: prefix -> (B, T, d) stands in for `query_states`.
     """
     tokens, answers = where
+    read = read or functools.partial(query_states, llm, batch=batch)
     with torch.no_grad():
-        teacher = query_states(llm, demo_prefix(llm, batch["demo_ids"], batch["demo_mask"]), batch).flatten(0, 1)
+        teacher = read(demo_prefix(llm, batch["demo_ids"], batch["demo_mask"])).flatten(0, 1)        # (B * T, d)
     with autocast(llm.device, dtype):
         vectors = distiller(batch["demo_ids"], batch["demo_mask"])                                   # (B, l, d)
-    read = read_student or (lambda vectors: query_states(llm, vector_prefix(llm, vectors), batch))
-    student = read(vectors).flatten(0, 1)                                                            # (B * T, d)
+    student = read(vector_prefix(llm, vectors)).flatten(0, 1)                                        # (B * T, d)
     loss = finetune_loss(pred_loss(llm, student[answers], batch["query_ids"].flatten()[answers]),
                          distill_loss(llm, student[tokens], teacher[tokens]), 1.0)
     loss.backward()
@@ -88,7 +92,7 @@ def plain_step(llm, distiller, rows: list[dict], dtype: str) -> None:
 def training_speed(llm, distiller, rows: list[dict], dtype: str, repeats: int) -> dict:
     """Query tokens a second of a step over `rows`, ours and plain, and ours as a share of the matrix-product rate."""
     device, batch = llm.device, collate(rows, llm.device)
-    where = counted_positions(batch)
+    where = counted_positions(llm, batch)
     square = torch.randn(SQUARE, SQUARE, device=device, dtype=torch_dtype(dtype))
     distiller.train()
 
@@ -240,7 +244,7 @@ def time_steps(load: Callable, args: tuple, threads: int, repeats: int) -> float
     torch.set_num_threads(threads)
     llm, distiller, rows, dtype = load(*args)
     batch = collate(rows, llm.device)
-    where = counted_positions(batch)
+    where = counted_positions(llm, batch)
     distiller.train()
     times = interleaved({"step": lambda: training_step(llm, distiller, batch, where, dtype)}, repeats, llm.device)
     return statistics.median(times["step"])
@@ -262,32 +266,26 @@ def thread_settings(load: Callable, *args, repeats: int = 3) -> list[dict]:
 def plan_one(name: str, args: argparse.Namespace, batch_size: int, checkpointing: bool) -> dict:
     """FLOPs and memory of one step of Eq. (4), LLM in 16 bit: weights, AdamW's state and what is alive at once.
 
-    With checkpointing the frozen LLM's layers are run again in the backward pass, so the student reads [S_D ; E_x ;
-    E_y] as one sequence, without a cache. In 8 bit (bitsandbytes) each weight of the layers' matrices takes one byte,
-    and the backward pass unpacks one matrix at a time.
+    With checkpointing the frozen LLM's layers are run again in the backward pass. In 8 bit (bitsandbytes) each weight
+    of the layers' matrices takes one byte, but for T5's `wo`, which stays as it is, and the backward pass unpacks one
+    matrix at a time.
     """
     with no_weights():
-        llm, distiller = build_random(name, PAIRS[name], args.distill_len, torch.bfloat16)
-        row = {"demo": [0] * args.demo_tokens, "queries": [([0] * (args.query_tokens - 4), [[0] * 4])]}
+        llm, distiller = build_random(name, (PAIRS | T5_PAIRS)[name], args.distill_len, torch.bfloat16)
+        row = {"demo": [0] * args.demo_tokens, "queries": [([0] * (args.query_tokens - ANSWER), [[0] * ANSWER])]}
         batch, columns = collate([row] * batch_size), torch.arange(batch_size * args.query_tokens)
-        where = columns, columns[:4 * batch_size]
-
-        def read_again(vectors: Tensor) -> Tensor:
-            embeds = torch.cat([vectors.to(llm.dtype), llm.get_input_embeddings()(batch["query_ids"])], dim=1)
-            mask = torch.ones(embeds.shape[:2], dtype=torch.bool)
-            llm.train()  # transformers recomputes in this mode only
-            states = run_backbone(llm.base_model, embeds, causal_mask(mask), positions_of(mask)).last_hidden_state
-            return states[:, args.distill_len - 1:-1]
-
+        answers, read = columns[:ANSWER * batch_size], None
+        if llm.config.is_encoder_decoder:
+            columns, read = answers, functools.partial(read_answers, llm, batch["query_ids"])
         if checkpointing:
-            llm.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+            checkpoint_layers(llm)
         distiller.train()
-        turn_dropout_off(llm)
-        turn_dropout_off(distiller)
+        let_attention_fuse(distiller)
         with Count() as count:
-            training_step(llm, distiller, batch, where, "bf16", read_again if checkpointing else None)
-    embeddings = [p for m in llm.base_model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()]
-    matrices = [p.numel() for p in llm.base_model.parameters() if p.dim() == 2 and not any(p is e for e in embeddings)]
+            training_step(llm, distiller, batch, (columns, answers), "bf16", read)
+    head, kept = llm.get_output_embeddings(), tuple(llm._keep_in_fp32_modules)
+    matrices = [m.weight.numel() for n, m in llm.named_modules()
+                if isinstance(m, nn.Linear | Conv1D) and m is not head and not n.endswith(kept)]
     adam = 8 * sum(p.numel() for p in distiller.parameters() if p.requires_grad)
     memory = {"llm": weight_bytes(llm), "distiller": weight_bytes(distiller) + adam, "alive": count.peak}
     in_8_bit = memory | {"llm": memory["llm"] - sum(matrices) + 2 * max(matrices)}
@@ -295,26 +293,40 @@ def plan_one(name: str, args: argparse.Namespace, batch_size: int, checkpointing
             "peak_bytes": {"16 bit": sum(memory.values()), "8 bit": sum(in_8_bit.values())}}
 
 
-def turn_dropout_off(model: nn.Module) -> None:
-    """The frozen LLM has none. The distiller's is drawn inside the fused attention on a GPU, where the CPU's kernels
-    would write all scores out; outside attention it takes a byte a number, which is left out."""
-    for module in model.modules():
+def read_answers(llm, query_ids: Tensor, prefix: Prefix) -> Tensor:
+    """`model.answer_states` where a row is one query with one option, its last ANSWER tokens: the same passes, without
+    a look at the data, of which there is none. query_ids: (B, T) -> (B, T, d)."""
+    x, y = query_ids[:, :-ANSWER], query_ids[:, -ANSWER:]
+    embeds = torch.cat([prefix.embeds, llm.get_input_embeddings()(x)], dim=1)                        # (B, P + T_x, d)
+    mask = torch.cat([prefix.mask, torch.ones_like(x, dtype=torch.bool)], dim=1)                     # (B, P + T_x)
+    encoded = llm.get_encoder()(inputs_embeds=embeds, attention_mask=mask).last_hidden_state
+    states = llm.get_decoder()(input_ids=y, encoder_hidden_states=encoded, encoder_attention_mask=mask,
+                               use_cache=False).last_hidden_state                                    # (B, T_y, d)
+    return F.pad(states, (0, 0, x.shape[1], 0))
+
+
+def let_attention_fuse(distiller: nn.Module) -> None:
+    """Turn off what a GPU does within the fused attention, where the CPU's kernels would write all scores out: dropout,
+    which elsewhere takes a byte a number, left out, and the gradient of T5's position bias."""
+    for module in distiller.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        elif isinstance(getattr(module, "dropout", None), float):  # OPT
+        elif isinstance(getattr(module, "dropout", None), float):  # OPT, T5
             module.dropout = 0.0
+        if (bias := getattr(module, "relative_attention_bias", None)) is not None:
+            bias.requires_grad_(False)
 
 
 def plan(args: argparse.Namespace) -> list[dict]:
     """Which card a training step fits: counted memory, and 1.5 GB for what torch itself takes and cannot use."""
     print(f"one step of Eq. (4): {args.demo_tokens} demonstration and {args.query_tokens} query tokens, "
           f"l = {args.distill_len}")
-    print(f"{'LLM':12s}{'batch':>6s}{'checkpointing':>14s}{'TFLOP':>8s}"
+    print(f"{'LLM':18s}{'batch':>6s}{'checkpointing':>14s}{'TFLOP':>8s}"
           f"{'16 bit GB':>11s}{'fits':>14s}{'8 bit GB':>10s}{'fits':>14s}")
     found = []
-    for name, batch_size, checkpointing in itertools.product(PAIRS, (1, 8), (False, True)):
+    for name, batch_size, checkpointing in itertools.product(PAIRS | T5_PAIRS, (1, 8), (False, True)):
         r = plan_one(name, args, batch_size, checkpointing)
-        line = f"{name:12s}{batch_size:6d}{'yes' if checkpointing else 'no':>14s}{r['flops'] / 1e12:8.2f}"
+        line = f"{name:18s}{batch_size:6d}{'yes' if checkpointing else 'no':>14s}{r['flops'] / 1e12:8.2f}"
         fits = {}
         for bits, width in (("16 bit", 11), ("8 bit", 10)):
             fits[bits] = [card for card in CARDS if r["peak_bytes"][bits] + 1.5 * GB <= card * GB]

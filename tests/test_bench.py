@@ -1,6 +1,7 @@
 """Tests of bench.py, speed.py, measure.py and figures_bench.py: counts against sums by hand, losses against plain.py."""
 
 import argparse
+import itertools
 import json
 import os
 
@@ -16,7 +17,7 @@ import speed
 from common import UserError
 from data import Tokenizer, collate, load_tasks
 from evaluate import make_encoder
-from model import build_distiller, load_llm
+from model import build_distiller, checkpoint_layers, load_llm
 from tests.plain import plain_embeds, plain_finetune_loss, plain_logits, plain_vectors
 
 CPU = torch.device("cpu")
@@ -28,6 +29,12 @@ TINY = {  # every name that the code asks for, so small that a count takes no ti
                  "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 500},
     "opt-6.7b": {"model_type": "opt", "hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 256,
                  "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 500},
+    "t5-small-lm-adapt": {**measure.T5, "d_model": 48, "d_ff": 80, "num_layers": 2, "num_heads": 3, "d_kv": 8,
+                          "vocab_size": 500},
+    "t5-large-lm-adapt": {**measure.T5, "d_model": 64, "d_ff": 96, "num_layers": 4, "num_heads": 4, "d_kv": 8,
+                          "vocab_size": 500},
+    "flan-t5-base": {**measure.T5, "d_model": 32, "d_ff": 64, "num_layers": 3, "num_heads": 2, "vocab_size": 500},
+    "flan-t5-xl": {**measure.T5, "d_model": 80, "d_ff": 160, "num_layers": 5, "num_heads": 4, "vocab_size": 500},
 }
 T_D, T_X, L, V = 30, 9, 5, 500
 WIDTH, LAYERS, WIDTH_S, LAYERS_S = 64, 4, 48, 2  # of gpt2-large and gpt2 above
@@ -149,10 +156,11 @@ def test_the_formulas_by_hand_hold_to_two_percent(tiny, name):
 
 def test_the_published_sizes():
     """Weights in millions, as the models' papers state them, and the two ratios of FLOPs by formula alone."""
-    sizes, llms = {"gpt2": 124, "gpt2-large": 774, "gpt2-xl": 1558, "opt-125m": 125, "opt-6.7b": 6658}, {}
+    sizes, llms = {"gpt2": 124, "gpt2-large": 774, "gpt2-xl": 1558, "opt-125m": 125, "opt-6.7b": 6658,
+                   "t5-small-lm-adapt": 77, "t5-large-lm-adapt": 783, "flan-t5-base": 248, "flan-t5-xl": 2850}, {}
     with measure.no_weights():
         for name, millions in sizes.items():
-            llms[name] = AutoModelForCausalLM.from_config(AutoConfig.for_model(**measure.CONFIGS[name]))
+            llms[name], _ = measure.build_random(name, "gpt2", L, torch.bfloat16)
             assert sum(p.numel() for p in llms[name].parameters()) / 1e6 == pytest.approx(millions, rel=0.005)
     for name, expected in (("gpt2-large", 3.64), ("gpt2-xl", 4.65)):
         by_hand = bench.flops_by_hand(llms[name].config, 900, 56, llms["gpt2"].config, 100)
@@ -240,7 +248,7 @@ def test_the_step_that_is_timed_is_eq_4(llama, tasks_dir):
     args, llm, distiller, tasks, encoder = speed_setting(llama, tasks_dir)
     (row,) = speed.typical_rows(tasks, encoder, args.seed, args.k, 1, 1)
     batch = collate([row])
-    loss = speed.training_step(llm, distiller, batch, speed.counted_positions(batch), "fp32")
+    loss = speed.training_step(llm, distiller, batch, speed.counted_positions(llm, batch), "fp32")
     gradient = {n: p.grad.clone() for n, p in distiller.named_parameters() if p.grad is not None}
     distiller.zero_grad()
     plain = plain_finetune_loss(llm, row["demo"], plain_vectors(distiller, row["demo"]), row["queries"][0])
@@ -368,6 +376,51 @@ def test_plan_by_hand(tiny):
         assert r["peak_bytes"]["16 bit"] - r["peak_bytes"]["8 bit"] == matrix - 2 * 4 * width ** 2
 
 
+@pytest.mark.parametrize("name", measure.T5_PAIRS)
+def test_plan_of_t5_by_hand(tiny, name):
+    """As above, but the student's backward pass reaches the encoder through the decoder's keys and values, and logits
+    are those of the 4 answer tokens: once for the teacher, and forward and backward for each of two losses."""
+    found = speed.plan_one(name, plan_args(), 2, False)
+    c, small = (AutoConfig.for_model(**TINY[n]) for n in (name, measure.T5_PAIRS[name]))
+    y, inner = 4, c.num_heads * c.d_kv
+    project, gated = c.d_model * inner, c.d_model * c.d_ff  # a matrix of the attention, and of the gated layer
+
+    def encoder(c, tokens, times=1, times_attention=1):
+        inner = c.num_heads * c.d_kv
+        matrices = 2 * (4 * c.d_model * inner + 3 * c.d_model * c.d_ff) * c.num_layers * tokens
+        return times * matrices + times_attention * attention(inner, c.num_layers, tokens, tokens)
+
+    def llm(x, times=1, times_attention=1):  # each decoder layer brings the encoder's x states to keys and values
+        matrices = 2 * c.num_layers * ((6 * project + 3 * gated) * y + 2 * project * x)
+        return encoder(c, x, times, times_attention) + times * matrices \
+            + times_attention * attention(inner, c.num_layers, y, y + x)
+
+    teacher, student = llm(T_D + T_X - y), llm(L + T_X - y, 2, 3.5)
+    student -= 2 * 5 * project * y + 2.5 * attention(inner, 1, y, y)  # no vector before the first cross-attention
+    distil = encoder(small, T_D + L, 3, 3.5) + 3 * 2 * small.d_model * c.d_model * L
+    head = 2 * c.d_model * V * 5 * y
+    assert found["flops"] == 2 * (teacher + student + distil + head)
+    # in 8 bit the third matrix of each gated layer stays as it is, and the largest is unpacked
+    matrices = c.num_layers * (12 * project + 2 * 2 * gated)
+    assert found["peak_bytes"]["16 bit"] - found["peak_bytes"]["8 bit"] == matrices - 2 * max(project, gated)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_plan_of_t5_counts_a_real_step(tiny, checkpointing):
+    """With weights, through `model.answer_states`; a shorter row is padded and changes no shape."""
+    found = speed.plan_one("t5-large-lm-adapt", plan_args(), 2, checkpointing)
+    llm, distiller = measure.build_random("t5-large-lm-adapt", "t5-small-lm-adapt", L, torch.bfloat16)
+    if checkpointing:
+        checkpoint_layers(llm)
+    speed.let_attention_fuse(distiller.train())
+    batch = collate([{"demo": [5] * (T_D - n), "queries": [([6] * (T_X - 4 - n), [[7] * 4])]} for n in (0, 2)])
+    with measure.Count() as count:
+        speed.training_step(llm, distiller, batch, speed.counted_positions(llm, batch), "bf16")
+    assert count.flops == found["flops"]
+    assert count.peak == pytest.approx(found["bytes"]["alive"], rel=0.05)
+    assert distiller.placeholders.grad.norm() > 0
+
+
 def test_plan_counts_fused_attention(tiny):
     """With 1,000 demonstration tokens, the distiller's scores alone would take 2 layers x 4 heads x 1,005^2 x 2 bytes."""
     args = argparse.Namespace(distill_len=L, demo_tokens=1000, query_tokens=T_X)
@@ -375,7 +428,7 @@ def test_plan_counts_fused_attention(tiny):
 
 
 def test_plan_says_which_cards_fit(tiny, monkeypatch, capsys):
-    peaks = iter([14.6, 14.4, 22, 38, 78.6, 1] * 2)
+    peaks = itertools.cycle([14.6, 14.4, 22, 38, 78.6, 1])
     monkeypatch.setattr(speed, "plan_one", lambda *_: {
         "flops": 1, "peak_bytes": {"16 bit": next(peaks) * 1e9, "8 bit": 1e9}})
     found = speed.plan(plan_args())
@@ -384,6 +437,7 @@ def test_plan_says_which_cards_fit(tiny, monkeypatch, capsys):
     assert [(r["llm"], r["batch_size"], r["checkpointing"]) for r in found[:5]] == [
         ("gpt2-large", 1, False), ("gpt2-large", 1, True), ("gpt2-large", 8, False), ("gpt2-large", 8, True),
         ("gpt2-xl", 1, False)]
+    assert [r["llm"] for r in found[::4]] == ["gpt2-large", "gpt2-xl", "opt-6.7b", "t5-large-lm-adapt", "flan-t5-xl"]
     assert "none" in capsys.readouterr().out
 
 
@@ -453,11 +507,13 @@ def test_suite_states_every_ratio(flags, tiny, tmp_path, monkeypatch, capsys):
     assert "| loss memory plain over chunked | 3.00 | 4.00, missed | 1 against 3 MB" in capsys.readouterr().out
 
 
-def test_flag_faults(flags):
+def test_flag_faults(flags, tiny):
     with pytest.raises(UserError, match=r"--demo-tokens is 0.*--query-tokens is 2.*--repeats is 0.*exclude each other"):
         bench.main([*flags, "--demo-tokens", "0", "--query-tokens", "2", "--repeats", "0", "--random-init",
                     "--checkpoint", "x"])
     with pytest.raises(UserError, match="passes the 2048 tokens"):
         bench.main([*flags, "--demo-tokens", "2045", "--repeats", "1"])
+    with pytest.raises(UserError, match="t5-large-lm-adapt is an encoder-decoder"):
+        bench.main([*flags, "--llm", "t5-large-lm-adapt", "--distiller", "t5-small-lm-adapt", "--random-init"])
     with pytest.raises(UserError, match="does not exist; make it with"):
         figures_bench.main(["--results", "nowhere.json"])
