@@ -1,7 +1,7 @@
-# make demo   set-up, assets, then both training stages and an evaluation on a real pretrained LLM
+# make demo   set-up, assets, the published checkpoint on tasks it has not seen, then a small run of both training stages
 # make test   set-up, then the whole suite
 # make setup, make assets   their parts
-# make table2 SCALE=pocket   a table or figure of the paper: table1 table2 table3 table6 table7 fig3 fig4 fig5 ablations
+# make table2 SCALE=gpu   a table or figure of the paper: table1 table2 table3 table6 table7 fig3 fig4 fig5 ablations
 # A CPU build of torch, where the default would be a GPU build of several GB: make setup PIP_FLAGS="--index-url ..."
 # with the address that PyTorch's own installation page gives for CPU.
 
@@ -9,6 +9,7 @@ PYTHON ?= python3
 PIP_FLAGS ?=
 BIN := .venv/bin
 DEMO := out/demo
+PUBLISHED := checkpoints/smollm2-135m-class_to_class.safetensors
 # threads that spin while they wait make a training step ten times slower where other work shares the cores
 export GOMP_SPINCOUNT ?= 100
 
@@ -25,9 +26,11 @@ assets: setup
 	$(BIN)/python assets.py
 
 demo: assets
+	$(BIN)/python evaluate.py --preset pocket --checkpoint $(PUBLISHED) --seeds 100 --limit 16 --out $(DEMO)/published.jsonl
 	$(BIN)/python train_pretrain.py --preset pocket --steps 50 --eval-every 50 --eval-docs 32 --out-dir $(DEMO)/pretrain --resume
 	$(BIN)/python train_finetune.py --preset pocket --steps 40 --eval-every 40 --init-from $(DEMO)/pretrain --out-dir $(DEMO)/finetune --resume
-	$(BIN)/python evaluate.py --preset pocket --checkpoint $(DEMO)/finetune --seeds 100 --limit 32 --out $(DEMO)/results.jsonl
+	$(BIN)/python evaluate.py --preset pocket --checkpoint $(DEMO)/finetune --seeds 100 --limit 16 --out $(DEMO)/results.jsonl
+	$(BIN)/python figures.py curves $(DEMO)/pretrain $(DEMO)/finetune --out $(DEMO)
 
 # the paper's tables and figures: make table2 SCALE=pocket (runs/settings.sh has the other settings)
 table1 table2 table3 table6 table7 fig3 fig4 fig5 ablations: setup

@@ -324,12 +324,13 @@ def save_checkpoint(path: Path, distiller: nn.Module, state: dict, optimizer: to
 
 
 def export_checkpoint(source: str | Path, target: Path) -> None:
-    """Write a run's distiller to a file of its own, to be published: weights in bf16, no optimiser, no flags (which name
-    this machine's folders)."""
+    """Write a run's distiller to a file of its own, to be published: weights in bf16, no optimiser, and of the flags the
+    numbers only (the others may name this machine's folders)."""
     tensors, state = load_checkpoint(source)
     from safetensors.torch import save_file
     weights = {name: t.to(torch.bfloat16) for name, t in tensors.items() if name.startswith("distiller.")}
     kept = {name: state[name] for name in ("model", "trained_on", "commit", "step", "figures")}
+    kept["flags"] = {name: value for name, value in state["flags"].items() if isinstance(value, int | float)}
     target.parent.mkdir(parents=True, exist_ok=True)
     save_file(weights, target, metadata={"state": json.dumps(kept)})
 

@@ -275,6 +275,8 @@ def draw_run(ax: Axes, share_ax: Axes, run: Path) -> tuple[dict, str]:
         ax.plot(at, [r[held_out] for r in evaluations], color=colour, marker="o",
                 label="held out" if pretraining else "dev tasks")
         share_ax.plot(at, [100 * r[share] for r in evaluations], color=colour, marker="o")
+        low, high = share_ax.get_ylim()
+        share_ax.set_ylim(min(low, high - 5), max(high, low + 5))  # a change of a hundredth shall not look like one
         for reference, method in (("val_kl_no_context", "zero_shot"), ("val_kl_last_l", "icl_budget")):
             if reference in evaluations[-1]:
                 c, _, label = METHODS[method]

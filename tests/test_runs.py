@@ -25,8 +25,8 @@ def scripts(llama, tasks_dir, corpus_dir, tmp_path_factory):
         "OMP_NUM_THREADS": "1",
     }
 
-    def run(name: str) -> Path:
-        done = subprocess.run(["bash", str(ROOT / "runs" / name)], env=env, check=False, capture_output=True, text=True)
+    def run(name: str, **more: str) -> Path:
+        done = subprocess.run(["bash", str(ROOT / "runs" / name)], env=env | more, check=False, capture_output=True, text=True)
         assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
         return folder
     return run
@@ -108,3 +108,15 @@ def test_fig5(scripts):
     assert json.loads((folder / "results" / "attention.json").read_text())["mend"]["prefix"]
     for name in ("fig5", "fig8"):
         assert (folder / "results" / "figures" / f"{name}.png").stat().st_size > 5000
+
+
+@pytest.mark.slow
+def test_gpu_stops_in_time_and_goes_on(scripts, tmp_path):
+    with pytest.raises(AssertionError, match="call again to go on"):  # no time at all, and not no limit
+        scripts("gpu.sh", RUNS=str(tmp_path), MINUTES="1/60")
+    folder = scripts("gpu.sh", RUNS=str(tmp_path))
+    records = [json.loads(line) for line in (folder / "results" / "table2-gpu.jsonl").read_text().splitlines()]
+    assert {(r["method"], r["task"], r["seed"]) for r in records} == {
+        (m, t, s) for m in ("zero_shot", "majority", "icl", "icl_budget", "prompt_tuning", "hypertuning", "mend")
+        for t in ("ag_news", "emo") for s in (100, 13)}
+    assert "mend" in (folder / "results" / "table2-gpu.md").read_text()
