@@ -18,6 +18,7 @@ from transformers import AutoModel
 
 from common import UserError, require_hub
 from data import MAX_INPUT, Tokenizer
+from model import is_cached
 
 PERTURBATIONS = ("no_label", "no_input", "random_label", "wrong_label")
 
@@ -87,7 +88,7 @@ class SentenceEncoder:
             self.encode = tokenizer.encode
             self.backbone = llm.get_encoder() if llm.config.is_encoder_decoder else llm.base_model
             return
-        if not Path(name).exists():
+        if not Path(name).exists() and not is_cached(name):
             require_hub(f"--dense-model {name}")
         hf = Tokenizer(name).hf  # with the special tokens that its model was trained with, such as BERT's
         self.encode = lambda text: hf(text, truncation=True, max_length=MAX_INPUT)["input_ids"]

@@ -30,9 +30,9 @@ if [ "$SCALE" = pocket ]; then  # what was tried on dev data is in results/LOG.m
     MEND="--steps 300 --batch-size 4 --lr 1e-3 --eval-every 50 --patience 0" HYPERTUNING=$MEND PROMPT_TUNING=$MEND
 elif [ "$SCALE" = gpu ]; then
     PRESET=pocket COMMON="--distill-len 100"
-    PRETRAIN="--window 1024 --context-len 900 --batch-size 16 --steps 3000 --eval-every 500 --patience 0 --save-every 250"
-    MEND="--context-len 900 --batch-size 8 --steps 4000 --eval-every 250 --patience 0 --save-every 250"
-    HYPERTUNING=$MEND PROMPT_TUNING=$MEND
+    PRETRAIN="--window 1024 --context-len 900 --batch-size 16 --steps 3000 --lr 5e-4 --eval-every 500 --patience 0 --save-every 250"
+    MEND="--context-len 900 --batch-size 8 --steps 4000 --lr 1e-3 --eval-every 250 --patience 0 --save-every 250"
+    HYPERTUNING=$MEND PROMPT_TUNING="$MEND --lr 1e-2"
 elif [ "$SCALE" != paper ]; then
     echo "SCALE is $SCALE; give paper, pocket or gpu" >&2
     exit 2
