@@ -27,12 +27,12 @@ assets: setup
 
 demo: assets
 	$(BIN)/python evaluate.py --preset pocket --checkpoint $(PUBLISHED) --seeds 100 --limit 16 --out $(DEMO)/published.jsonl
-	$(BIN)/python train_pretrain.py --preset pocket --steps 50 --eval-every 50 --eval-docs 32 --out-dir $(DEMO)/pretrain --resume
-	$(BIN)/python train_finetune.py --preset pocket --steps 40 --eval-every 40 --init-from $(DEMO)/pretrain --out-dir $(DEMO)/finetune --resume
+	$(BIN)/python train_pretrain.py --preset pocket --steps 20 --eval-every 20 --eval-docs 16 --out-dir $(DEMO)/pretrain --resume
+	$(BIN)/python train_finetune.py --preset pocket --steps 20 --eval-every 20 --init-from $(DEMO)/pretrain --out-dir $(DEMO)/finetune --resume
 	$(BIN)/python evaluate.py --preset pocket --checkpoint $(DEMO)/finetune --seeds 100 --limit 16 --out $(DEMO)/results.jsonl
 	$(BIN)/python figures.py curves $(DEMO)/pretrain $(DEMO)/finetune --out $(DEMO)
 
-# the paper's tables and figures: make table2 SCALE=pocket (runs/settings.sh has the other settings)
+# the paper's tables and figures: make table2 SCALE=gpu (runs/settings.sh has the other settings)
 table1 table2 table3 table6 table7 fig3 fig4 fig5 ablations: setup
 	PYTHON=$(BIN)/python runs/$@.sh
 

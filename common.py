@@ -148,17 +148,24 @@ def shared_rules(args: argparse.Namespace) -> list[tuple[bool, str]]:
         (args.distill_len >= 1, f"--distill-len is {args.distill_len}; give at least 1"),
         (args.k >= 1, f"--k is {args.k}; give at least 1 demonstration"),
         (args.seed >= 0, f"--seed is {args.seed}; give 0 or more"),
+        *device_rules(args),
+        (args.llm_weights != "8bit" or (args.device != "cpu" and torch.cuda.is_available()),
+         "--llm-weights 8bit needs a CUDA device; use fp32 or bf16 on a CPU"),
+        *((args.llm_weights != "8bit" or importlib.util.find_spec(package) is not None,
+           f"--llm-weights 8bit needs the package {package}: pip install {package}")
+          for package in ("bitsandbytes", "accelerate")),
+    ]
+
+
+def device_rules(args: argparse.Namespace) -> list[tuple[bool, str]]:
+    """Rules on --device and --dtype, for `check`."""
+    return [
         (re.fullmatch(r"auto|cpu|cuda(:\d+)?", args.device) is not None,
          f"--device {args.device} is unknown; give auto, cpu, cuda or cuda:N"),
         (not args.device.startswith("cuda") or torch.cuda.is_available(),
          f"--device {args.device}, but torch sees no CUDA device; use --device cpu"),
         (args.dtype != "fp16" or (args.device != "cpu" and torch.cuda.is_available()),
          "--dtype fp16 on a CPU; use fp32 or bf16 there"),
-        (args.llm_weights != "8bit" or (args.device != "cpu" and torch.cuda.is_available()),
-         "--llm-weights 8bit needs a CUDA device; use fp32 or bf16 on a CPU"),
-        *((args.llm_weights != "8bit" or importlib.util.find_spec(package) is not None,
-           f"--llm-weights 8bit needs the package {package}: pip install {package}")
-          for package in ("bitsandbytes", "accelerate")),
     ]
 
 
@@ -227,7 +234,7 @@ def setup(args: argparse.Namespace, training: bool) -> torch.device:
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if device.type == "cuda":
-        # its kernels are planned anew for each shape, and here every batch has another (a step took three times as long)
+        # its kernels are planned anew for each shape, and here every batch has another (a step took twice as long)
         torch.backends.cuda.enable_cudnn_sdp(False)
     if args.dtype == "auto":
         if device.type == "cuda":
@@ -324,15 +331,22 @@ def save_checkpoint(path: Path, distiller: nn.Module, state: dict, optimizer: to
 
 
 def export_checkpoint(source: str | Path, target: Path) -> None:
-    """Write a run's distiller to a file of its own, to be published: weights in bf16, no optimiser, and of the flags the
-    numbers only (the others may name this machine's folders)."""
+    """Write a run's distiller to a file of its own, to be published: weights in bf16, no optimiser, and nothing that names
+    this machine's folders: of the flags the numbers only, and of a distiller's folder its name."""
     tensors, state = load_checkpoint(source)
     from safetensors.torch import save_file
     weights = {name: t.to(torch.bfloat16) for name, t in tensors.items() if name.startswith("distiller.")}
     kept = {name: state[name] for name in ("model", "trained_on", "commit", "step", "figures")}
-    kept["flags"] = {name: value for name, value in state["flags"].items() if isinstance(value, int | float)}
+    def name_only(value):
+        return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+    backbone = kept["model"]["backbone"] or {}
+    kept["model"] = {name: name_only(value) for name, value in kept["model"].items()}
+    kept["model"]["backbone"] = {name: name_only(value) for name, value in backbone.items()} or None
+    kept["flags"] = {name: value for name, value in state.get("flags", {}).items() if type(value) in (int, float)}
     target.parent.mkdir(parents=True, exist_ok=True)
-    save_file(weights, target, metadata={"state": json.dumps(kept)})
+    temporary = target.with_suffix(".tmp")
+    save_file(weights, temporary, metadata={"state": json.dumps(kept)})
+    os.replace(temporary, target)
 
 
 def load_checkpoint(path: str | Path, device: torch.device | str = "cpu",
@@ -397,7 +411,9 @@ class Run:
                     # an evaluation is logged before it is saved: one that was not saved will be made again
                     until = self.state["evaluated"] if "val_kl" in record else self.step
                     kept += [line] if record["step"] <= until else []
-            self.metrics.write_text("".join(f"{line}\n" for line in kept))
+            text = "".join(f"{line}\n" for line in kept)
+            if not self.metrics.exists() or text != self.metrics.read_text():  # several commands may look at a finished run
+                self.metrics.write_text(text)
 
     def restore(self, path: Path) -> None:
         tensors, saved = load_checkpoint(path)

@@ -6,9 +6,9 @@
     python distill.py --vectors vectors.safetensors --ask "..."            # no demonstration is read any more
     python distill.py --checkpoint out/finetune-LLM --export my.safetensors   # a run's weights alone, to be published
 
-A line of either file is {"input": ..., "output": ..., "options": [...]}; queries need no output, and options are optional: without
-them an answer is chosen among the demonstrations' labels, as in Eq. (1), where one of these repeats, and written freely
-where none does. Vectors of Eq. (2), Sec. 2; they belong to one LLM.
+A line of either file is {"input": ..., "output": ..., "options": [...]}; queries need no output, and options are optional. An
+answer is chosen among the query's options, else among the demonstrations', else among their labels where one of these
+repeats (C of Eq. 1); where none does, it is written freely. Vectors of Eq. (2), Sec. 2; they belong to one LLM.
 """
 
 import argparse
@@ -44,27 +44,41 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--llm", default=common.PRESETS["pocket"]["llm"], help="its frozen LLM: a hub name or a folder; "
                         "default: SmolLM2-135M-Instruct, from `make assets`")
     parser.add_argument("--context-len", type=int, default=900, help="demonstration tokens at most")
+    parser.add_argument("--answer-tokens", type=int, default=16, help="tokens of a written answer at most")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument("--dtype", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="as in evaluate.py")
     return parser
 
 
 def read_lines(path: str, needs: tuple[str, ...]) -> list[dict]:
-    """{"task", "input", "output", "options"} of a JSON-lines file; `needs` are the fields that a line must have."""
-    check((Path(path).is_file(), f"{path} does not exist; expected JSON lines such as {{\"input\": ..., \"output\": ...}}"))
+    """{"task", "input", "output", "options"} of a JSON-lines file; `needs` are the fields that a line must have.
+
+    Raises UserError, with the line's number, for anything that is not text where text belongs.
+    """
+    check((Path(path).is_file(), f"{path} is no file; expected JSON lines such as {{\"input\": ..., \"output\": ...}}"))
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from error
     examples = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-            example = {"task": Path(path).name, "input": str(row["input"]).strip(), "output": str(row.get("output", "")).strip(),
-                       "options": [str(option).strip() for option in row.get("options") or []]}
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f'{path}, line {number}: expected {{"input": ..., "output": ...}} '
-                            f"({type(error).__name__}: {error})") from error
+            example = {name: row.get(name, "") for name in ("input", "output")} | {"options": row.get("options", [])}
+        except (ValueError, AttributeError, RecursionError) as error:
+            raise UserError(f'{path}, line {number}: expected {{"input": ..., "output": ...}} ({error})') from error
+        is_text = all(isinstance(text, str) for text in (example["input"], example["output"]))
+        is_list = isinstance(example["options"], list) and all(isinstance(o, str) and o.strip() for o in example["options"])
+        check((is_text, f"{path}, line {number}: input and output must be text in quotes"),
+              (is_list, f'{path}, line {number}: options must be a list of texts, as in ["yes", "no"]'))
+        example = {"task": Path(path).name, "input": example["input"].strip(), "output": example["output"].strip(),
+                   "options": [option.strip() for option in example["options"]]}
         missing = [name for name in needs if not example[name]]
-        check((not missing, f"{path}, line {number}: {' and '.join(missing)} must not be empty"))
+        check((not missing, f"{path}, line {number}: {' and '.join(missing)} must not be empty"),
+              (not example["options"] or not example["output"] or example["output"] in example["options"],
+               f"{path}, line {number}: the output {example['output']!r} is none of its options {example['options']}"))
         examples.append(example)
     check((bool(examples), f"{path} is empty; give at least one line"))
     return examples
@@ -80,6 +94,7 @@ def labels_of(demos: list[dict]) -> list[str]:
 
 def save_vectors(path: str, vectors: Tensor, about: dict) -> None:
     """Write (l, d) fp32 as the tensor "vectors", with what they belong to in the header."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     save_file({"vectors": vectors.contiguous().cpu()}, path, metadata={"about": json.dumps(about)})
 
 
@@ -88,10 +103,11 @@ def read_vectors(path: str, llm) -> tuple[Tensor, dict]:
     try:
         with safe_open(path, framework="pt") as file:
             vectors, about = file.get_tensor("vectors"), json.loads(file.metadata()["about"])
-    except (OSError, SafetensorError, KeyError, TypeError) as error:
+        owner = about["llm"]
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"--vectors {path} is no file that --out has written ({error})") from error
     found = identity(llm)
-    check((about["llm"] == found, f"--vectors {path} belong to the LLM {about['llm']}, and this one is {found}; give its own --llm"))
+    check((owner == found, f"--vectors {path} belong to the LLM {owner}, and this one is {found}; give its own --llm"))
     return vectors.to(llm.device), about
 
 
@@ -103,41 +119,49 @@ def write_answer(llm, prefix: Tensor, encoder: Encoder, query: dict, tokens: int
     embeds, _ = with_bos(llm, prefix, torch.ones(prefix.shape[:2], dtype=torch.bool, device=llm.device),
                             encoder.tokenizer.bos_id)
     embeds = torch.cat([embeds, llm.get_input_embeddings()(ids)], dim=1)                             # (1, P + T, d)
-    end = llm.config.eos_token_id
+    end = llm.config.eos_token_id or 0
     written = llm.generate(inputs_embeds=embeds, attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long, device=llm.device),
                            max_new_tokens=tokens, do_sample=False, pad_token_id=end if isinstance(end, int) else end[0])
     return encoder.tokenizer.hf.decode(written[0], skip_special_tokens=True).strip().split("\n")[0]
 
 
-def answer(llm, distiller, encoder: Encoder, demos: list[dict], vectors: Tensor, queries: list[dict], labels: list[str],
-           tokens: int, args) -> dict[str, tuple[list[str], float]]:
-    """What each way answers, and its seconds: vectors; with the demonstrations at hand also nothing (zero_shot) and the
-    demonstrations themselves (icl)."""
-    chosen = [query | {"options": query["options"] or labels} for query in queries]
-    limit = encoder.limit(demos + chosen) if demos else 0
-    ways = ("zero_shot", "icl", "mend") if demos else ("mend",)
-    embed, found = llm.get_input_embeddings(), {}
-    for way in ways:
-        started = time.time()
-        if all(query["options"] for query in chosen):
+def answer(llm, distiller, encoder: Encoder, demos: list[dict], vectors: Tensor, queries: list[dict], tokens: int,
+           args: argparse.Namespace) -> dict[str, tuple[list[str], float]]:
+    """What each way answers, and its seconds: vectors, (l, d); with the demonstrations at hand also nothing (zero_shot) and the
+    demonstrations themselves (icl). Queries with options are scored, the others' answers written, `tokens` at most."""
+    limit, embed, found = encoder.limit(demos + queries), llm.get_input_embeddings(), {}
+    choosing = [i for i, query in enumerate(queries) if query["options"]]
+    for way in ("zero_shot", "icl", "mend") if demos else ("mend",):
+        started, answers = time.time(), [""] * len(queries)
+        if choosing:
             prefix = vector_prefix(llm, vectors[None], encoder.tokenizer.bos_id) if way == "mend" else \
                 one_prefix(way, demos, limit, llm, distiller, encoder, args)
-            answers = predict(llm, prefix, encoder, chosen, first=way == "zero_shot")
-        else:
+            chosen = predict(llm, prefix, encoder, [queries[i] for i in choosing], first=way == "zero_shot")
+            for i, option in zip(choosing, chosen, strict=True):
+                answers[i] = option
+        if len(choosing) < len(queries):
             ids = encoder.demonstrations(demos, limit) if way == "icl" else []
             prefix = vectors if way == "mend" else embed(torch.tensor(ids, dtype=torch.long, device=llm.device))
-            answers = [write_answer(llm, prefix, encoder, query, tokens) for query in chosen]
+            answers = [text or write_answer(llm, prefix, encoder, query, tokens) for text, query in zip(answers, queries, strict=True)]
         found[way] = answers, time.time() - started
     return found
 
 
 def main(argv: list[str] | None = None) -> dict:
     args = get_parser().parse_args(argv)
-    args.seed = 0
-    asks = bool(args.ask or args.queries)
-    check((bool(args.demos) != bool(args.vectors) or args.export, "give --demos FILE, or --vectors FILE in its place"),
+    args.seed, asks = 0, bool(args.ask or args.queries)
+    others = [name for name in ("demos", "vectors", "ask", "queries", "out") if getattr(args, name)]
+    check((not (args.export and others), f"--export only copies a checkpoint; leave out --{' and --'.join(others)}"),
+          (bool(args.demos) != bool(args.vectors) or args.export, "give --demos FILE, or --vectors FILE in its place"),
           (asks or args.out or args.export, "nothing to do: --ask or --queries to answer, --out to keep the vectors"),
           (not (args.vectors and args.out), "--out writes the vectors of --demos; --vectors are in a file already"),
+          *((not path or not Path(path).exists() or (Path(path).is_file() and path.endswith(".safetensors")),
+             f"--{name} {path} is there already and no .safetensors file; give another name")
+            for name, path in (("out", args.out), ("export", args.export))),
+          *((not path or not any(p.is_file() for p in Path(path).absolute().parents),
+             f"--{name} {path} stands under a file; give another name") for name, path in (("out", args.out), ("export", args.export))),
+          *common.device_rules(args),
+          (args.answer_tokens >= 1, f"--answer-tokens is {args.answer_tokens}; give at least 1"),
           (args.context_len >= 1, f"--context-len is {args.context_len}; give at least 1 token"))
     if args.export:
         common.export_checkpoint(args.checkpoint, Path(args.export))
@@ -154,6 +178,8 @@ def main(argv: list[str] | None = None) -> dict:
     else:
         distiller, state = load_distiller(args.checkpoint, llm)
         distiller.eval()
+        check((distiller.backbone is not None,
+               f"--checkpoint {args.checkpoint} holds free vectors (PromptTuning), which read no demonstrations; give another"))
         args.distill_len, args.template = state["model"]["distill_len"], state["model"]["template"]
     encoder = make_encoder(args, Tokenizer(args.llm), llm, distiller)
     if demos:
@@ -163,21 +189,22 @@ def main(argv: list[str] | None = None) -> dict:
         with torch.no_grad(), common.autocast(device, args.dtype):
             vectors = distiller(ids, torch.ones_like(ids, dtype=torch.bool))[0].float()              # (l, d)
         about = {"llm": identity(llm), "checkpoint": common.checkpoint_id(args.checkpoint), "template": args.template,
-                 "demonstrations": len(kept), "tokens": ids.shape[1], "labels": labels_of(demos),
-                 "answer_tokens": max(len(encoder.answer(demo["output"])) for demo in demos)}
+                 "demonstrations": len(kept), "tokens": ids.shape[1], "labels": labels_of(kept)}
         print(f"{len(kept)} of {len(demos)} demonstrations, {ids.shape[1]} tokens, distilled into {len(vectors)} vectors")
     if args.out:
         save_vectors(args.out, vectors, about)
         print(f"written to {args.out}: {vectors.numel() * 4 / 1e3:.0f} kB")
     result = {name: about[name] for name in ("demonstrations", "tokens")} | {"vectors": len(vectors)}
     if queries:
-        found = answer(llm, distiller, encoder, demos, vectors, queries, about["labels"], about["answer_tokens"], args)
-        result |= show(queries, found)
+        queries = [query | {"options": query["options"] or about["labels"]} for query in queries]
+        unknown = [query["output"] for query in queries if query["output"] and query["options"] and query["output"] not in query["options"]]
+        check((not unknown, f"{args.queries}: the output {unknown[0]!r} is none of the labels {about['labels']}" if unknown else ""))
+        result |= show(queries, answer(llm, distiller, encoder, demos, vectors, queries, args.answer_tokens, args))
     return finish(result)
 
 
 def show(queries: list[dict], found: dict[str, tuple[list[str], float]]) -> dict:
-    """Print the answers side by side, and the share of right ones where the queries have outputs; return both."""
+    """Print the first 20 answers side by side, and the share of right ones where the queries have outputs; return both."""
     for i, query in enumerate(queries):
         if i < 20:
             said = " · ".join(f"{way} {answers[i]!r}" for way, (answers, _) in found.items())

@@ -9,6 +9,7 @@ SCALE=gpu
 export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
 source "$(dirname "$0")/settings.sh"
 MINUTES=${MINUTES:-0}
+if [[ ! $MINUTES =~ ^[0-9]+$ ]]; then echo "MINUTES is $MINUTES; give a whole number" >&2; exit 2; fi
 until=$(( $(date +%s) + 60 * MINUTES ))
 if [ "$MINUTES" = 0 ]; then until=$(( 1 << 40 )); fi
 

@@ -5,7 +5,7 @@
 #   SCALE=pocket SmolLM2-135M-Instruct on two CPU cores; the default elsewhere
 #   SCALE=gpu    SmolLM2-135M-Instruct at the paper's lengths (windows of 1,024, l = 100, 900 tokens of demonstrations), with
 #                steps for minutes on one GPU; runs/gpu.sh does all of it, side by side
-# Optional, for either scale (relative paths count from the repository's root):
+# Optional, for any scale (relative paths count from the repository's root):
 #   METAICL_DIR, C4_DIR  a folder in MetaICL's layout and a folder or file in C4's form, in place of the preset's data
 #   SPLITS, SEEDS        settings and MetaICL seeds, separated by blanks
 #   LIMIT                test examples per task; 0 = all
@@ -18,7 +18,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON=${PYTHON:-.venv/bin/python}
 SCALE=${SCALE:-$(command -v nvidia-smi > /dev/null && echo paper || echo pocket)}
-export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-100}
+export GOMP_SPINCOUNT=${GOMP_SPINCOUNT-100}
 SEEDS=${SEEDS:-100 13 21 42 87}
 LIMIT=${LIMIT:-0}
 RESULTS=${RESULTS:-results}

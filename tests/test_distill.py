@@ -84,9 +84,9 @@ def test_labels_answers_and_vectors_equal_plain_ones(llm_name, checkpoint, demos
 def test_written_answers_equal_a_greedy_loop(llm_name, checkpoint, demos):
     pairs = [("the boat", "green hills"), ("war", "trade and law"), ("bread", "music")]
     result = distill.main(["--llm", llm_name, "--checkpoint", str(checkpoint), "--demos", demos(pairs), "--dtype", "fp32",
-                           "--device", "cpu", "--ask", *ASKED])
+                           "--device", "cpu", "--answer-tokens", "5", "--ask", *ASKED])
     llm, distiller, encoder = parts(llm_name, checkpoint)
-    ids, steps = encoder.demonstrations(examples(pairs), 900), max(len(encoder.answer(y)) for _, y in pairs)
+    ids, steps = encoder.demonstrations(examples(pairs), 900), 5
     with torch.no_grad():
         prefixes = {"zero_shot": plain_embeds(llm, []), "icl": plain_embeds(llm, ids), "mend": plain_vectors(distiller, ids)}
         for way, prefix in prefixes.items():
@@ -105,12 +105,32 @@ def test_written_answers_equal_a_greedy_loop(llm_name, checkpoint, demos):
 
 def test_accuracy_of_labelled_queries_with_options_of_their_own(llm_name, checkpoint, demos, tmp_path):
     queries = [{"input": text, "output": "happy", "options": ["happy"]} for text in ASKED]
-    queries += [{"input": "rain", "output": "sad", "options": ["happy"]}, {"input": "law"}]
+    queries += [{"input": "rain", "output": "sad", "options": ["sad"]}, {"input": "law"}]
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(q) + "\n" for q in queries))
     result = distill.main(["--llm", llm_name, "--checkpoint", str(checkpoint), "--demos", demos(DEMOS), "--device", "cpu",
                            "--queries", str(tmp_path / "q.jsonl")])
-    assert result["accuracy"] == {way: pytest.approx(2 / 3, abs=1e-4) for way in ("zero_shot", "icl", "mend")}
-    assert all(len(answers) == 4 and answers[:3] == ["happy"] * 3 for answers in result["answers"].values())
+    assert result["accuracy"] == {way: 1.0 for way in ("zero_shot", "icl", "mend")}
+    assert all(answers[:3] == ["happy", "happy", "sad"] and answers[3] in ("happy", "sad") for answers in result["answers"].values())
+
+
+def test_a_query_with_options_does_not_depend_on_one_without(llm_name, checkpoint, demos, tmp_path):
+    free = demos([("the boat", "green hills"), ("war", "trade and law"), ("bread", "music")])
+    choice, written = {"input": "rain", "options": ["music", "law"]}, {"input": "the river is cold"}
+    found = []
+    for queries in ([choice], [written], [choice, written]):
+        (tmp_path / "q.jsonl").write_text("".join(json.dumps(q) + "\n" for q in queries))
+        found.append(distill.main(["--llm", llm_name, "--checkpoint", str(checkpoint), "--demos", free, "--device", "cpu",
+                                   "--answer-tokens", "3", "--queries", str(tmp_path / "q.jsonl")])["answers"])
+    for way in ("zero_shot", "icl", "mend"):
+        assert found[2][way] == found[0][way] + found[1][way] and found[0][way][0] in ("music", "law")
+
+
+def test_text_of_any_kind_is_read(tmp_path):
+    (tmp_path / "d.jsonl").write_bytes("\ufeff".encode() + json.dumps({"input": "a\u2028b", "output": "é"}, ensure_ascii=False).encode())
+    assert [(e["input"], e["output"]) for e in distill.read_lines(str(tmp_path / "d.jsonl"), ())] == [("a\u2028b", "é")]
+    (tmp_path / "d.jsonl").write_bytes("é".encode("latin-1"))
+    with pytest.raises(common.UserError, match="not UTF-8"):
+        distill.read_lines(str(tmp_path / "d.jsonl"), ())
 
 
 def test_labels():
@@ -140,18 +160,22 @@ def test_export_is_small_says_no_path_and_can_be_evaluated(llama, tasks_dir, tmp
 
 @pytest.mark.parametrize("argv, message", [
     ([], "give --demos FILE"), (["--demos", "D", "--vectors", "V"], "give --demos FILE"), (["--demos", "D"], "nothing to do"),
-    (["--vectors", "V", "--out", "O"], "are in a file already"), (["--demos", "missing", "--ask", "x"], "missing does not exist"),
+    (["--vectors", "V", "--out", "O"], "are in a file already"), (["--demos", "missing", "--ask", "x"], "missing is no file"),
+    (["--demos", "D", "--export", "E"], "leave out --demos"), (["--demos", "D", "--ask", "x", "--answer-tokens", "0"], "--answer-tokens is 0"),
+    (["--demos", "D", "--out", "D"], "is there already"), (["--demos", "D", "--out", "D/x.safetensors"], "stands under a file"),
+    (["--demos", "D", "--ask", "x", "--device", "gpu"], "--device gpu is unknown"), (["--export", "."], "is there already"),
     (["--demos", "D", "--ask", " "], "--ask holds an empty text"), (["--demos", "D", "--ask", "x", "--context-len", "0"], "--context-len is 0"),
 ])
 def test_bad_flags(argv, message, demos):
-    argv = [demos(DEMOS) if a == "D" else a for a in argv]
+    argv = [a.replace("D", demos(DEMOS), 1) if a[:1] == "D" else a for a in argv]
     with pytest.raises(common.UserError, match=re.escape(message)):
         distill.main(argv)
 
 
 @pytest.mark.parametrize("line, message", [
-    ("{", "line 1: expected"), ('{"output": "b"}', "line 1: expected"), ('{"input": "a"}', "output must not be empty"),
-    ("[1]", "line 1: expected"), ("", "is empty"),
+    ("{", "line 1: expected"), ('{"output": "b"}', "input must not be empty"), ('{"input": "a"}', "output must not be empty"),
+    ("[1]", "line 1: expected"), ("", "is empty"), ('{"input": null, "output": "b"}', "must be text"),
+    ('{"input": "a", "output": "b", "options": "bc"}', "options must be a list"), ('{"input": "a", "output": "b", "options": ["c"]}', "none of its options"),
 ])
 def test_bad_files(line, message, tmp_path):
     (tmp_path / "d.jsonl").write_text(line + "\n")
