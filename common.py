@@ -240,8 +240,9 @@ def setup(args: argparse.Namespace, training: bool) -> torch.device:
         if device.type == "cuda":
             args.dtype = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
         else:
-            # DEVIATION: the paper trains in fp16; on a CPU with bf16 matrix units bf16 doubles the speed.
-            args.dtype = "bf16" if training and torch.cpu._is_amx_tile_supported() else "fp32"
+            # DEVIATION: the paper trains in fp16; on a CPU that multiplies bf16 in hardware bf16 is 1.5 to 2 times as fast.
+            in_hardware = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+            args.dtype = "bf16" if training and in_hardware else "fp32"
     torch.manual_seed(args.seed)
     return device
 
