@@ -319,12 +319,17 @@ def finite(loss: float, step: int) -> float:
 
 def save_checkpoint(path: Path, distiller: nn.Module, state: dict, optimizer: torch.optim.Optimizer | None = None) -> None:
     """Write distiller weights, optimiser moments and run state to one file, atomically."""
-    from safetensors.torch import save_file
     tensors = {f"distiller.{name}": t.detach().contiguous() for name, t in distiller.state_dict().items()}
     if optimizer is not None:
         for name, p in distiller.named_parameters():
             for key, t in optimizer.state.get(p, {}).items():
                 tensors[f"optimizer.{name}.{key}"] = t.contiguous()
+    write_checkpoint(path, tensors, state)
+
+
+def write_checkpoint(path: Path, tensors: dict[str, Tensor], state: dict) -> None:
+    """One file, written whole and then renamed, with the state in its header."""
+    from safetensors.torch import save_file
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     save_file(tensors, temporary, metadata={"state": json.dumps(state)})
@@ -334,20 +339,15 @@ def save_checkpoint(path: Path, distiller: nn.Module, state: dict, optimizer: to
 def export_checkpoint(source: str | Path, target: Path) -> None:
     """Write a run's distiller to a file of its own, to be published: weights in bf16, no optimiser, and nothing that names
     this machine's folders: of the flags the numbers only, and of a distiller's folder its name."""
+    def name_only(values: dict) -> dict:
+        return {k: Path(v).name if isinstance(v, str) and Path(v).is_absolute() else v for k, v in values.items()}
     tensors, state = load_checkpoint(source)
-    from safetensors.torch import save_file
     weights = {name: t.to(torch.bfloat16) for name, t in tensors.items() if name.startswith("distiller.")}
-    kept = {name: state[name] for name in ("model", "trained_on", "commit", "step", "figures")}
-    def name_only(value):
-        return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
-    backbone = kept["model"]["backbone"] or {}
-    kept["model"] = {name: name_only(value) for name, value in kept["model"].items()}
-    kept["model"]["backbone"] = {name: name_only(value) for name, value in backbone.items()} or None
+    kept = {name: state[name] for name in ("trained_on", "commit", "step", "figures")}
+    backbone = state["model"]["backbone"]
+    kept["model"] = name_only(state["model"]) | {"backbone": backbone and name_only(backbone)}
     kept["flags"] = {name: value for name, value in state.get("flags", {}).items() if type(value) in (int, float)}
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_suffix(".tmp")
-    save_file(weights, temporary, metadata={"state": json.dumps(kept)})
-    os.replace(temporary, target)
+    write_checkpoint(target, weights, kept)
 
 
 def load_checkpoint(path: str | Path, device: torch.device | str = "cpu",
@@ -405,15 +405,15 @@ class Run:
         if is_main():
             self.metrics = out_dir / "metrics.jsonl"
             out_dir.mkdir(parents=True, exist_ok=True)
-            kept = []
-            for line in self.metrics.read_text().splitlines() if self.metrics.exists() else []:
+            kept, before = [], self.metrics.read_text() if self.metrics.exists() else None
+            for line in (before or "").splitlines():
                 with contextlib.suppress(json.JSONDecodeError):  # a kill may have cut the last line
                     record = json.loads(line)
                     # an evaluation is logged before it is saved: one that was not saved will be made again
                     until = self.state["evaluated"] if "val_kl" in record else self.step
                     kept += [line] if record["step"] <= until else []
             text = "".join(f"{line}\n" for line in kept)
-            if not self.metrics.exists() or text != self.metrics.read_text():  # several commands may look at a finished run
+            if text != before:  # several commands may look at a finished run
                 self.metrics.write_text(text)
 
     def restore(self, path: Path) -> None:

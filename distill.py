@@ -25,7 +25,7 @@ from torch import Tensor
 import common
 from common import UserError, check, finish, run_main, setup
 from data import Encoder, Tokenizer
-from evaluate import make_encoder, one_prefix, predict
+from evaluate import make_encoder, predict
 from model import identity, load_distiller, load_llm, vector_prefix, with_bos
 
 PUBLISHED = common.ROOT / "checkpoints" / "smollm2-135m-class_to_class.safetensors"
@@ -125,41 +125,27 @@ def write_answer(llm, prefix: Tensor, encoder: Encoder, query: dict, tokens: int
     return encoder.tokenizer.hf.decode(written[0], skip_special_tokens=True).strip().split("\n")[0]
 
 
-def answer(llm, distiller, encoder: Encoder, demos: list[dict], vectors: Tensor, queries: list[dict], tokens: int,
-           args: argparse.Namespace) -> dict[str, tuple[list[str], float]]:
-    """What each way answers, and its seconds: vectors, (l, d); with the demonstrations at hand also nothing (zero_shot) and the
-    demonstrations themselves (icl). Queries with options are scored, the others' answers written, `tokens` at most."""
-    limit, embed, found = encoder.limit(demos + queries), llm.get_input_embeddings(), {}
-    choosing = [i for i, query in enumerate(queries) if query["options"]]
-    for way in ("zero_shot", "icl", "mend") if demos else ("mend",):
-        started, answers = time.time(), [""] * len(queries)
-        if choosing:
-            prefix = vector_prefix(llm, vectors[None], encoder.tokenizer.bos_id) if way == "mend" else \
-                one_prefix(way, demos, limit, llm, distiller, encoder, args)
-            chosen = predict(llm, prefix, encoder, [queries[i] for i in choosing], first=way == "zero_shot")
-            for i, option in zip(choosing, chosen, strict=True):
-                answers[i] = option
-        if len(choosing) < len(queries):
-            ids = encoder.demonstrations(demos, limit) if way == "icl" else []
-            prefix = vectors if way == "mend" else embed(torch.tensor(ids, dtype=torch.long, device=llm.device))
-            answers = [text or write_answer(llm, prefix, encoder, query, tokens) for text, query in zip(answers, queries, strict=True)]
-        found[way] = answers, time.time() - started
-    return found
+def answer(llm, encoder: Encoder, prefix: Tensor, queries: list[dict], tokens: int) -> list[str]:
+    """Each query's answer behind a prefix of embeddings (P, d): nothing, the demonstrations' or the vectors. Queries with
+    options are scored, the others' answers written, `tokens` at most."""
+    choosing = [query for query in queries if query["options"]]
+    read = vector_prefix(llm, prefix[None], encoder.tokenizer.bos_id) if choosing else None
+    chosen = iter(predict(llm, read, encoder, choosing, first=len(prefix) == 0) if choosing else [])
+    return [next(chosen) if query["options"] else write_answer(llm, prefix, encoder, query, tokens) for query in queries]
 
 
 def main(argv: list[str] | None = None) -> dict:
     args = get_parser().parse_args(argv)
     args.seed, asks = 0, bool(args.ask or args.queries)
+    flag, path = ("--export", args.export) if args.export else ("--out", args.out)
     others = [name for name in ("demos", "vectors", "ask", "queries", "out") if getattr(args, name)]
     check((not (args.export and others), f"--export only copies a checkpoint; leave out --{' and --'.join(others)}"),
           (bool(args.demos) != bool(args.vectors) or args.export, "give --demos FILE, or --vectors FILE in its place"),
           (asks or args.out or args.export, "nothing to do: --ask or --queries to answer, --out to keep the vectors"),
           (not (args.vectors and args.out), "--out writes the vectors of --demos; --vectors are in a file already"),
-          *((not path or not Path(path).exists() or (Path(path).is_file() and path.endswith(".safetensors")),
-             f"--{name} {path} is there already and no .safetensors file; give another name")
-            for name, path in (("out", args.out), ("export", args.export))),
-          *((not path or not any(p.is_file() for p in Path(path).absolute().parents),
-             f"--{name} {path} stands under a file; give another name") for name, path in (("out", args.out), ("export", args.export))),
+          (not path or not Path(path).exists() or (Path(path).is_file() and path.endswith(".safetensors")),
+           f"{flag} {path} is there already and no .safetensors file; give another name"),
+          (not path or not any(p.is_file() for p in Path(path).absolute().parents), f"{flag} {path} stands under a file; give another name"),
           *common.device_rules(args),
           (args.answer_tokens >= 1, f"--answer-tokens is {args.answer_tokens}; give at least 1"),
           (args.context_len >= 1, f"--context-len is {args.context_len}; give at least 1 token"))
@@ -182,12 +168,14 @@ def main(argv: list[str] | None = None) -> dict:
                f"--checkpoint {args.checkpoint} holds free vectors (PromptTuning), which read no demonstrations; give another"))
         args.distill_len, args.template = state["model"]["distill_len"], state["model"]["template"]
     encoder = make_encoder(args, Tokenizer(args.llm), llm, distiller)
+    limit, prefixes = encoder.limit(demos + queries), {}
     if demos:
-        limit = encoder.limit(demos + queries)
-        kept = encoder.fitting(demos, limit)
-        ids = torch.tensor([encoder.demonstrations(demos, limit)], device=device)                    # (1, T_d)
+        kept, pieces = zip(*encoder.pieces(demos, limit), strict=True)
+        ids = torch.tensor([[token for piece in pieces for token in piece]], device=device)          # (1, T_d)
         with torch.no_grad(), common.autocast(device, args.dtype):
             vectors = distiller(ids, torch.ones_like(ids, dtype=torch.bool))[0].float()              # (l, d)
+        with torch.no_grad():
+            prefixes = {"zero_shot": vectors[:0], "icl": llm.get_input_embeddings()(ids[0])}         # (0, d), (T_d, d)
         about = {"llm": identity(llm), "checkpoint": common.checkpoint_id(args.checkpoint), "template": args.template,
                  "demonstrations": len(kept), "tokens": ids.shape[1], "labels": labels_of(kept)}
         print(f"{len(kept)} of {len(demos)} demonstrations, {ids.shape[1]} tokens, distilled into {len(vectors)} vectors")
@@ -198,8 +186,12 @@ def main(argv: list[str] | None = None) -> dict:
     if queries:
         queries = [query | {"options": query["options"] or about["labels"]} for query in queries]
         unknown = [query["output"] for query in queries if query["output"] and query["options"] and query["output"] not in query["options"]]
-        check((not unknown, f"{args.queries}: the output {unknown[0]!r} is none of the labels {about['labels']}" if unknown else ""))
-        result |= show(queries, answer(llm, distiller, encoder, demos, vectors, queries, args.answer_tokens, args))
+        check((not unknown, f"{args.queries}: the output {''.join(unknown[:1])!r} is none of the labels {about['labels']}"))
+        found = {}
+        for way, prefix in (prefixes | {"mend": vectors}).items():
+            started = time.time()
+            found[way] = answer(llm, encoder, prefix, queries, args.answer_tokens), time.time() - started
+        result |= show(queries, found)
     return finish(result)
 
 
