@@ -1,6 +1,8 @@
 """The figures: drawn from results/ as PNG and SVG, each with a caption that says n and the command.
 
     python figures.py method                                        # our own: Figs. 1 and 2 in one
+    python figures.py fig3                                          # what each method costs at inference (Sec. 4.3)
+    python figures.py scaling                                       # our own: FLOPs over demonstration length and over l
     python figures.py fig4                                          # over K and over l (Sec. 5.1)
     python figures.py fig6                                          # over beta and gamma (App. B)
     python figures.py fig7                                          # over lambda (App. B)
@@ -26,11 +28,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 from matplotlib.transforms import offset_copy
 
 import common
-import method_figure
 from common import UserError, check, finish, run_main
 from tables import latest, read_results, summarise
 
@@ -43,6 +44,13 @@ STYLE = {"font.size": 12, "axes.spines.top": False, "axes.spines.right": False, 
          "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.titlesize": 12, "legend.frameon": False,
          "legend.fontsize": 11, "lines.linewidth": 2, "lines.markersize": 7, "mathtext.fontset": "dejavusans",
          "svg.hashsalt": "mend", "savefig.dpi": 200}
+# what stands before the query in Fig. 3: label, colour, hatch of bars, style of lines
+COSTS = {"icl": ("vanilla ICL", "#000000", "", "-"), "icl_cached": ("ICL, cached", "#56B4E9", "//", "--"),
+         "prompt_tuning": ("PromptTuning; MEND, stored vectors", "#E69F00", "..", ":"),
+         "mend": ("MEND, distilling each time", "#D55E00", "", "-"),
+         "mend_kv": ("MEND, stored keys and values", "#009E73", "\\\\", "--")}
+COST_SPLITS = {"class_to_class": "Class→\nClass", "hr_to_lr": "HR→\nLR", "qa_to_qa": "QA→\nQA",
+               "non_nli_to_nli": "non-NLI\n→NLI", "non_para_to_para": "non-Para\n→Para"}
 SOURCES = {"fig4": "fig4", "fig6": "ablations", "fig7": "ablations"}  # runs/NAME.sh makes their results
 
 
@@ -53,6 +61,187 @@ def caption(fig: Figure, text: str) -> None:
     room = (len(lines) * 0.15 + 0.16) / height
     fig.get_layout_engine().set(rect=(0.01, room, 0.98, 0.99 - room))
     fig.text(0.015, 0.08 / height, "\n".join(lines), fontsize=8, color=GREY, va="bottom", linespacing=1.25)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Our own method figure, the paper's Figs. 1 and 2 in one. The canvas is 100 units wide and 86 high; a unit is 0.08 inch,
+# so that 14-point text is 2.4 units high and can be read at 400 pixels.
+
+DEMO, ANSWER = "#F8DCC8", "#D55E00"      # Vanilla ICL's colour in METHODS, and a tint of it
+TRAINED, VECTOR = "#CFE4F3", "#0072B2"   # MEND's
+QUERY, GOLD, FROZEN = "#FAF0A8", "#8A7A00", "#E4E7EA"
+
+
+def box(ax: Axes, x: float, y: float, w: float, h: float, text: str = "", face: str = "white", edge: str = INK,
+        rounded: bool = True, colour: str = INK, size: float = 14, **style) -> None:
+    """A box with its lower left corner at (x, y) and `text` in its middle."""
+    shape = FancyBboxPatch((x, y), w, h, boxstyle="round,pad=0,rounding_size=1") if rounded else Rectangle((x, y), w, h)
+    shape.set(facecolor=face, edgecolor=edge, **({"linewidth": 1.2} | style))
+    ax.add_patch(shape)
+    ax.text(x + w / 2, y + h / 2, text, ha="center", va="center", fontsize=size, color=colour, linespacing=1.3)
+
+
+def arrow(ax: Axes, start: tuple, end: tuple, colour: str = INK, **style) -> None:
+    ax.add_patch(FancyArrowPatch(start, end, **({"arrowstyle": "-|>"} | style), mutation_scale=16, linewidth=1.8,
+                                 color=colour, shrinkA=0, shrinkB=0))
+
+
+def pairs(ax: Axes, x: float, y: float, names: str, h: float = 5.5, wide: float = 6.2) -> float:
+    """Demonstrations side by side, (x_i, y_i) for each i of `names`, "." for an ellipsis; returns where they end."""
+    for name in names:
+        if name == ".":
+            ax.text(x + 2, y + h / 2, "…", ha="center", va="center", fontsize=14, color=INK)
+            x += 4
+            continue
+        box(ax, x, y, wide, h, f"$x_{name}$", DEMO, ANSWER, rounded=False)
+        box(ax, x + wide, y, 3.4, h, f"$y_{name}$", ANSWER, ANSWER, rounded=False, colour="white")
+        x += wide + 3.8
+    return x - 0.4
+
+
+def distribution(ax: Axes, x: float, y: float, heights: tuple[float, ...], label: str, colour: str) -> None:
+    """Word probabilities as bars on a line, the label above."""
+    for i, height in enumerate(heights):
+        ax.add_patch(Rectangle((x + 2.3 * i, y), 1.8, height, facecolor=colour))
+    ax.plot([x - 0.5, x + 2.3 * len(heights)], [y, y], color=INK, linewidth=1.2)
+    ax.text(x + 5.5, y + 8.6, label, ha="center", va="bottom", fontsize=14, color=INK)
+
+
+def reading(ax: Axes) -> None:
+    """The upper two panels: the LLM reads D and x (teacher), or what the distiller makes of D, and x (student)."""
+    def note(x, y, text, **style):
+        ax.text(x, y, text, **({"fontsize": 13, "color": INK, "ha": "center", "va": "center"} | style))
+
+    box(ax, 1, 64, 98, 21, face="#FEF7F2", edge="none")
+    note(3, 81.6, "Vanilla ICL: the teacher", ha="left", fontsize=15, weight="bold", color=ANSWER)
+    pairs(ax, 3, 71, "123.K")
+    note(3, 67.6, "demonstrations $D$, read by the LLM", ha="left")
+    box(ax, 49, 71, 7, 5.5, "$x$", QUERY, rounded=False)
+    arrow(ax, (56.6, 73.7), (62, 73.7))
+    box(ax, 62.5, 67, 15, 13.5, "LLM\nfrozen", FROZEN, GREY)
+    arrow(ax, (78, 73.7), (82.5, 73.7))
+    distribution(ax, 84, 68, (3, 8, 1.5, 5, 2), "$P(·|D,x)$", ANSWER)
+
+    box(ax, 1, 25, 98, 37, face="#F0F7FC", edge="none")
+    note(3, 58.6, "MEND: the student", ha="left", fontsize=15, weight="bold", color=VECTOR)
+    end = pairs(ax, 3, 48, "1.K", wide=5.4)
+    for i in range(3):
+        box(ax, end + 1 + 3.2 * i, 48, 2.8, 5.5, face="white", edge=VECTOR, rounded=False, linestyle=(0, (2, 1.5)))
+    note(3, 44.7, "$D$ and $l$ placeholders", ha="left")
+    arrow(ax, (end + 11.2, 50.7), (41, 50.7))
+    box(ax, 41.5, 45.3, 17, 11, "distiller\ntrained", TRAINED, VECTOR, linewidth=2)
+    arrow(ax, (43.5, 45), (43.5, 39.2))
+    for i in range(3):
+        box(ax, 38.9 + 3.2 * i, 33, 2.8, 5.5, face=VECTOR, edge=VECTOR, rounded=False)
+    note(37.6, 35.7, "$l$ vectors $S_D$, read\ninstead of $D$", ha="right", linespacing=1.3)
+    box(ax, 49, 33, 7, 5.5, "$x$", QUERY, rounded=False)
+    arrow(ax, (56.6, 35.7), (62, 35.7))
+    box(ax, 62.5, 29, 15, 13.5, "LLM\nfrozen", FROZEN, GREY)
+    arrow(ax, (78, 35.7), (82.5, 35.7))
+    distribution(ax, 84, 32, (2.4, 7, 2.6, 4, 2.6), "$P(·|S_D,x)$", VECTOR)
+    arrow(ax, (89.5, 65.5), (89.5, 45.5), INK, arrowstyle="<|-|>")
+    note(88, 57.3, r"KL = $\mathcal{L}_{\mathrm{distill}}$, Eq. (3)", ha="right")
+    note(89.5, 27.8, r"$\mathcal{L}_{\mathrm{pred}}$, Eq. (4)")
+    arrow(ax, (70, 43), (59.1, 50), VECTOR, linestyle=(0, (3, 2)), connectionstyle="arc3,rad=0.25")
+    note(69.5, 49.2, "gradient", ha="left", color=VECTOR)
+
+
+def stages(ax: Axes) -> None:
+    """The lower two panels: what D, x and y are in each stage, and which loss trains the distiller."""
+    distill, pred = r"\mathcal{L}_{\mathrm{distill}}", r"\mathcal{L}_{\mathrm{pred}}"
+    for x, title, loss in ((1, "1  Pretraining on text", f"minimise  ${distill}$"),
+                           (51, "2  Finetuning on tasks", f"minimise  ${pred} + λ\\,{distill}$")):
+        box(ax, x, 1, 48, 22, face="#F4F4F4", edge="none")
+        ax.text(x + 2, 19.6, title, fontsize=15, weight="bold", color=INK, va="center")
+        ax.text(x + 2, 4, loss, fontsize=14, color=INK, va="center")
+    box(ax, 3, 9.5, 32, 5.5, "$D$: first $β$", DEMO, ANSWER, rounded=False)
+    box(ax, 35.4, 9.5, 11, 5.5, "$x$: rest", QUERY, rounded=False)
+    end = pairs(ax, 53, 9.5, "1.K")
+    box(ax, end + 2, 9.5, 7, 5.5, "$x$", QUERY, rounded=False)
+    box(ax, end + 9, 9.5, 3.4, 5.5, "$y$", GOLD, rounded=False, colour="white")
+
+
+def method(args) -> tuple[Figure, dict]:
+    """Teacher and student above, the two stages below."""
+    fig = Figure(figsize=(8, 6.88), facecolor="white")  # white, so that it stands on a dark page too
+    ax = fig.add_axes((0, 0, 1, 1), xlim=(0, 100), ylim=(0, 86))
+    ax.axis("off")
+    reading(ax)
+    stages(ax)
+    return fig, {}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Fig. 3 and scaling: what `bench.py --fig3` counted and timed
+
+
+def load_costs(args: argparse.Namespace) -> dict:
+    path = Path(args.results[0] if args.results else common.ROOT / "results" / "fig3.json")
+    check((path.is_file(), f"{path} does not exist; make it with `python bench.py --preset paper --fig3`"))
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def cost_caption(fig: Figure, results: dict) -> None:
+    """The legend above, and below the command and commit that made the figures."""
+    fig.legend(*fig.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
+    caption(fig, f"{results['command']} · {results['commit']} · {results['query_tokens']} query tokens, "
+                 f"l = {results['distill_len']}, batch 1; counted in 16 bit")
+
+
+def fig3(args) -> tuple[Figure, dict]:
+    """Fig. 3: FLOPs and peak memory counted for both GPT-2s, and time where it was measured."""
+    results = load_costs(args)
+    llms = [name for name in ("gpt2-large", "gpt2-xl") if any(s["llm"] == name for s in results["settings"])]
+    counted = {name: [s for s in results["settings"] if s["llm"] == name] for name in llms}
+    panels = [(f"{name}: TFLOP a query", [s["rows"] for s in counted[name]], "query_flops", 1e12) for name in llms]
+    panels += [(f"{name}: peak memory, GB", [s["rows"] for s in counted[name]], "peak_bytes", 1e9) for name in llms]
+    if measured := results.get("measured"):
+        panels.append((f"{measured[0]['llm']}: seconds a query, CPU" if "cores" in results["machine"] else
+                       f"{measured[0]['llm']}: seconds a query, GPU", [m["rows"] for m in measured], "seconds", 1))
+    rows = (len(panels) + 1) // 2
+    fig = Figure(figsize=(9, 2.9 * rows + 0.8), layout="constrained")
+    axes = fig.subplots(rows, 2, squeeze=False)
+    for axis, (title, points, key, unit) in zip(axes.flat, panels, strict=False):
+        for i, (method, (label, colour, hatch, _)) in enumerate(COSTS.items()):
+            left = [x + 0.16 * (i - 2) for x in range(len(points))]
+            axis.bar(left, [costs[method][key] / unit for costs in points], 0.16, color=colour,
+                     hatch=hatch, edgecolor="white", linewidth=0.3, label=label)
+        axis.set_title(title, fontsize=11)
+        axis.set_xticks(range(len(points)), [COST_SPLITS[s["split"]] for s in counted[llms[0]]], fontsize=9)
+    for axis in axes.flat[len(panels):]:
+        axis.axis("off")
+    cost_caption(fig, results)
+    return fig, {"panels": [title for title, *_ in panels]}
+
+
+def scaling(args) -> tuple[Figure, dict]:
+    """FLOPs of a query against demonstration length and against l, with the points where curves cross."""
+    results = load_costs(args)
+    llms = results["scaling"]
+    fig = Figure(figsize=(9, 3 * len(llms) + 0.8), layout="constrained")
+    axes = fig.subplots(len(llms), 2, squeeze=False)
+    for row, llm in zip(axes, llms, strict=True):
+        for axis, (key, label) in zip(row, (("demo_tokens", "demonstration tokens"), ("distill_len", "l, distilled vectors")), strict=True):
+            curves = llm[key]
+            for method, (name, colour, _, style) in COSTS.items():
+                y = [f / 1e12 for f in curves["flops"][method]]
+                axis.plot(curves["x"], y, style, color=colour, label=name, linewidth=2)
+            for pair, below in (("icl and mend", -13), ("icl_cached and mend_kv", 5)):
+                if (at := curves["crossings"].get(pair)) is not None:
+                    y = interpolate(curves["x"], curves["flops"][pair.split(" and ")[0]], at) / 1e12
+                    axis.plot(at, y, "o", color="white", markeredgecolor="black", markersize=8, zorder=5)
+                    axis.annotate(f"{at:.0f}", (at, y), textcoords="offset points", xytext=(7, below), fontsize=10)
+            axis.set_title(llm["llm"], fontsize=11)
+            axis.set_xlabel(label, fontsize=10)
+            axis.set_ylabel("TFLOP a query", fontsize=10)
+            axis.set_yscale("log")
+    cost_caption(fig, results)
+    return fig, {llm["llm"]: {key: llm[key]["crossings"] for key in ("demo_tokens", "distill_len")} for llm in llms}
+
+
+def interpolate(x: list[float], y: list[float], at: float) -> float:
+    i = next(i for i in range(len(x) - 1) if at <= x[i + 1])
+    return y[i] + (y[i + 1] - y[i]) * (at - x[i]) / (x[i + 1] - x[i])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -308,11 +497,7 @@ def curves(args) -> tuple[Figure, dict]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def method(args) -> tuple[Figure, dict]:
-    return method_figure.draw(), {}
-
-
-FIGURES = {"method": method, "fig4": fig4, "fig5": fig5, "fig6": fig6, "fig7": fig7, "fig8": fig8, "curves": curves}
+FIGURES = {"method": method, "fig3": fig3, "scaling": scaling, "fig4": fig4, "fig5": fig5, "fig6": fig6, "fig7": fig7, "fig8": fig8, "curves": curves}
 
 
 def get_parser() -> argparse.ArgumentParser:

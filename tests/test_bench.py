@@ -1,4 +1,4 @@
-"""Tests of bench.py, speed.py, measure.py and figures_bench.py: counts against sums by hand, losses against plain.py."""
+"""Tests of bench.py, speed.py and measure.py: counts against sums by hand, losses against plain.py."""
 
 import argparse
 import itertools
@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import bench
-import figures_bench
+import figures
 import measure
 import speed
 from common import UserError
@@ -481,8 +481,10 @@ def test_fig3_and_its_pictures(tiny, tmp_path, monkeypatch, capsys):
     assert scaling["demo_tokens"]["flops"]["mend"][2] == last["mend"]["query_flops"]
     at = scaling["demo_tokens"]["crossings"]
     assert at["icl_cached and mend_kv"] == pytest.approx(5) and 5 < at["icl and mend"] < 8
-    files = figures_bench.main(["--results", str(tmp_path / "fig3.json"), "--out-dir", str(tmp_path)])["files"]
-    assert sorted(files) == sorted(str(tmp_path / f"{n}{s}") for n in ("fig3", "scaling") for s in (".png", ".svg"))
+    for name in ("fig3", "scaling"):
+        drawn = figures.main([name, "--results", str(tmp_path / "fig3.json"), "--out", str(tmp_path)])
+        assert drawn["files"] == [str(tmp_path / f"{name}{kind}") for kind in (".png", ".svg")]
+    assert drawn["drawn"]["gpt2-xl"]["demo_tokens"] == at
     assert (tmp_path / "fig3.png").read_bytes()[:4] == b"\x89PNG" and "<svg" in (tmp_path / "scaling.svg").read_text()
 
 
@@ -516,4 +518,4 @@ def test_flag_faults(flags, tiny):
     with pytest.raises(UserError, match="t5-large-lm-adapt is an encoder-decoder"):
         bench.main([*flags, "--llm", "t5-large-lm-adapt", "--distiller", "t5-small-lm-adapt", "--random-init"])
     with pytest.raises(UserError, match="does not exist; make it with"):
-        figures_bench.main(["--results", "nowhere.json"])
+        figures.main(["fig3", "--results", "nowhere.json"])

@@ -12,7 +12,6 @@ from PIL import Image
 
 import common
 import figures
-import method_figure
 from common import UserError
 from figures import averages, main
 
@@ -283,12 +282,12 @@ def test_method_figure(tmp_path):
     first = (tmp_path / "method.svg").read_bytes()
     main(["method", "--out", str(tmp_path)])
     assert (tmp_path / "method.svg").read_bytes() == first  # no date, no random names: it can be committed
-    assert (method_figure.ANSWER, method_figure.VECTOR) == (figures.METHODS["icl"][0], figures.METHODS["mend"][0])
+    assert (figures.ANSWER, figures.VECTOR) == (figures.METHODS["icl"][0], figures.METHODS["mend"][0])
 
 
 def test_method_figure_has_no_overlaps():
     """No text leaves the canvas, touches another text or crosses the edge of a box; all are readable at 400 pixels."""
-    fig = method_figure.draw()
+    fig, _ = draw("method")
     renderer = FigureCanvasAgg(fig).get_renderer()
     texts = [t for t in fig.axes[0].texts if t.get_text()]
     boxes = [t.get_window_extent(renderer) for t in texts]

@@ -13,11 +13,10 @@ import data
 import distill
 import evaluate
 import figures
-import figures_bench
 import train_finetune
 import train_pretrain
 
-SCRIPTS = {m.__name__: m for m in (assets, attention, bench, data, distill, evaluate, figures, figures_bench, train_finetune, train_pretrain)}
+SCRIPTS = {m.__name__: m for m in (assets, attention, bench, data, distill, evaluate, figures, train_finetune, train_pretrain)}
 PLACES = ["README.md", "results/LOG.md", "Makefile", *(f"{name}.py" for name in SCRIPTS)]
 
 
@@ -45,5 +44,5 @@ def test_the_tests_that_the_readme_names_are_there():
 def test_command_parses(command):
     script, flags = re.search(r"(\w+)\.py(.*)", command).groups()
     args = SCRIPTS[script].get_parser().parse_args(shlex.split(flags.replace("$(DEMO)", "out/demo").replace("$(PUBLISHED)", "x.safetensors").replace("$", "")))
-    if script not in ("assets", "distill", "figures_bench"):
+    if script not in ("assets", "distill"):
         assert args.split in (*common.SPLITS, "S")
