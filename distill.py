@@ -25,7 +25,7 @@ from torch import Tensor
 import common
 from common import UserError, check, finish, run_main, setup
 from data import Encoder, Tokenizer
-from evaluate import make_encoder, predict
+from evaluate import make_encoder, method_of, predict
 from model import identity, load_distiller, load_llm, vector_prefix, with_bos
 
 PUBLISHED = common.ROOT / "checkpoints" / "smollm2-135m-class_to_class.safetensors"
@@ -176,7 +176,8 @@ def main(argv: list[str] | None = None) -> dict:
             vectors = distiller(ids, torch.ones_like(ids, dtype=torch.bool))[0].float()              # (l, d)
         with torch.no_grad():
             prefixes = {"zero_shot": vectors[:0], "icl": llm.get_input_embeddings()(ids[0])}         # (0, d), (T_d, d)
-        about = {"llm": identity(llm), "checkpoint": common.checkpoint_id(args.checkpoint), "template": args.template,
+        about = {"llm": identity(llm), "checkpoint": common.checkpoint_id(args.checkpoint), "method": method_of(state),
+                 "template": args.template,
                  "demonstrations": len(kept), "tokens": ids.shape[1], "labels": labels_of(kept)}
         print(f"{len(kept)} of {len(demos)} demonstrations, {ids.shape[1]} tokens, distilled into {len(vectors)} vectors")
     if args.out:
@@ -188,7 +189,7 @@ def main(argv: list[str] | None = None) -> dict:
         unknown = [query["output"] for query in queries if query["output"] and query["options"] and query["output"] not in query["options"]]
         check((not unknown, f"{args.queries}: the output {''.join(unknown[:1])!r} is none of the labels {about['labels']}"))
         found = {}
-        for way, prefix in (prefixes | {"mend": vectors}).items():
+        for way, prefix in (prefixes | {about.get("method", "mend"): vectors}).items():
             started = time.time()
             found[way] = answer(llm, encoder, prefix, queries, args.answer_tokens), time.time() - started
         result |= show(queries, found)

@@ -280,20 +280,24 @@ def print_paper_table(number: str, *files: str) -> dict:
     return finish({"table": number, "files": list(files)})
 
 
-def refuse_wrong_method(methods: list[str], state: dict, path: str) -> None:
-    """Raise when a checkpoint was not trained in the way that the method's name says."""
-    stages, free = state.get("trained_on", {}), state["model"]["distiller"] == "free"
+def method_of(state: dict) -> str:
+    """The method that a checkpoint's training makes it, by the checkpoint's state."""
+    if state["model"]["distiller"] == "free":
+        return "prompt_tuning"
+    stages = state.get("trained_on", {})
     # a checkpoint that is older than the flags for it was trained with their defaults
     distils = "pretrain" in stages and stages["pretrain"].get("objective", "kl") != "clm" or \
         "finetune" in stages and stages["finetune"].get("lam", 1) > 0
-    check((free or "prompt_tuning" not in methods, (f"{path} holds a distiller, which --methods prompt_tuning has none of; "
-           "give mend or hypertuning, or a checkpoint trained with --distiller free")),
-          (not free or methods in ([], ["prompt_tuning"]),
-           f"{path} holds free vectors (--distiller free); evaluate it with --methods prompt_tuning"),
-          (not distils or "hypertuning" not in methods, (f"{path} was trained with L_distill, which HyperTuning has none of; "
-           "train with --objective clm, then --lam 0, or evaluate it as mend")),
-          (distils or free or not stages or "mend" not in methods,
-           f"{path} was trained without L_distill, which is MEND's; evaluate it as hypertuning"))
+    return "mend" if distils or not stages else "hypertuning"
+
+
+def refuse_wrong_method(methods: list[str], state: dict, path: str) -> None:
+    """Raise when a checkpoint was not trained in the way that the method's name says."""
+    own = method_of(state)
+    holds = {"prompt_tuning": "free vectors (--distiller free)", "mend": "a distiller that was trained with L_distill",
+             "hypertuning": "a distiller that was trained without L_distill"}[own]
+    check((methods in ([], [own]), (f"{path} holds {holds}; evaluate it with --methods {own}, or give a checkpoint of "
+                                    f"{' '.join(methods)} (README, Methods)")))
 
 
 def refuse_seen_tasks(trained_on: dict, tasks: Tasks, args) -> None:

@@ -81,6 +81,33 @@ def test_labels_answers_and_vectors_equal_plain_ones(llm_name, checkpoint, demos
     assert again["answers"] == {"mend": result["answers"]["mend"]}  # no distiller and no demonstration at hand
 
 
+def test_vectors_are_called_by_the_method_that_trained_them(llm_name, checkpoint, demos, tmp_path):
+    _, distiller, _ = parts(llm_name, checkpoint)
+    _, state = common.load_checkpoint(checkpoint, weights=False)
+    state["trained_on"] = {"pretrain": {"objective": "clm"}, "finetune": {"lam": 0.0}}
+    common.save_checkpoint(tmp_path / "hypertuning" / "best.safetensors", distiller, state)
+    result = distill.main(["--llm", llm_name, "--checkpoint", str(tmp_path / "hypertuning"), "--demos", demos(DEMOS), "--device", "cpu",
+                           "--out", str(tmp_path / "v.safetensors"), "--ask", *ASKED])
+    assert list(result["answers"]) == ["zero_shot", "icl", "hypertuning"]
+    again = distill.main(["--llm", llm_name, "--vectors", str(tmp_path / "v.safetensors"), "--device", "cpu", "--ask", *ASKED])
+    assert again["answers"] == {"hypertuning": result["answers"]["hypertuning"]}
+
+
+def test_snippet_of_the_readme(llm_name, checkpoint, demos, tmp_path, monkeypatch):
+    (snippet,) = re.findall(r"```python\n(.*?)```", (common.ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    path = demos(DEMOS)
+    monkeypatch.chdir(tmp_path)
+    distill.main(["--llm", llm_name, "--checkpoint", str(checkpoint), "--demos", path, "--dtype", "fp32", "--device", "cpu",
+                  "--out", "vectors.safetensors"])
+    llm, distiller, encoder = parts(llm_name, checkpoint)
+    scope = {"llm": llm, "query_ids": torch.tensor(encoder.query({"input": "the sea"}))}
+    with torch.no_grad():
+        exec(snippet, scope)  # noqa: S102
+        vectors = plain_vectors(distiller, encoder.demonstrations(examples(DEMOS), 900))
+        expected = plain_logits(llm, vectors, scope["query_ids"].tolist())
+    torch.testing.assert_close(scope["logits"][0, len(vectors) - 1:-1], expected, atol=1e-4, rtol=1e-4)
+
+
 def test_written_answers_equal_a_greedy_loop(llm_name, checkpoint, demos):
     pairs = [("the boat", "green hills"), ("war", "trade and law"), ("bread", "music")]
     result = distill.main(["--llm", llm_name, "--checkpoint", str(checkpoint), "--demos", demos(pairs), "--dtype", "fp32",

@@ -457,15 +457,15 @@ KL, CLM, UNSEEN = {"objective": "kl"}, {"objective": "clm"}, {"tasks": "metaicl"
 
 
 @pytest.mark.parametrize("method, distiller, stages, message", [
-    ("prompt_tuning", "layers:2", {}, "holds a distiller, which --methods prompt_tuning has none of"),
+    ("prompt_tuning", "layers:2", {}, "holds a distiller that was trained with L_distill"),
     ("mend", "free", {}, "holds free vectors .*evaluate it with --methods prompt_tuning"),
     ("hypertuning", "free", {}, "holds free vectors .*evaluate it with --methods prompt_tuning"),
-    ("hypertuning", "layers:2", {"pretrain": KL, "finetune": UNSEEN | {"lam": 0.0}}, "was trained with L_distill"),
-    ("hypertuning", "layers:2", {"pretrain": CLM, "finetune": UNSEEN | {"lam": 0.1}}, "was trained with L_distill"),
-    ("hypertuning", "layers:2", {"pretrain": {"objective": "clm+kl"}}, "was trained with L_distill"),
-    ("hypertuning", "layers:2", {"pretrain": {"corpus": "c4"}}, "was trained with L_distill"),  # before there was a choice
-    ("mend", "layers:2", {"pretrain": CLM, "finetune": UNSEEN | {"lam": 0.0}}, "was trained without L_distill"),
-    ("mend", "layers:2", {"finetune": UNSEEN | {"lam": 0.0}}, "was trained without L_distill"),
+    ("hypertuning", "layers:2", {"pretrain": KL, "finetune": UNSEEN | {"lam": 0.0}}, "holds .* was trained with L_distill; evaluate it with --methods mend"),
+    ("hypertuning", "layers:2", {"pretrain": CLM, "finetune": UNSEEN | {"lam": 0.1}}, "holds .* was trained with L_distill; evaluate it with --methods mend"),
+    ("hypertuning", "layers:2", {"pretrain": {"objective": "clm+kl"}}, "holds .* was trained with L_distill; evaluate it with --methods mend"),
+    ("hypertuning", "layers:2", {"pretrain": {"corpus": "c4"}}, "holds .* was trained with L_distill; evaluate it with --methods mend"),  # before there was a choice
+    ("mend", "layers:2", {"pretrain": CLM, "finetune": UNSEEN | {"lam": 0.0}}, "holds .* was trained without L_distill; evaluate it with --methods hypertuning"),
+    ("mend", "layers:2", {"finetune": UNSEEN | {"lam": 0.0}}, "holds .* was trained without L_distill; evaluate it with --methods hypertuning"),
     ("hypertuning", "layers:2", {"pretrain": CLM, "finetune": UNSEEN | {"lam": 0.0}}, None),
     ("hypertuning", "layers:2", {"finetune": UNSEEN | {"lam": 0.0}}, None), ("mend", "layers:2", {"pretrain": KL}, None),
     ("mend", "layers:2", {"pretrain": CLM, "finetune": UNSEEN | {"lam": 1.0}}, None),  # Table 4's row CLM
@@ -480,7 +480,7 @@ def test_a_checkpoint_is_not_taken_for_another_methods(tmp_path, llama, method, 
 
 
 def test_main_refuses_a_checkpoint_of_another_method(argv):
-    with pytest.raises(UserError, match="holds a distiller, which --methods prompt_tuning has none of"):
+    with pytest.raises(UserError, match="holds a distiller that was trained with L_distill"):
         evaluate.main([*argv, "--methods", "prompt_tuning"])
 
 
