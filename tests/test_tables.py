@@ -280,3 +280,9 @@ def test_table_flag_lets_no_unknown_flag_pass(capsys):
 
 def test_methods_of_the_paper_are_known():
     assert {m for rows in PAPER["2"].values() for m in rows} | {m for rows in PAPER["6"].values() for m in rows} <= set(METHODS)
+
+
+@pytest.mark.parametrize("file", sorted((common.ROOT / "results").glob("table*.jsonl")), ids=lambda path: path.stem)
+def test_committed_tables_are_those_of_the_committed_lines(file):
+    lines = tables.table_lines(tables.read_results(file), file.stem[len("table")])
+    assert "\n".join(lines) + "\n" == file.with_suffix(".md").read_text(encoding="utf-8")

@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Every table and picture again from the lines in results/: no training, no data, one minute.   runs/tables.sh
+source "$(dirname "$0")/settings.sh"
+for file in "$RESULTS"/table*.jsonl; do
+    [[ $file =~ /table([0-9])-([a-z]+)\.jsonl$ ]] && SCALE=${BASH_REMATCH[2]} table "${BASH_REMATCH[1]}" "table${BASH_REMATCH[1]}" > /dev/null
+done
+for name in method fig3 scaling fig4 fig8; do "$PYTHON" figures.py $name; done
