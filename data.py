@@ -28,6 +28,7 @@ import json
 import os
 import re
 import shutil
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -164,6 +165,27 @@ def corpus_files(corpus: list[str]) -> list[Path]:
     return files
 
 
+def json_lines(path: Path, expected: str) -> Iterator[tuple[str, dict]]:
+    """(file and line, as an error names them; object) of each line of a .jsonl or .jsonl.gz file that is not blank.
+
+    Raises:
+        UserError: the file cannot be read as UTF-8; a line is not the object that was `expected` there.
+    """
+    number = 0
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig", newline="\n") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    row = json.loads(line)
+                    if not isinstance(row, dict):
+                        raise TypeError(f"found a {type(row).__name__}")
+                    yield f"{path}, line {number}", row
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read as UTF-8 text ({error}); save it as UTF-8, or fetch it again") from error
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}, line {number}: expected {expected} ({type(error).__name__}: {error})") from error
+
+
 def read_documents(files: list[Path], characters: int) -> Iterator[str]:
     """Documents of text files: a line's "text" in .jsonl; in .txt, paragraphs joined up to `characters`."""
     for path in files:
@@ -177,13 +199,9 @@ def read_documents(files: list[Path], characters: int) -> Iterator[str]:
             if passage:
                 yield passage
             continue
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                try:
-                    yield json.loads(line)["text"]
-                except (json.JSONDecodeError, KeyError, TypeError) as error:
-                    raise UserError(f'{path}, line {number}: expected a JSON object with a "text" as in C4 '
-                                    f"({type(error).__name__}: {error})") from error
+        for where, row in json_lines(path, form := 'a JSON object with a "text" as in C4'):
+            check((isinstance(row.get("text"), str), f"{where}: expected {form} (found {str(row)[:60]})"))
+            yield row["text"]
 
 
 def hub_rows(flag: str, name: str, *configuration: str, split: str, columns: tuple[str, ...]) -> Iterator[dict]:
@@ -400,18 +418,13 @@ def read_examples(path: Path) -> list[dict]:
     if not path.is_file():
         raise UserError(f"{path} does not exist; expected MetaICL's layout, <task>/<task>_16_<seed>_test.jsonl")
     examples = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-        if not line.strip():
-            continue
+    for where, row in json_lines(path, form := '{"task", "input", "output", "options"}'):
         try:
-            example = json.loads(line)
-            example = {"task": example["task"], "input": example["input"].strip(), "output": example["output"].strip(),
-                       "options": [option.strip() for option in example.get("options") or []]}
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f'{path}, line {number}: expected {{"task", "input", "output", "options"}} '
-                            f"({type(error).__name__}: {error})") from error
-        if not example["input"] or not example["output"]:
-            raise UserError(f"{path}, line {number}: the input or the output is empty")
+            example = {"task": row["task"], "input": row["input"].strip(), "output": row["output"].strip(),
+                       "options": [option.strip() for option in row.get("options") or []]}
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{where}: expected {form} ({type(error).__name__}: {error})") from error
+        check((example["input"] and example["output"], f"{where}: the input or the output is empty"))
         examples.append(example)
     return examples
 

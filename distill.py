@@ -24,7 +24,7 @@ from torch import Tensor
 
 import common
 from common import UserError, check, finish, run_main, setup
-from data import Encoder, Tokenizer
+from data import Encoder, Tokenizer, json_lines
 from evaluate import make_encoder, method_of, predict
 from model import identity, load_distiller, load_llm, vector_prefix, with_bos
 
@@ -56,29 +56,19 @@ def read_lines(path: str, needs: tuple[str, ...]) -> list[dict]:
     Raises UserError, with the line's number, for anything that is not text where text belongs.
     """
     check((Path(path).is_file(), f"{path} is no file; expected JSON lines such as {{\"input\": ..., \"output\": ...}}"))
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from error
     examples = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            example = {name: row.get(name, "") for name in ("input", "output")} | {"options": row.get("options", [])}
-        except (ValueError, AttributeError, RecursionError) as error:
-            raise UserError(f'{path}, line {number}: expected {{"input": ..., "output": ...}} ({error})') from error
+    for where, row in json_lines(Path(path), '{"input": ..., "output": ...}'):
+        example = {name: row.get(name, "") for name in ("input", "output")} | {"options": row.get("options", [])}
         is_text = all(isinstance(text, str) for text in (example["input"], example["output"]))
         is_list = isinstance(example["options"], list) and all(isinstance(o, str) and o.strip() for o in example["options"])
-        check((is_text, f"{path}, line {number}: input and output must be text in quotes"),
-              (is_list, f'{path}, line {number}: options must be a list of texts, as in ["yes", "no"]'))
+        check((is_text, f"{where}: input and output must be text in quotes"),
+              (is_list, f'{where}: options must be a list of texts, as in ["yes", "no"]'))
         example = {"task": Path(path).name, "input": example["input"].strip(), "output": example["output"].strip(),
                    "options": [option.strip() for option in example["options"]]}
         missing = [name for name in needs if not example[name]]
-        check((not missing, f"{path}, line {number}: {' and '.join(missing)} must not be empty"),
+        check((not missing, f"{where}: {' and '.join(missing)} must not be empty"),
               (not example["options"] or not example["output"] or example["output"] in example["options"],
-               f"{path}, line {number}: the output {example['output']!r} is none of its options {example['options']}"))
+               f"{where}: the output {example['output']!r} is none of its options {example['options']}"))
         examples.append(example)
     check((bool(examples), f"{path} is empty; give at least one line"))
     return examples

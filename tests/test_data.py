@@ -506,9 +506,18 @@ def test_an_interrupted_tokenisation_is_not_taken_for_a_whole_one(corpus_dir, to
         len(tokenizer.reference(text)) for text in texts_of(corpus_dir))
 
 
+@pytest.mark.parametrize("content", [gzip.compress(b'{"text": "fine"}\n' * 500)[:-9], b"no gzip", b"\x1f\x8b" + b"x" * 40,
+                                     gzip.compress(b'{"text": "caf\xe9"}\n')])
+def test_a_file_that_cannot_be_read_is_named(tmp_path, content):
+    (tmp_path / "part.jsonl.gz").write_bytes(content)
+    with pytest.raises(UserError, match=r"part\.jsonl\.gz cannot be read as UTF-8 text"):
+        list(data.json_lines(tmp_path / "part.jsonl.gz", "an object"))
+
+
 @pytest.mark.parametrize("content, message", [
     ('{"text": "fine"}\n{"text": "cut', r"part\.jsonl, line 2: expected a JSON object"),
-    ('{"text": "fine"}\n{"txt": "x"}\n', r"part\.jsonl, line 2: .*KeyError"),
+    ('{"text": "fine"}\n{"txt": "x"}\n', r"part\.jsonl, line 2: expected .*found {'txt': 'x'}"),
+    ('{"text": 3}\n', r"part\.jsonl, line 1: expected .*found {'text': 3}"),
     ("[1]\n", r"part\.jsonl, line 1: .*TypeError"), ("", "holds no text at all")])
 def test_broken_text_is_a_user_error(tmp_path, tokenizer, content, message):
     (tmp_path / "part.jsonl").write_text(content)
