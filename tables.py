@@ -86,6 +86,7 @@ def variant_of(record: dict) -> str:
         changes += ["no_finetuning"]  # Fig. 6, which is no row of Table 4
     else:
         changes += ["without_pred"] * (not finetune.get("pred_weight", 1)) + ["without_distill"] * (not finetune.get("lam", 1))
+        changes += ["another weight of L_pred"] * (finetune.get("pred_weight", 1) not in (0, 1))
         changes += ["another lambda"] * (finetune.get("lam", 1) not in (0, 1))  # Fig. 7
     return " and ".join(changes) or "mend"
 
@@ -110,8 +111,9 @@ Scores = dict[tuple[str, int], tuple[float, int]]  # (task, seed): headline in p
 
 
 def latest(records: list[dict]) -> list[dict]:
-    """Of the records of one cell those of its newest checkpoint, and of two lines of one (task, seed) the later."""
-    return list({(r["task"], r["seed"]): r for r in records if r["checkpoint"] == records[-1]["checkpoint"]}.values())
+    """Of the records of one cell those made like its newest line, and of two lines of one (task, seed) the later."""
+    same = ("checkpoint", "distill_len", "dtype", "llm_weights")
+    return list({(r["task"], r["seed"]): r for r in records if all(r.get(f) == records[-1].get(f) for f in same)}.values())
 
 
 def belonging(records: list[dict], number: str) -> tuple[list[dict], int]:
@@ -160,17 +162,20 @@ def summary(scores: Scores) -> dict:
 
 
 def paired_bootstrap(ours: Scores, base: Scores, draws: int = 10_000) -> dict | None:
-    """Ours minus a baseline over the (task, seed) that both have, with a 95% interval; None where they share none.
+    """Ours minus a baseline over the tasks that both have, with a 95% interval; None where they share none.
 
-    Resamples the pairs with replacement; both methods keep their own result of each drawn pair.
+    A task's gap is the mean over the seeds that both have. Tasks are resampled with replacement: the seeds of one task are
+    no independent draws, and another choice of tasks is what a reader would ask about.
     """
-    pairs = sorted(ours.keys() & base.keys())
-    if not pairs:
+    gaps_of = defaultdict(list)
+    for task, seed in sorted(ours.keys() & base.keys()):
+        gaps_of[task].append(ours[task, seed][0] - base[task, seed][0])
+    if not gaps_of:
         return None
-    gaps = np.array([ours[p][0] - base[p][0] for p in pairs])
+    gaps = np.array([np.mean(gaps) for gaps in gaps_of.values()])
     means = gaps[np.random.default_rng(0).integers(len(gaps), size=(draws, len(gaps)))].mean(axis=1)
     low, high = np.percentile(means, [2.5, 97.5])
-    return {"gap": float(gaps.mean()), "low": float(low), "high": float(high), "pairs": len(pairs)}
+    return {"gap": float(gaps.mean()), "low": float(low), "high": float(high), "tasks": len(gaps)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -231,7 +236,7 @@ def notes(cells: dict[tuple[str, str, str], Scores], summaries: dict[tuple[str, 
         behind[llm, column, s["tasks"], s["queries"], s["seeds"]].append(row)
         if row != "mend" and (b := paired_bootstrap(cells.get((llm, "mend", column), {}), scores)):
             gaps.append(f"- {llm}, {column}, mend minus {row}: {b['gap']:+.2f} [{b['low']:+.2f}, {b['high']:+.2f}] "
-                        f"(95%, paired bootstrap over {b['pairs']} (task, seed))")
+                        f"(95%, paired bootstrap over {b['tasks']} tasks)")
     return [f"- {llm}, {column}, {', '.join(rows)}: {tasks} of {n_tasks[column]} tasks, {queries:,} queries, {seeds} seeds"
             for (llm, column, tasks, queries, seeds), rows in behind.items()] + gaps
 

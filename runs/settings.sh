@@ -72,5 +72,8 @@ score() {
 
 # table NUMBER FILE: the paper's table, from $RESULTS/FILE-$SCALE.jsonl to the screen and to $RESULTS/tableNUMBER-$SCALE.md
 table() {
-    "$PYTHON" evaluate.py --table "$1" "$RESULTS/$2-$SCALE.jsonl" | sed '$d' | tee "$RESULTS/table$1-$SCALE.md"
+    local file="$RESULTS/table$1-$SCALE.md"
+    "$PYTHON" evaluate.py --table "$1" "$RESULTS/$2-$SCALE.jsonl" | sed '$d' > "$file.tmp"  # a failure leaves the old one
+    mv "$file.tmp" "$file"
+    cat "$file"
 }

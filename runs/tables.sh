@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
-# Every table and picture again from the lines in results/: no training, no data, one minute.   runs/tables.sh
+# Every table, and every picture but the training curves, again from the lines in the repository's results/: no training,
+# no data, one minute.   runs/tables.sh
 source "$(dirname "$0")/settings.sh"
+RESULTS=results
 for file in "$RESULTS"/table*.jsonl; do
     [[ $file =~ /table([0-9])-([a-z]+)\.jsonl$ ]] && SCALE=${BASH_REMATCH[2]} table "${BASH_REMATCH[1]}" "table${BASH_REMATCH[1]}" > /dev/null
 done
