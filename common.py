@@ -157,6 +157,11 @@ def shared_rules(args: argparse.Namespace) -> list[tuple[bool, str]]:
     ]
 
 
+def place_rule(flag: str, path: str) -> tuple[bool, str]:
+    """The rule that `path`, to be written, does not stand under a file, for `check`."""
+    return not any(p.is_file() for p in Path(path).absolute().parents), f"{flag} {path} stands under a file; give another name"
+
+
 def device_rules(args: argparse.Namespace) -> list[tuple[bool, str]]:
     """Rules on --device and --dtype, for `check`."""
     return [
@@ -175,6 +180,7 @@ def training_rules(args: argparse.Namespace) -> list[tuple[bool, str]]:
     counts = ("steps", "batch_size", "grad_accum", "eval_every", "save_every")
     return [(getattr(args, c) >= 1, f"--{c.replace('_', '-')} is {getattr(args, c)}; give at least 1") for c in counts] + [
         (args.lr > 0, f"--lr is {args.lr}; give a positive number"),
+        place_rule("--out-dir", f"{args.out_dir or OUT}/last.safetensors"),
         (0 <= args.warmup <= 1, f"--warmup is {args.warmup}; give a share between 0 and 1"),
         (args.clip >= 0, f"--clip is {args.clip}; give 0 (off) or a positive number"),
         (args.patience >= 0, f"--patience is {args.patience}; give 0 (never stop early) or more"),
@@ -329,11 +335,20 @@ def save_checkpoint(path: Path, distiller: nn.Module, state: dict, optimizer: to
 
 def write_checkpoint(path: Path, tensors: dict[str, Tensor], state: dict) -> None:
     """One file, written whole and then renamed, with the state in its header."""
+    write_tensors(path, tensors, {"state": json.dumps(state)})
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """A safetensors file, written whole and then renamed; raises UserError where nothing can be written."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    save_file(tensors, temporary, metadata={"state": json.dumps(state)})
-    os.replace(temporary, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, temporary, metadata=metadata)
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be written ({error}); give another place, or make room there") from error
 
 
 def export_checkpoint(source: str | Path, target: Path) -> None:
@@ -343,7 +358,9 @@ def export_checkpoint(source: str | Path, target: Path) -> None:
         return {k: Path(v).name if isinstance(v, str) and Path(v).is_absolute() else v for k, v in values.items()}
     tensors, state = load_checkpoint(source)
     weights = {name: t.to(torch.bfloat16) for name, t in tensors.items() if name.startswith("distiller.")}
-    kept = {name: state[name] for name in ("trained_on", "commit", "step", "figures")}
+    needed = ("trained_on", "commit", "step", "figures")
+    check((not {*needed, "model"} - state.keys(), f"{source} is not a whole checkpoint of this project; give a run's folder"))
+    kept = {name: state[name] for name in needed}
     backbone = state["model"]["backbone"]
     kept["model"] = name_only(state["model"]) | {"backbone": backbone and name_only(backbone)}
     kept["flags"] = {name: value for name, value in state.get("flags", {}).items() if type(value) in (int, float)}
@@ -369,7 +386,7 @@ def checkpoint_id(path: str | Path) -> str:
     """A checkpoint's name in results: its run folder and the first digits of its content hash."""
     import hashlib
     file = checkpoint_file(path)
-    return f"{file.parent.name}/{file.stem}@{hashlib.sha256(file.read_bytes()).hexdigest()[:10]}"
+    return f"{file.resolve().parent.name}/{file.stem}@{hashlib.sha256(file.read_bytes()).hexdigest()[:10]}"
 
 
 def checkpoint_file(path: str | Path) -> Path:
@@ -382,7 +399,8 @@ def checkpoint_file(path: str | Path) -> Path:
                     "last.safetensors in it, as train_pretrain.py and train_finetune.py write them")
 
 
-FIXED_FLAGS = ("k", "seed", "batch_size", "grad_accum", "lr", "warmup", "window", "context_len", "queries_per_demo")
+FIXED_FLAGS = ("k", "seed", "batch_size", "grad_accum", "lr", "warmup", "clip", "window", "min_doc_len", "context_len",
+               "queries_per_demo", "dtype", "llm_weights")
 
 
 class Run:
@@ -425,6 +443,9 @@ class Run:
                   for name in fixed[0] | fixed[1] if fixed[0].get(name) != fixed[1].get(name)]
         check((not differ, (f"--resume: {path} was trained with {', '.join(differ)}; give the flags of that run, or another "
                             "--out-dir")))
+        before, now = (state["flags"].get("steps") for state in (saved, self.state))
+        if before != now and is_main():
+            print(f"note: --steps was {before} and is {now}: from here on the learning rate follows the new schedule")
         self.distiller.load_state_dict({k.removeprefix("distiller."): t for k, t in tensors.items()
                                         if k.startswith("distiller.")})
         for name, p in self.distiller.named_parameters():

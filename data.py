@@ -191,7 +191,11 @@ def read_documents(files: list[Path], characters: int) -> Iterator[str]:
     for path in files:
         if path.suffix == ".txt":
             passage = ""
-            for paragraph in re.split(r"\n\s*\n|\n", path.read_text(encoding="utf-8")):
+            try:
+                text = path.read_text(encoding="utf-8")
+            except UnicodeDecodeError as error:
+                raise UserError(f"{path} cannot be read as UTF-8 text ({error}); save it as UTF-8") from error
+            for paragraph in re.split(r"\n\s*\n|\n", text):
                 passage = f"{passage}\n{paragraph}".strip()
                 if len(passage) >= characters:
                     yield passage
@@ -620,7 +624,7 @@ def collate(rows: list[dict], device: torch.device | str = "cpu") -> dict[str, t
 
 
 def table1(tasks: Tasks, encoder: Encoder) -> dict:
-    """Table 1: tasks, examples and the average length of a demonstration, for the tasks that are here."""
+    """Table 1: tasks, examples and the average length of a demonstration (of each task's first 200), for what is here."""
     figures = {}
     for part, names, missing in (("train", tasks.train, tasks.missing_train), ("test", tasks.test, tasks.missing_test)):
         lengths, examples = [], 0
@@ -633,7 +637,7 @@ def table1(tasks: Tasks, encoder: Encoder) -> dict:
     return figures
 
 
-def show(tasks: Tasks, encoder: Encoder, k: int, seed: int) -> None:
+def show(tasks: Tasks, encoder: Encoder, k: int) -> None:
     """Print one training example's whole way: line, text, tokens, batch with its masks."""
     task = tasks.train[0]
     pool = tasks.pool(task)
@@ -661,7 +665,7 @@ def main(argv: list[str] | None = None) -> dict:
     tasks = load_tasks(args.tasks, args.split)
     encoder = Encoder(Tokenizer(args.llm), args.template, context_len=900)
     if args.show:
-        show(tasks, encoder, args.show, args.seed)
+        show(tasks, encoder, args.show)
         return finish({"split": args.split, "task": tasks.train[0]})
     figures = table1(tasks, encoder)
     for part in ("train", "test"):

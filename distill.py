@@ -19,7 +19,6 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 import common
@@ -84,8 +83,16 @@ def labels_of(demos: list[dict]) -> list[str]:
 
 def save_vectors(path: str, vectors: Tensor, about: dict) -> None:
     """Write (l, d) fp32 as the tensor "vectors", with what they belong to in the header."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    save_file({"vectors": vectors.contiguous().cpu()}, path, metadata={"about": json.dumps(about)})
+    common.write_tensors(Path(path), {"vectors": vectors.contiguous().cpu()}, {"about": json.dumps(about)})
+
+
+def is_vectors_file(path: str) -> bool:
+    """Whether `save_vectors` has written it, so that new vectors may take its place."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return "about" in (file.metadata() or {})
+    except (OSError, SafetensorError):
+        return False
 
 
 def read_vectors(path: str, llm) -> tuple[Tensor, dict]:
@@ -93,7 +100,7 @@ def read_vectors(path: str, llm) -> tuple[Tensor, dict]:
     try:
         with safe_open(path, framework="pt") as file:
             vectors, about = file.get_tensor("vectors"), json.loads(file.metadata()["about"])
-        owner = about["llm"]
+        owner, _ = about["llm"], about["template"]
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"--vectors {path} is no file that --out has written ({error})") from error
     found = identity(llm)
@@ -133,9 +140,9 @@ def main(argv: list[str] | None = None) -> dict:
           (bool(args.demos) != bool(args.vectors) or args.export, "give --demos FILE, or --vectors FILE in its place"),
           (asks or args.out or args.export, "nothing to do: --ask or --queries to answer, --out to keep the vectors"),
           (not (args.vectors and args.out), "--out writes the vectors of --demos; --vectors are in a file already"),
-          (not path or not Path(path).exists() or (Path(path).is_file() and path.endswith(".safetensors")),
-           f"{flag} {path} is there already and no .safetensors file; give another name"),
-          (not path or not any(p.is_file() for p in Path(path).absolute().parents), f"{flag} {path} stands under a file; give another name"),
+          (not path or not Path(path).exists() or (not args.export and is_vectors_file(path)),
+           f"{flag} {path} is there already and holds something else; give another name"),
+          common.place_rule(flag, path or "."),
           *common.device_rules(args),
           (args.answer_tokens >= 1, f"--answer-tokens is {args.answer_tokens}; give at least 1"),
           (args.context_len >= 1, f"--context-len is {args.context_len}; give at least 1 token"))

@@ -240,8 +240,11 @@ def main(argv: list[str] | None = None) -> dict:
           (not blind or not (args.retrieve or args.perturb),
            f"{' '.join(blind)} has no part in --retrieve and --perturb; leave it out of --methods"),
           (args.dense_model is None or args.retrieve == "dense", "--dense-model needs --retrieve dense"),
+          common.place_rule("--out", args.out),
+          (args.seed == SEEDS[0], f"--seed {args.seed} has no part in evaluation; --seeds names the demonstration sets"),
           *((seed in SEEDS, f"--seeds {seed} is unknown; MetaICL's are {sorted(SEEDS)}") for seed in args.seeds))
-    args.seeds, args.methods = list(dict.fromkeys(args.seeds)), list(dict.fromkeys(args.methods))
+    for name in ("seeds", "methods", "only"):  # each once
+        setattr(args, name, getattr(args, name) and list(dict.fromkeys(getattr(args, name))))
     device = setup(args, training=False)
     tasks = load_tasks(args.tasks, args.split)
     for name in args.only or []:

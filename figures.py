@@ -33,7 +33,7 @@ from matplotlib.transforms import offset_copy
 
 import common
 from common import UserError, check, finish, run_main
-from tables import latest, read_results, summarise
+from tables import NEEDED, latest, read_results, summarise
 
 # Okabe and Ito's palette, which stays distinct for colour-blind readers: colour, marker, label
 METHODS = {"mend": ("#0072B2", "o", "MEND"), "icl": ("#D55E00", "s", "Vanilla ICL"),
@@ -175,10 +175,21 @@ def method(args) -> tuple[Figure, dict]:
 # Fig. 3 and scaling: what `bench.py --fig3` counted and timed
 
 
+def load_json(args: argparse.Namespace, name: str, needs: tuple[str, ...], command: str) -> dict:
+    """The one results file of a figure that is no table of evaluations; `command` makes it."""
+    paths = args.results or [str(common.ROOT / "results" / name)]
+    check((len(paths) == 1, f"--results {' '.join(paths)}: {args.name} takes one file"))
+    try:
+        record = json.loads(Path(paths[0]).read_text(encoding="utf-8"))
+        if lacking := [key for key in needs if key not in record]:
+            raise ValueError(f"it lacks {', '.join(lacking)}")
+        return record
+    except (OSError, ValueError) as error:
+        raise UserError(f"{paths[0]} does not hold what {args.name} draws ({error}); make it with {command}") from error
+
+
 def load_costs(args: argparse.Namespace) -> dict:
-    path = Path(args.results[0] if args.results else common.ROOT / "results" / "fig3.json")
-    check((path.is_file(), f"{path} does not exist; make it with `python bench.py --preset paper --fig3`"))
-    return json.loads(path.read_text(encoding="utf-8"))
+    return load_json(args, "fig3.json", ("settings", "scaling"), "`python bench.py --preset paper --fig3`")
 
 
 def cost_caption(fig: Figure, results: dict) -> None:
@@ -251,7 +262,10 @@ def interpolate(x: list[float], y: list[float], at: float) -> float:
 def load_records(args: argparse.Namespace) -> list[dict]:
     """The records of evaluate.py of one split, with MetaICL's own demonstrations, unperturbed."""
     paths = [Path(p) for p in args.results or sorted((common.ROOT / "results").glob(f"{args.name}*.jsonl"))]
+    check(*((path.is_file(), f"--results {path} is no file; run runs/{SOURCES[args.name]}.sh, which makes it") for path in paths))
     records = [r for path in paths for r in read_results(path)]
+    lacking = sorted({name for r in records for name in NEEDED - r.keys()})
+    check((not lacking, f"the results lack {', '.join(lacking)}; {args.name} takes lines that evaluate.py wrote"))
     chosen = [r for r in records if r["split"] == args.split and r["retrieval"] is None and r["perturbation"] is None]
     if not chosen:
         raise UserError(f"{', '.join(p.name for p in paths) or 'results/'}: {len(records)} records, none of --split "
@@ -374,18 +388,9 @@ def fig7(args) -> tuple[Figure, dict]:
 # Figs. 5 and 8: what attention.py measured
 
 
-def load_measured(args: argparse.Namespace, name: str) -> dict:
-    """What attention.py wrote."""
-    path = Path(args.results[0] if args.results else common.ROOT / "results" / f"{name}.json")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not what attention.py writes ({error}); run it (with --checkpoint DIR for Fig. 5)") from error
-
-
 def fig8(args) -> tuple[Figure, dict]:
     """Fig. 8: the induction score of each layer and head, the top four outlined."""
-    record = load_measured(args, "induction")
+    record = load_json(args, "induction.json", ("scores", "heads"), "`python attention.py`")
     scores = np.array(record["scores"])                                                              # (layers, heads)
     fig = Figure(figsize=(8, 1.6 + 0.22 * scores.shape[1]), layout="constrained")
     ax = fig.subplots()
@@ -405,7 +410,7 @@ def fig8(args) -> tuple[Figure, dict]:
 
 def fig5(args) -> tuple[Figure, dict]:
     """Fig. 5: attention of the top four induction heads from where the answer is predicted, ICL above MEND."""
-    record = load_measured(args, "attention")
+    record = load_json(args, "attention.json", ("icl", "mend", "heads"), "`python attention.py --checkpoint DIR`")
     columns, n = max(len(record[m]["prefix"][0]) for m in ("icl", "mend")), len(record["query_tokens"])
     fig = Figure(figsize=(8, 5), layout="constrained")
     axes = fig.subplots(2, 1, sharex=True)
@@ -518,7 +523,7 @@ def main(argv: list[str] | None = None) -> dict:
            "`python figures.py curves out/pretrain`, and the others take none")))
     args.command = shlex.join(["python", "figures.py", *(sys.argv[1:] if argv is None else argv)])
     out = Path(args.out)
-    check((not out.is_file(), f"--out {out} is a file; give a folder"))
+    check((not out.is_file(), f"--out {out} is a file; give a folder"), common.place_rule("--out", args.out))
     out.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(STYLE):
         fig, drawn = FIGURES[args.name](args)

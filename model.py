@@ -588,7 +588,7 @@ def distiller_config(distiller: Distiller | FreeVectors, llm: PreTrainedModel, a
 def load_distiller(path: str | Path, llm: PreTrainedModel) -> tuple[Distiller | FreeVectors, dict]:
     """The distiller of a checkpoint file or run folder, for this LLM, and the checkpoint's state."""
     tensors, state = load_checkpoint(path)
-    config, found = state["model"], identity(llm)
+    config, found = state.get("model", {}), identity(llm)
     check(("vector_start" in config, f"{path} is of an older version of this code, without --vector-start; train it again"))
     if config["llm"] != found:
         raise UserError(f"the checkpoint {path} was trained for the LLM {config['llm']}, and this one is {found}; "

@@ -230,13 +230,15 @@ def test_a_crash_while_saving_leaves_the_old_checkpoint(tmp_path, monkeypatch, m
     assert load_checkpoint(tmp_path)[1] == {"step": 1}
 
 
-def test_a_folder_gives_its_best_else_its_last_checkpoint(tmp_path):
+def test_a_folder_gives_its_best_else_its_last_checkpoint(tmp_path, monkeypatch):
     save_checkpoint(tmp_path / "last.safetensors", small(0), {"step": 2})
     assert load_checkpoint(tmp_path)[1] == {"step": 2}
     save_checkpoint(tmp_path / "best.safetensors", small(0), {"step": 1})
     assert load_checkpoint(tmp_path)[1] == {"step": 1}
     assert load_checkpoint(tmp_path / "last.safetensors")[1] == {"step": 2}
     name = common.checkpoint_id(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert common.checkpoint_id("best.safetensors") == name  # however its path is typed
     save_checkpoint(tmp_path / "best.safetensors", small(1), {"step": 1})
     assert name.startswith(f"{tmp_path.name}/best@") and common.checkpoint_id(tmp_path) != name
 

@@ -212,10 +212,24 @@ def test_bad_files(line, message, tmp_path):
         distill.main(["--demos", str(tmp_path / "d.jsonl"), "--ask", "x"])
 
 
+def test_no_checkpoint_is_written_over(llm_name, checkpoint, demos, tmp_path):
+    run, vectors = checkpoint / "best.safetensors", tmp_path / "v.safetensors"
+    before = run.read_bytes()
+    argv = ["--llm", llm_name, "--checkpoint", str(checkpoint), "--device", "cpu"]
+    for out in (["--demos", demos(DEMOS), "--out"], ["--export"]):
+        with pytest.raises(common.UserError, match="is there already and holds something else"):
+            distill.main([*argv, *out, str(run)])
+    assert run.read_bytes() == before
+    for pairs in (DEMOS, DEMOS[:2]):  # vectors may take the place of vectors
+        distill.main([*argv, "--demos", demos(pairs), "--out", str(vectors)])
+    with pytest.raises(common.UserError, match="cannot be written"):
+        distill.main([*argv, "--export", "/proc/nowhere/x.safetensors"])
+
+
 def test_vectors_of_another_llm_and_no_vectors_are_refused(gpt2, llama, tmp_path):
     llm, other = (load_llm(str(name), CPU, torch.float32) for name in (gpt2, llama))
     path = str(tmp_path / "v.safetensors")
-    distill.save_vectors(path, torch.zeros(4, 32), {"llm": distill.identity(llm)})
+    distill.save_vectors(path, torch.zeros(4, 32), {"llm": distill.identity(llm), "template": "space"})
     with pytest.raises(common.UserError, match="belong to the LLM"):
         distill.read_vectors(path, other)
     (tmp_path / "v.safetensors").write_text("no")

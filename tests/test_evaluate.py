@@ -495,13 +495,19 @@ def test_main_refuses_a_checkpoint_of_another_method(argv):
     (["--dense-model", "x"], "--dense-model needs --retrieve dense"),
     (["--methods", "icl", "--retrieve", "dense", "--dense-model", "some/name"], "--dense-model some/name would come from"),
     (["--methods", "icl", "--retrieve", "bm25", "--k", "200"], "80 examples to retrieve from, and --k is 200"),
-    (["--seeds", "13", "7"], "--seeds 7 is unknown"), (["--only", "agnews"], "--only agnews is no meta-test task.*ag_news"),
+    (["--seeds", "13", "7"], "--seeds 7 is unknown"), (["--seed", "13"], "--seed 13 has no part in evaluation; --seeds names"),
+    (["--out", f"{__file__}/x"], "--out .* stands under a file"), (["--only", "agnews"], "--only agnews is no meta-test task.*ag_news"),
     (["--k", "17"], "has 16 training examples for seed 13, and --k is 17"), (["--limit", "-1"], "--limit is -1"),
     (["--context-len", "0"], "--context-len is 0"), (["--checkpoint", "/nowhere"], "no checkpoint at /nowhere"),
     (["--context-len", "3"], "not one of 4 demonstrations fits into 3 tokens")])
 def test_user_errors(argv, change, message):
     with pytest.raises(UserError, match=message):
         evaluate.main([*argv, *change])
+
+
+def test_what_is_named_twice_counts_once(argv):
+    argv = [*argv, "--methods", "icl", "--seeds", "13", "--only"]
+    assert evaluate.main([*argv, "ag_news", "emo"]) == evaluate.main([*argv, "emo", "emo", "emo", "ag_news"])
 
 
 def test_mend_needs_a_checkpoint(argv):

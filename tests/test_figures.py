@@ -225,8 +225,19 @@ def test_fig5_draws_the_weights(tmp_path):
 
 @pytest.mark.parametrize("name", ["fig5", "fig8"])
 def test_what_was_not_measured_names_its_script(tmp_path, name):
-    with pytest.raises(UserError, match=r"not what attention\.py writes"):
+    with pytest.raises(UserError, match=r"does not hold what fig. draws .*python attention\.py"):
         main([name, "--results", str(tmp_path / "absent.json"), "--out", str(tmp_path)])
+
+
+@pytest.mark.parametrize(("argv", "message"), [
+    (["fig3", "--results", "F"], "it lacks settings, scaling.*bench.py"), (["fig8", "--results", "F"], "it lacks scores, heads.*attention.py"),
+    (["fig4", "--results", "F"], "the results lack checkpoint, .*lines that evaluate.py wrote"),
+    (["fig8", "--results", "F", "F"], "fig8 takes one file"), (["method", "--out", "F/x"], "stands under a file")])
+def test_files_of_another_kind_are_named(tmp_path, argv, message):
+    (tmp_path / "F").write_text('{"task": "emo"}')
+    argv = [str(tmp_path / a) if a[0] == "F" else a for a in argv]
+    with pytest.raises(UserError, match=message):
+        main(argv if "--out" in argv else [*argv, "--out", str(tmp_path)])
 
 
 # Training curves

@@ -343,8 +343,9 @@ def test_an_existing_run_needs_resume(argv, quick_dev, tmp_path):
     before = (tmp_path / "run" / "last.safetensors").read_bytes(), (tmp_path / "run" / "metrics.jsonl").read_bytes()
     with pytest.raises(UserError, match="holds a run already; add --resume"):
         train_pretrain.main(argv)
-    with pytest.raises(UserError, match="give the flags of that run"):
-        train_pretrain.main([*argv, "--distill-len", "5", "--resume"])
+    for change in (["--distill-len", "5"], ["--min-doc-len", "9"], ["--clip", "0.5"], ["--dtype", "bf16"], ["--llm-weights", "bf16"]):
+        with pytest.raises(UserError, match="give the flags of that run"):
+            train_pretrain.main([*argv, *change, "--resume"])
     assert before == ((tmp_path / "run" / "last.safetensors").read_bytes(), (tmp_path / "run" / "metrics.jsonl").read_bytes())
 
 
