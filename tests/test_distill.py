@@ -102,12 +102,13 @@ def test_snippet_of_the_readme(llm_name, checkpoint, demos, tmp_path, monkeypatc
                   "--out", "vectors.safetensors"])
     llm, distiller, encoder = parts(llm_name, checkpoint)
     (tmp_path / "snippet.py").write_text(snippet)
-    scope = {"llm": llm, "query_ids": torch.tensor(encoder.query({"input": "the sea"}))}
+    (tmp_path / "assets").mkdir()
+    (tmp_path / "assets" / "SmolLM2-135M-Instruct").symlink_to(llm_name)
     with torch.no_grad():
-        logits = runpy.run_path(str(tmp_path / "snippet.py"), scope)["logits"]
+        scope = runpy.run_path(str(tmp_path / "snippet.py"))
         vectors = plain_vectors(distiller, encoder.demonstrations(examples(DEMOS), 900))
         expected = plain_logits(llm, vectors, scope["query_ids"].tolist())
-    torch.testing.assert_close(logits[0, len(vectors) - 1:-1], expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(scope["logits"][0, len(vectors) - 1:-1], expected, atol=1e-4, rtol=1e-4)
 
 
 def test_written_answers_equal_a_greedy_loop(llm_name, checkpoint, demos):

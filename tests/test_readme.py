@@ -17,7 +17,7 @@ import train_finetune
 import train_pretrain
 
 SCRIPTS = {m.__name__: m for m in (assets, attention, bench, data, distill, evaluate, figures, train_finetune, train_pretrain)}
-PLACES = ["README.md", "results/LOG.md", "Makefile", *(f"{name}.py" for name in SCRIPTS)]
+PLACES = ["README.md", "results/LOG.md", "results/SPEED.md", "checkpoints/README.md", "Makefile", *(f"{name}.py" for name in SCRIPTS)]
 
 
 def commands() -> list[str]:
