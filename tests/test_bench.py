@@ -517,5 +517,5 @@ def test_flag_faults(flags, tiny):
         bench.main([*flags, "--demo-tokens", "2045", "--repeats", "1"])
     with pytest.raises(UserError, match="t5-large-lm-adapt is an encoder-decoder"):
         bench.main([*flags, "--llm", "t5-large-lm-adapt", "--distiller", "t5-small-lm-adapt", "--random-init"])
-    with pytest.raises(UserError, match="does not exist; make it with"):
+    with pytest.raises(UserError, match="make it with `python bench.py"):
         figures.main(["fig3", "--results", "nowhere.json"])
