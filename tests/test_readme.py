@@ -13,6 +13,7 @@ import data
 import distill
 import evaluate
 import figures
+import tables
 import train_finetune
 import train_pretrain
 
@@ -46,3 +47,13 @@ def test_command_parses(command):
     args = SCRIPTS[script].get_parser().parse_args(shlex.split(flags.replace("$(DEMO)", "out/demo").replace("$(PUBLISHED)", "x.safetensors").replace("$", "")))
     if script not in ("assets", "distill"):
         assert args.split in (*common.SPLITS, "S")
+
+
+@pytest.mark.parametrize("file", sorted((common.ROOT / "results").glob("table2-*.jsonl")), ids=lambda path: path.stem)
+def test_the_readme_has_the_figures_of_the_committed_results(file):
+    text = (common.ROOT / "README.md").read_text(encoding="utf-8")
+    records = tables.read_results(file)
+    for method in {r["method"] for r in records} - {"majority"}:
+        mine = {(r["task"], r["seed"]): (100 * r["headline"], r["n"]) for r in records if r["method"] == method}
+        found = tables.summary(mine)
+        assert f"| {found['mean']:.2f}" + (f" ±{found['std']:.2f}" if found["std"] else "") in text, method
