@@ -33,7 +33,7 @@ from matplotlib.transforms import offset_copy
 
 import common
 from common import UserError, check, finish, run_main
-from tables import NEEDED, latest, read_results, summarise
+from tables import latest, read_results, require_fields, summarise
 
 # Okabe and Ito's palette, which stays distinct for colour-blind readers: colour, marker, label
 METHODS = {"mend": ("#0072B2", "o", "MEND"), "icl": ("#D55E00", "s", "Vanilla ICL"),
@@ -239,7 +239,7 @@ def scaling(args) -> tuple[Figure, dict]:
                 axis.plot(curves["x"], y, style, color=colour, label=name, linewidth=2)
             for pair, below in (("icl and mend", -13), ("icl_cached and mend_kv", 5)):
                 if (at := curves["crossings"].get(pair)) is not None:
-                    y = interpolate(curves["x"], curves["flops"][pair.split(" and ")[0]], at) / 1e12
+                    y = np.interp(at, curves["x"], curves["flops"][pair.split(" and ")[0]]) / 1e12
                     axis.plot(at, y, "o", color="white", markeredgecolor="black", markersize=8, zorder=5)
                     axis.annotate(f"{at:.0f}", (at, y), textcoords="offset points", xytext=(7, below), fontsize=10)
             axis.set_title(llm["llm"], fontsize=11)
@@ -248,11 +248,6 @@ def scaling(args) -> tuple[Figure, dict]:
             axis.set_yscale("log")
     cost_caption(fig, results)
     return fig, {llm["llm"]: {key: llm[key]["crossings"] for key in ("demo_tokens", "distill_len")} for llm in llms}
-
-
-def interpolate(x: list[float], y: list[float], at: float) -> float:
-    i = next(i for i in range(len(x) - 1) if at <= x[i + 1])
-    return y[i] + (y[i + 1] - y[i]) * (at - x[i]) / (x[i + 1] - x[i])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -264,8 +259,7 @@ def load_records(args: argparse.Namespace) -> list[dict]:
     paths = [Path(p) for p in args.results or sorted((common.ROOT / "results").glob(f"{args.name}*.jsonl"))]
     check(*((path.is_file(), f"--results {path} is no file; run runs/{SOURCES[args.name]}.sh, which makes it") for path in paths))
     records = [r for path in paths for r in read_results(path)]
-    lacking = sorted({name for r in records for name in NEEDED - r.keys()})
-    check((not lacking, f"the results lack {', '.join(lacking)}; {args.name} takes lines that evaluate.py wrote"))
+    require_fields(records, args.name)
     chosen = [r for r in records if r["split"] == args.split and r["retrieval"] is None and r["perturbation"] is None]
     if not chosen:
         raise UserError(f"{', '.join(p.name for p in paths) or 'results/'}: {len(records)} records, none of --split "

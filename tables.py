@@ -38,6 +38,12 @@ def read_results(path: Path) -> list[dict]:
         raise UserError(f"{path} is not a results file of evaluate.py ({error}); give another one") from error
 
 
+def require_fields(records: list[dict], taker: str) -> None:
+    """Raise UserError unless every line has what tables and figures read; `taker` says in it who wants that."""
+    lacking = sorted({name for r in records for name in NEEDED - r.keys()})
+    check((not lacking, f"the results lack {', '.join(lacking)}; {taker} takes lines that evaluate.py wrote"))
+
+
 def read_paper(number: str) -> dict:
     """The paper's own table `number`."""
     return json.loads((ROOT / "results" / "paper.json").read_text())["tables"][number]
@@ -124,8 +130,7 @@ def belonging(records: list[dict], number: str) -> tuple[list[dict], int]:
         UserError: no record belongs to this table.
     """
     row, column, rows, columns = TABLES[number]
-    lacking = sorted({name for r in records for name in NEEDED - r.keys()})
-    check((not lacking, f"the results lack {', '.join(lacking)}; --table {number} takes lines that evaluate.py wrote"))
+    require_fields(records, f"--table {number}")
     mine = [r | {"variant": variant_of(r), "change": change_of(r)} for r in records]
     mine = [r for r in mine if r[row] in rows and r[column] in columns and (column == "change" or r["change"] == "none")]
     if not mine:
