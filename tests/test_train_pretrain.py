@@ -337,6 +337,14 @@ def test_early_stopping(argv, tmp_path, monkeypatch, patience, values, last_step
 # Errors
 
 
+def test_more_steps_on_resume_are_told(argv, quick_dev, tmp_path, capsys):
+    argv = [*argv, "--out-dir", str(tmp_path / "run"), "--resume", "--steps"]
+    train_pretrain.main([*argv, "1"])
+    assert "note: --steps" not in capsys.readouterr().out
+    assert train_pretrain.main([*argv, "2"])["steps"] == 2
+    assert "note: --steps was 1 and is 2" in capsys.readouterr().out
+
+
 def test_an_existing_run_needs_resume(argv, quick_dev, tmp_path):
     argv = [*argv, "--steps", "1", "--out-dir", str(tmp_path / "run")]
     train_pretrain.main(argv)
