@@ -53,7 +53,8 @@ from common import (
 
 MAX_INPUT = 256          # tokens of an input x; longer ones are cut at the end (App. A)
 SEEDS = (100, 13, 21, 42, 87)
-TEMPLATES = {"space": (" ", " "), "newline": ("\n", "\n\n\n")}  # before an answer; between demonstrations
+TEMPLATES = {  # before an answer; between demonstrations (before the first one without its leading white space)
+    "space": (" ", " "), "newline": ("\n", "\n\n\n"), "arrow": (" -> ", "\n"), "input-output": ("\nOutput: ", "\nInput: ")}
 HUB_TASKS, HUB_TEXT = "bigheiniuJ/EvalMetaICLAll", "allenai/c4"
 HUB_REVISIONS = {  # of the data sets' repositories, so that a run reads what another one read
     HUB_TEXT: "1588ec454efa1a09f29cd18ddd04fe05fc8653a2",
@@ -334,6 +335,13 @@ class Tasks:
             self.pools[task] = list({(e["input"], e["output"]): e for e in examples}.values())
         return self.pools[task]
 
+    def draw(self, rng: np.random.Generator, k: int, queries: int) -> tuple[str, list[dict], list[dict]]:
+        """A meta-training task, k of its examples as demonstrations, and `queries` others."""
+        task = self.train[rng.integers(len(self.train))]
+        pool = self.pool(task)
+        chosen = [pool[i] for i in rng.choice(len(pool), k + queries, replace=False)]
+        return task, chosen[:k], chosen[k:]
+
     def limit(self, task: str, encoder: "Encoder") -> int:
         """Encoder.limit of a meta-training task."""
         if task not in self.limits:
@@ -372,6 +380,9 @@ class Tasks:
 def load_tasks(spec: str, split: str) -> Tasks:
     """Find the tasks of a split: from the assets (bigbench), the hub (metaicl), or a folder in MetaICL's layout."""
     table = json.loads((ROOT / "splits.json").read_text())
+    if spec in ("functions", "early"):
+        import synthetic
+        return {"functions": synthetic.Functions, "early": synthetic.Early}[spec]()
     if spec == "metaicl":
         folder = hub_tasks()
     else:
@@ -486,8 +497,8 @@ class Encoder:
 
     def query(self, example: dict, first: bool = False) -> list[int]:
         """x, with the separator that joins it to what stands before (unless `first`); cut at its end to MAX_INPUT."""
-        separator = "" if first else TEMPLATES[self.template][1]
-        return self.tokenizer.encode(separator + example["input"])[:MAX_INPUT]
+        separator = TEMPLATES[self.template][1]
+        return self.tokenizer.encode((separator.lstrip() if first else separator) + example["input"])[:MAX_INPUT]
 
     def answer(self, text: str) -> list[int]:
         """y, with the separator before it; never cut. Nothing at all for an empty text (a label that was taken away)."""
@@ -553,12 +564,9 @@ def sample_row(tasks: Tasks, encoder: Encoder, seed: int, sample: int, k: int, q
 
     A function of (seed, sample).
     """
-    rng = np.random.default_rng((seed, sample))
-    task = tasks.train[rng.integers(len(tasks.train))]
-    pool = tasks.pool(task)
-    chosen = [pool[i] for i in rng.choice(len(pool), k + queries, replace=False)]
-    return {"demo": encoder.demonstrations(chosen[:k], tasks.limit(task, encoder)),
-            "queries": [encoder.training_query(query) for query in chosen[k:]]}
+    task, demos, asked = tasks.draw(np.random.default_rng((seed, sample)), k, queries)
+    return {"demo": encoder.demonstrations(demos, tasks.limit(task, encoder)),
+            "queries": [encoder.training_query(query) for query in asked]}
 
 
 def batches_by_length(rows: list[dict], batch_size: int, rng: np.random.Generator) -> list[list[dict]]:

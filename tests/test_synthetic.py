@@ -1,0 +1,128 @@
+"""Made tasks: what a function gives, that options tell nothing, that nothing of the meta-test is trained on."""
+
+import collections
+
+import numpy as np
+import pytest
+
+import data
+import synthetic
+from common import UserError
+from synthetic import DOMAINS, HELD_OUT, Early, Functions, Recall, answers, example, inputs, parts_of
+
+
+@pytest.mark.parametrize(("domain", "name", "x", "y"), [
+    ("noun", "plural", "child", "children"), ("noun", "article", "apple", "an apple"),
+    ("noun", "spelled", "leaf", "l-e-a-f"), ("verb", "past", "catch", "caught"), ("verb", "gerund", "run", "running"),
+    ("adjective", "superlative", "happy", "happiest"), ("trio", "last", "a, bb, c", "c"),
+    ("trio", "longest", "a, bb, c", "bb"), ("trio", "rotated", "a, b, c", "b, c, a"),
+    ("number", "roman", "944", "CMXLIV"), ("number", "ordinal", "22", "22nd"),
+    ("number", "German", "21", "einundzwanzig"), ("country", "capital", "France", "Paris"),
+    ("country", "German", "Spain", "Spanien"), ("date", "unnatural", "1999-12-31", "!12!31!1999!"),
+    ("date", "day first", "2001-02-03", "3 February 2001"), ("path", "copy", "a/b.txt", "a/b_copy.txt"),
+    ("sentence", "passive", "The king sees the bread", "The bread is seen by the king"),
+    ("sentence", "question", "The lion draws the stone", "Does the lion draw the stone?")])
+def test_functions_give_what_their_names_say(domain, name, x, y):
+    assert DOMAINS[domain][name](x) == y
+
+
+def test_there_are_many_functions_and_each_is_defined_on_all_its_inputs():
+    tasks = Functions()
+    assert len(tasks.test) >= 40 and len({parts_of(t)[:2] for t in tasks.train}) >= 100
+    for domain, functions in DOMAINS.items():
+        assert len(inputs(domain)) == len(set(inputs(domain))) >= 64
+        seen = {name: tuple(answers(domain, x)[name] for x in inputs(domain)) for name in functions}
+        assert all(y and y == y.strip() for ys in seen.values() for y in ys)
+        assert len(set(seen.values())) == len(functions), "two functions of a domain are the same one"
+
+
+def test_a_held_out_function_is_trained_in_no_domain_and_no_form():
+    tasks = Functions()
+    held_out = {name for names in HELD_OUT.values() for name in names}
+    assert not held_out & {parts_of(t)[1] for t in tasks.train}
+    assert {parts_of(t)[1] for t in tasks.test} == held_out
+    assert len(tasks.train) == len(set(tasks.train))
+
+
+def test_the_parts_of_a_test_task_share_no_input_and_differ_by_seed():
+    tasks = Functions()
+    for task in tasks.test[::5]:
+        parts = tasks.files(task, 13)
+        xs = [e["input"] for part in parts.values() for e in part]
+        assert len(xs) == len(set(xs)) and min(map(len, parts.values())) >= 16
+        assert parts == tasks.files(task, 13) != tasks.files(task, 21)
+        assert tasks.data_hash(task, 13) != tasks.data_hash(task, 21)
+
+
+def test_a_query_is_scored_among_different_answers_of_which_one_is_right():
+    places = collections.Counter()
+    tasks = Functions()
+    for task in tasks.test[::2]:
+        for e in tasks.files(task, 100)["test"]:
+            assert e["output"] in e["options"] and len(set(e["options"])) == len(e["options"]) >= 6
+            others = set(answers(parts_of(task)[0], e["input"]).values())
+            assert set(e["options"]) <= others
+            places[e["options"].index(e["output"])] += 1
+    assert max(places.values()) < 0.3 * sum(places.values())
+
+
+def test_an_example_in_another_form():
+    e = example("noun: article, upper case", "child")
+    assert e["output"] == "A CHILD" and all(o == o.upper() for o in e["options"])
+
+
+def test_early_evidence_is_told_by_the_first_demonstrations_only():
+    tasks = Early()
+    for task in tasks.test:
+        own, other = task.split(": ")[1].split(" / ")
+        domain, parts = parts_of(task)[0], tasks.files(task, 42)
+        demos = parts["train"]
+        assert len(demos) == synthetic.N_SHOTS and len(parts["test"]) >= 16
+        for i, e in enumerate(demos):
+            assert e["output"] == DOMAINS[domain][own](e["input"])
+            assert (e["output"] == DOMAINS[domain][other](e["input"])) == (i >= synthetic.N_TELLING)
+        for e in parts["dev"] + parts["test"]:
+            assert e["output"] != DOMAINS[domain][other](e["input"]) in e["options"]
+        reverse = f"{domain}: {other} / {own}"
+        assert reverse in tasks.test
+        assert not {e["input"] for e in demos} & {e["input"] for e in parts["dev"] + parts["test"]}
+
+
+KNOWN = [w for w in dict.fromkeys(synthetic.NOUNS + synthetic.VERBS + synthetic.ADJECTIVES) if len(w) > 2]
+
+
+class Words:
+    """Stands for a Tokenizer: a vocabulary of English words behind a space, and of pieces."""
+
+    name = "words"
+
+    def __init__(self, n: int):
+        texts = [piece for w in KNOWN[:n] for piece in (f" {w}", w, f" {w[:2]}zq", f" {w.upper()}")]
+        self.hf = type("Vocabulary", (), {"vocab_size": len(texts),
+                                          "decode": staticmethod(lambda ids: texts[ids[0]])})
+
+
+def test_recall_asks_for_pairs_that_the_demonstrations_hold_with_words_unseen_in_training():
+    tasks = Recall(Words(200), 8)
+    trained, tested = map(set, tasks.words)
+    assert trained and tested and not trained & tested and trained | tested <= set(KNOWN)
+    _, demos, queries = tasks.draw(np.random.default_rng(1), 8, 4)
+    assert len(demos) == 8 and len({q["input"] for q in queries}) == 4 and all(q in demos for q in queries)
+    assert {w for e in demos for w in (e["input"], e["output"])} <= trained
+    parts = tasks.files("recall 3", 21)
+    assert {w for e in parts["train"] for w in (e["input"], e["output"])} <= tested
+    assert sorted(map(str, parts["dev"] + parts["test"])) == sorted(map(str, parts["train"]))
+    assert all(len(set(e["options"])) == 8 and e["output"] in e["options"] for e in parts["train"])
+    assert parts != tasks.files("recall 4", 21) and parts == tasks.files("recall 3", 21)
+
+
+def test_recall_says_when_the_vocabulary_is_too_small():
+    with pytest.raises(UserError, match="lower --k"):
+        Recall(Words(40), 8)
+
+
+def test_a_training_row_of_functions_has_k_demonstrations_of_the_query_s_function(llama):
+    tasks, encoder = Functions(), data.Encoder(data.Tokenizer(str(llama)), "newline", 900)
+    rows, again = ([data.sample_row(tasks, encoder, 1, i, k=4, queries=2) for i in range(3)] for _ in range(2))
+    assert rows == again and rows[0] != rows[1]
+    assert all(len(row["queries"]) == 2 and row["demo"] for row in rows)
