@@ -72,6 +72,32 @@ def test_summary_against_plain_loops(seed):
     assert (found["mean"], found["std"]) == pytest.approx((statistics.mean(means), std))
 
 
+def test_recovered_gain_by_hand():
+    def scores(**by_task):
+        return {(task, seed): (value, 1) for task, values in by_task.items()
+                for seed, value in enumerate(values)}
+    zero = scores(a=(10, 10), b=(50, 50), c=(20, 20), d=(0, 0))
+    icl = scores(a=(30, 20), b=(60, 30), c=(50, 40), e=(9, 9))
+    ours = scores(a=(20, 20), b=(99, 99), c=(30, 20), d=(70, 70))
+    # icl gains on a (25 of 10) and c (45 of 20), not on b (45 of 50): (22.5 - 15) / (35 - 15)
+    gain = tables.recovered_gain
+    assert gain(ours, icl, zero) == pytest.approx({"gain": 0.375, "tasks": 2})
+    assert gain(icl, icl, zero)["gain"] == 1 and gain(zero, icl, zero)["gain"] == 0
+    assert gain(ours, scores(b=(1, 1)), zero) is None and gain(ours, {}, zero) is None
+    headlines = {"zero_shot": (10, 20), "icl": (20, 10), "majority": (13, 99)}
+    lines = [record(method=m, task=t, headline=h / 100) for m, values in headlines.items()
+             for t, h in zip("ab", values, strict=True)]
+    line, = [line for line in table_lines(lines, "2") if "recovered gain" in line]
+    assert line.endswith("over the 1 tasks where icl is above zero_shot: majority 30%")
+
+
+def test_a_table_says_where_one_label_was_the_only_answer():
+    lines = table_lines([record(n_predicted=1), record(n_predicted=2, task="x"),
+                         record(n_predicted=1, seed=21), record(method="majority")], "2")
+    assert [line for line in lines if "one label" in line] == [
+        "- tiny, class_to_class, icl: one label for all queries in 2 of 3 (task, seed): emo"]
+
+
 def test_bootstrap_by_hand():
     ours = {("a", 1): (51.0, 1), ("b", 1): (43.0, 1), ("only ours", 1): (0.0, 1)}
     base = {("b", 1): (40.0, 1), ("a", 1): (50.0, 1), ("only theirs", 1): (99.0, 1)}
