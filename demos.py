@@ -53,7 +53,7 @@ def perturb(examples: list[dict], kind: str, seed: int) -> list[dict]:
 
 
 def permute_labels(examples: list[dict]) -> list[dict]:
-    """Each label replaced by the next of its example's options, in alphabetical order: consistent, and wrong."""
+    """Each label replaced by the next of its example's options by the alphabet: consistent, and wrong."""
     require_options(examples)
     changed = []
     for example in examples:

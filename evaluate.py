@@ -88,7 +88,7 @@ def one_prefix(method: str, demos: list[dict], limit: int, llm, distiller, encod
 
 def partners(method: str, task: str, evaluated: list[str], tasks: Tasks) -> list[str]:
     """Whose demonstrations stand behind the vectors of a control: mend_swapped, one other task's, half the
-    list further on, as families stand together in it; mend_constant, all the others'. Other methods: nobody's.
+    list further on, as families stand together in it; mend_constant, all others'. Other methods: nobody's.
 
     The list is that of the tasks evaluated, or, for a single one, of all meta-test tasks.
     """
@@ -131,6 +131,15 @@ def passes(queries: list[tuple], device) -> Iterator[dict]:
 
 
 @torch.no_grad()
+def option_scores(llm, prefix: Prefix, encoder: Encoder, queries: list[dict],
+                  first: bool = False) -> list[torch.Tensor]:
+    """score_options of each query behind one prefix of B = 1: (options,) each, perhaps with -inf behind
+    them."""
+    encoded = [encoder.scoring_query(q, first=first) for q in queries]
+    return [row for batch in passes(encoded, llm.device) for row in score_options(llm, prefix, batch)[0]]
+
+
+@torch.no_grad()
 def predict(llm, prefix: Prefix, encoder: Encoder, queries: list[dict], first: bool = False) -> list[str]:
     """The chosen option of each query, Eq. (1) and (2); all queries are read behind one prefix of B = 1.
 
@@ -139,10 +148,8 @@ def predict(llm, prefix: Prefix, encoder: Encoder, queries: list[dict], first: b
     DEVIATION: Eq. (1) takes the labels seen among the demonstrations; MetaICL and the original code score the task's
     whole option list, and so does this.
     """
-    encoded = [encoder.scoring_query(q, first=first) for q in queries]
-    chosen = [c for batch in passes(encoded, llm.device)
-              for c in score_options(llm, prefix, batch)[0].argmax(dim=1).tolist()]
-    return [q["options"][c] for q, c in zip(queries, chosen, strict=True)]
+    scores = option_scores(llm, prefix, encoder, queries, first)
+    return [q["options"][int(row.argmax())] for q, row in zip(queries, scores, strict=True)]
 
 
 @torch.no_grad()
@@ -198,23 +205,30 @@ def task_figures(predictions: list[str], golds: list[str], task_type: str) -> di
 
 @torch.no_grad()
 def dev_figures(llm, distiller, tasks: Tasks, encoder: Encoder, args, device) -> dict:
-    """Both terms of Eq. (4) and the headline on the meta-test tasks' dev examples, tasks shared out over the ranks.
+    """Both terms of Eq. (4), choice and headline on the meta-test tasks' dev examples, tasks shared out over
+    the ranks; the distiller in fp32, the LLM as it is (see `full_precision`).
+
+    DEVIATION: the paper names the dev data that select a checkpoint, not the quantity. Here it is
+    val_option_ce, what evaluation looks at in a form that moves smoothly: the cross-entropy of the right
+    option under a softmax over the scores of a query's options.
 
     Returns:
-        val_pred (nats per answer token), val_kl and val_clm (negative log-likelihood), both in nats per query and answer
-        token, dev_headline (mean over tasks).
+        val_option_ce (nats a query, mean over each task's queries, then over tasks), val_pred (nats per
+        answer token), val_kl and val_clm (negative log-likelihood), both in nats per query and answer token,
+        dev_headline (mean over tasks).
     """
     rank, ranks = world()
     seed = args.seed if args.seed in SEEDS else SEEDS[0]
-    sums = dict.fromkeys(("pred", "answers", "kl", "clm", "tokens", "headline", "tasks"), 0.0)
+    sums = dict.fromkeys(("pred", "answers", "kl", "clm", "tokens", "headline", "option_ce", "tasks"), 0.0)
+    exact = argparse.Namespace(dtype="fp32")
     distiller.eval()
     for task in tasks.test[rank::ranks]:
         demos, files = demonstration_set(tasks, task, seed, args.k)
         queries = files["dev"]
         require_options(queries)
         limit = encoder.limit(demos + queries)
-        teacher_prefix = one_prefix("icl", demos, limit, llm, distiller, encoder, args)
-        student_prefix = one_prefix("mend", demos, limit, llm, distiller, encoder, args)
+        teacher_prefix = one_prefix("icl", demos, limit, llm, distiller, encoder, exact)
+        student_prefix = one_prefix("mend", demos, limit, llm, distiller, encoder, exact)
         for batch in passes([encoder.training_query(q) for q in queries], device):
             student, teacher = query_states(llm, student_prefix, batch), query_states(llm, teacher_prefix, batch)
             mask, answers = loss_mask(llm, batch), batch["query_mask"] & (batch["branch"] > 0)
@@ -223,12 +237,16 @@ def dev_figures(llm, distiller, tasks: Tasks, encoder: Encoder, args, device) ->
             sums["clm"] += pred_loss(llm, student[mask], batch["query_ids"][mask], 1).item()
             sums["tokens"] += int(mask.sum())
             sums["answers"] += int(answers.sum())
-        chosen = predict(llm, student_prefix, encoder, queries)
+        scores = option_scores(llm, student_prefix, encoder, queries)
+        chosen = [q["options"][int(row.argmax())] for q, row in zip(queries, scores, strict=True)]
         sums["headline"] += task_figures(chosen, [q["output"] for q in queries], tasks.types[task])["headline"]
+        sums["option_ce"] += float(np.mean([-row.log_softmax(dim=0)[q["options"].index(q["output"])].item()
+                                            for q, row in zip(queries, scores, strict=True)]))
         sums["tasks"] += 1
     distiller.train()
-    pred, answers, kl, clm, tokens, headline, n_tasks = sum_over_ranks(list(sums.values()), device)
-    return {"val_pred": pred / answers, "val_kl": kl / tokens, "val_clm": clm / tokens, "dev_headline": headline / n_tasks}
+    pred, answers, kl, clm, tokens, headline, option_ce, n_tasks = sum_over_ranks(list(sums.values()), device)
+    return {"val_option_ce": option_ce / n_tasks, "val_pred": pred / answers, "val_kl": kl / tokens,
+            "val_clm": clm / tokens, "dev_headline": headline / n_tasks}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -71,7 +71,7 @@ def summarise(records: list[dict], methods: list[str], metric: str = "headline")
 
 
 def print_summary(records: list[dict], methods: list[str]) -> None:
-    """Headlines by task and on average, average accuracy and recovered gain, as aligned text. A * stands where,
+    """Headlines by task and on average, average accuracy and recovered gain, as aligned text. A * says that,
     in one of the seeds, one label was all that a method answered."""
     table, accuracy = summarise(records, methods), summarise(records, methods, "accuracy")["average"]
     gains, one = gains_of(records), {(r["task"], r["method"]) for r in records if r.get("n_predicted") == 1}
@@ -82,7 +82,8 @@ def print_summary(records: list[dict], methods: list[str]) -> None:
 
     def line(name: str, row: dict) -> str:
         star = {m: "*" if (name, m) in one else " " for m in methods}
-        return text(name, ("{:.2f} ±{:5.2f}".format(*row[m]) + star[m] if m in row else "– " for m in methods))
+        form = "{:.2f} ±{:5.2f}".format
+        return text(name, (form(*row[m]) + star[m] if m in row else "– " for m in methods))
     print(text("task", (f"{m} " for m in methods)))
     for task, row in table.items():
         if task == "average":
@@ -188,7 +189,7 @@ def summary(scores: Scores) -> dict:
 
 def recovered_gain(ours: Scores, icl: Scores, zero_shot: Scores) -> dict | None:
     """How much of what demonstrations bring a method keeps: (ours - zero_shot) / (icl - zero_shot), of means
-    over the tasks where icl, averaged over seeds, is above zero_shot; None where none of the shared tasks is so.
+    over the tasks where icl, averaged over seeds, is above zero_shot; None where no shared task is so.
 
     icl's own figures choose those tasks, so noise makes the denominator too large and the share too small.
     """
@@ -301,7 +302,7 @@ def notes(cells: dict[tuple[str, str, str], Scores], summaries: dict[tuple[str, 
 def one_label(grouped: dict[tuple[str, str, str], list[dict]]) -> list[str]:
     """A line for each cell in which one label was all that a method answered on some (task, seed)."""
     return [f"- {llm}, {column}, {row}: one label for all queries in {len(same)} of {len(cell)} (task, seed)"
-            ": " + ", ".join(sorted({r["task"] for r in same})) for (llm, row, column), cell in grouped.items()
+            ": " + ", ".join({r["task"]: 0 for r in same}) for (llm, row, column), cell in grouped.items()
             if (same := [r for r in cell if r.get("n_predicted") == 1])]
 
 

@@ -154,13 +154,13 @@ def test_dev_figures_against_one_query_at_a_time(tiny, tasks_dir, llama):
     whole = evaluate.dev_figures(tiny.llm, tiny.distiller, tasks, tiny.encoder, args, CPU)
     assert tiny.distiller.training  # left as the training loop needs it
     embed, distiller = tiny.llm.get_input_embeddings(), tiny.distiller.eval()
-    kl, clm, pred, headlines = [], [], [], []
+    kl, clm, pred, headlines, option_ce = [], [], [], [], []
     with torch.no_grad():
         for task in tasks.test:
             files = tasks.files(task, 13)
             demo = torch.tensor([tiny.encoder.demonstrations(files["train"][:3], 900)])
             vectors = distiller(demo, torch.ones_like(demo, dtype=torch.bool))
-            chosen = []
+            chosen, ce = [], []
             for query in files["dev"]:
                 x, (y,) = tiny.encoder.training_query(query)
 
@@ -175,10 +175,14 @@ def test_dev_figures_against_one_query_at_a_time(tiny, tasks_dir, llama):
                 options = [tiny.encoder.answer(option) for option in query["options"]]
                 scores = [np.mean([log_p(vectors, o)[len(x) + i, t].item() for i, t in enumerate(o)]) for o in options]
                 chosen.append(query["options"][int(np.argmax(scores))])
+                shares = np.exp(scores) / np.exp(scores).sum()
+                ce.append(-np.log(shares[query["options"].index(query["output"])]))
+            option_ce.append(np.mean(ce))
             golds = [q["output"] for q in files["dev"]]
             headlines.append(f1_score(golds, chosen, labels=sorted(set(golds)), average="macro", zero_division=0))
     assert whole == pytest.approx({"val_pred": np.mean(pred), "val_kl": np.mean(kl), "val_clm": np.mean(clm),
-                                   "dev_headline": np.mean(headlines)}, rel=1e-4)
+                                   "dev_headline": np.mean(headlines),
+                                   "val_option_ce": np.mean(option_ce)}, rel=1e-4)
 
 
 def test_dev_figures_are_taken_without_dropout(gpt2, tasks_dir):
