@@ -356,7 +356,7 @@ class FreeVectors(nn.Module):
         embed: the LLM's token embedding, of width d. vocab: V. distill_len: l. seed: of the initial ids.
     """
 
-    backbone = None
+    backbone = residual_embed = None
 
     def __init__(self, embed: nn.Module, vocab: int, distill_len: int, seed: int = 0):
         super().__init__()

@@ -150,8 +150,8 @@ def train(args, device, llm, distiller, corpus, tasks, encoder) -> dict:
             run.evaluated(figures, figures["val_option_ce"])
             bar.write(f"step {run.step:6d} · held-out KL {figures['val_kl']:.4f} · no context "
                       f"{figures['val_kl_no_context']:.4f} · last {args.distill_len} tokens "
-                      f"{figures['val_kl_last_l']:.4f} · recovered {figures['recovered']:.1%} · class_to_class"
-                      f" dev option CE {figures['val_option_ce']:.4f} · KL {figures['dev_kl']:.4f}"
+                      f"{figures['val_kl_last_l']:.4f} · recovered {figures['recovered']:.1%} · "
+                      f"class_to_class dev option CE {dev['val_option_ce']:.4f} · KL {dev['val_kl']:.4f}"
                       + (f" · negative log-likelihood {figures['dev_clm']:.4f}" if uses_clm else ""))
         if run.done(args.steps, args.patience):
             break
