@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+from scipy.stats import t
 
 from common import ROOT, SPLITS, UserError, check
 
@@ -214,21 +215,34 @@ def gains_of(records: list[dict]) -> dict[str, dict]:
     return {m: gain for m, scores in cells.items() if (gain := recovered_gain(scores, icl, zero_shot))}
 
 
-def paired_bootstrap(ours: Scores, base: Scores, draws: int = 10_000) -> dict | None:
+def paired_interval(ours: Scores, base: Scores, clusters: list[list[str]]) -> dict | None:
     """Ours minus a baseline over the tasks that both have, with a 95% interval; None where they share none.
 
-    A task's gap is the mean over the seeds that both have. Tasks are resampled with replacement: the seeds of one task are
-    no independent draws, and another choice of tasks is what a reader would ask about.
+    A task's gap is the mean over the seeds that both have: seeds of one task are no independent draws, and
+    another choice of tasks is what a reader would ask about. Tasks that share their inputs are no independent
+    draws either, so it is Student's t with G - 1 degrees of freedom over the G clusters and
+
+        SE^2 = G / (G - 1) sum_g (sum_{task in g} (gap - mean))^2 / n^2.
+
+    Args:
+        clusters: tasks that share their inputs; any other is a cluster of its own.
+    Returns:
+        gap, low, high (infinite for a single cluster), tasks (n).
     """
-    gaps_of = defaultdict(list)
+    gaps_of, sums = defaultdict(list), defaultdict(float)
     for task, seed in sorted(ours.keys() & base.keys()):
         gaps_of[task].append(ours[task, seed][0] - base[task, seed][0])
     if not gaps_of:
         return None
-    gaps = np.array([np.mean(gaps) for gaps in gaps_of.values()])
-    means = gaps[np.random.default_rng(0).integers(len(gaps), size=(draws, len(gaps)))].mean(axis=1)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return {"gap": float(gaps.mean()), "low": float(low), "high": float(high), "tasks": len(gaps)}
+    gaps = {task: float(np.mean(values)) for task, values in gaps_of.items()}
+    n, mean = len(gaps), float(np.mean(list(gaps.values())))
+    first = {task: cluster[0] for cluster in clusters for task in cluster}
+    for task, gap in gaps.items():
+        sums[first.get(task, task)] += gap - mean
+    G, half = len(sums), float("inf")
+    if G > 1:
+        half = float(t.ppf(0.975, G - 1) * (G / (G - 1) * sum(v * v for v in sums.values())) ** 0.5 / n)
+    return {"gap": mean, "low": mean - half, "high": mean + half, "tasks": n}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -281,8 +295,9 @@ def block(llm: str, rows: dict[str, Row], header: list[str]) -> list[str]:
 
 
 def notes(cells: dict[tuple[str, str, str], Scores], summaries: dict[tuple[str, str, str], dict],
-          n_tasks: dict[str, int]) -> list[str]:
-    """How much stands behind each cell, and MEND against the other rows. n_tasks: a column's tasks, here or not."""
+          n_tasks: dict[str, int], clusters: list[list[str]]) -> list[str]:
+    """How much stands behind each cell, and MEND against the other rows. n_tasks: a column's tasks, here or
+    not; clusters: as paired_interval takes them."""
     behind, gains, gaps = defaultdict(list), defaultdict(list), []
     for (llm, row, column), scores in cells.items():
         icl, zero_shot = (cells.get((llm, m, column), {}) for m in ("icl", "zero_shot"))
@@ -290,9 +305,9 @@ def notes(cells: dict[tuple[str, str, str], Scores], summaries: dict[tuple[str, 
             gains[llm, column, gain["tasks"]].append(f"{row} {gain['gain']:.0%}")
         s = summaries[llm, row, column]
         behind[llm, column, s["tasks"], s["queries"], s["seeds"]].append(row)
-        if row != "mend" and (b := paired_bootstrap(cells.get((llm, "mend", column), {}), scores)):
+        if row != "mend" and (b := paired_interval(cells.get((llm, "mend", column), {}), scores, clusters)):
             gaps.append(f"- {llm}, {column}, mend minus {row}: {b['gap']:+.2f} [{b['low']:+.2f}, {b['high']:+.2f}] "
-                        f"(95%, paired bootstrap over {b['tasks']} tasks)")
+                        f"(95%, t over {b['tasks']} tasks)")
     return [f"- {llm}, {column}, {', '.join(rows)}: {tasks} of {n_tasks[column]} tasks, {queries:,} queries, {seeds} seeds"
             for (llm, column, tasks, queries, seeds), rows in behind.items()] + gaps + [
         f"- {llm}, {column}, recovered gain, {GAIN} over the {tasks} tasks where icl is above zero_shot: "
@@ -329,7 +344,8 @@ def table_lines(records: list[dict], number: str) -> list[str]:
     for llm in dict.fromkeys(llm for llm, _, _ in figures):
         rows = {row: {c: figures.get((llm, row, c)) for c in columns} for row in TABLES[number][2]}
         lines += block(llm, {name: extended(row, number) for name, row in rows.items() if any(row.values())}, header)
-    settings = json.loads((ROOT / "splits.json").read_text())[records[0]["tasks"]]["settings"]
+    collection = json.loads((ROOT / "splits.json").read_text())[records[0]["tasks"]]
+    settings = collection["settings"]
     n_tasks = {c: len(settings[c if c in settings else records[0]["split"]]["test"]) for c in columns}
     shown = {name: sorted({str(r.get(name)) for r in records}) for name in SHOWN}
     shown["data hash"] = [hashlib.sha256(" ".join(sorted({r["data_hash"] for r in records})).encode()).hexdigest()[:12]]
@@ -337,4 +353,4 @@ def table_lines(records: list[dict], number: str) -> list[str]:
             "Headline (macro-F1 for classification, accuracy otherwise) in percent, mean ± std over seeds. "
             + " · ".join(f"{name} {', '.join(v)}" for name, v in shown.items()),
             *[f"- left out: {left_out} lines of another {', '.join(FIXED)} than the newest line's"] * (left_out > 0),
-            *notes(cells, summaries, n_tasks), *one_label(grouped)]
+            *notes(cells, summaries, n_tasks, collection["clusters"]), *one_label(grouped)]
