@@ -106,7 +106,8 @@ def add_training_flags(parser: argparse.ArgumentParser, run_name: str) -> None:
     group.add_argument("--out-dir", help=f"folder of this run; default out/{run_name}")
     group.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out-dir, if any")
     group.add_argument("--save-every", type=int, default=25, help="steps between checkpoints")
-    group.add_argument("--eval-every", type=int, help="steps between evaluations; the last step is always evaluated")
+    group.add_argument("--eval-every", type=int, help="steps between evaluations; the start and the last step "
+                       "are always evaluated")
     group.add_argument("--patience", type=int, help="stop after this many evaluations without a better one; 0 = never")
 
 
@@ -414,7 +415,7 @@ class Run:
                  scaler: torch.amp.GradScaler, model: dict, trained_on: dict):
         self.out_dir, self.distiller, self.optimizer, self.scaler = out_dir, distiller, optimizer, scaler
         self.state = {"model": model, "trained_on": trained_on, "flags": vars(args), "commit": commit(), "step": 0,
-                      "evaluated": 0, "best": None, "bad_evaluations": 0, "figures": {}}
+                      "evaluated": -1, "best": None, "bad_evaluations": 0, "figures": {}}
         last = out_dir / "last.safetensors"
         if last.exists() and args.resume:
             self.restore(last)

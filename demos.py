@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModel
 
 from common import UserError, require_hub
-from data import MAX_INPUT, Tokenizer
+from data import MAX_INPUT, Tokenizer, require_options
 from model import is_cached
 
 PERTURBATIONS = ("no_label", "no_input", "random_label", "wrong_label")
@@ -49,6 +49,16 @@ def perturb(examples: list[dict], kind: str, seed: int) -> list[dict]:
         else:
             labels = options if kind == "random_label" else [o for o in options if o != example["output"]]
             changed.append(example | {"output": labels[rng.integers(len(labels))]})
+    return changed
+
+
+def permute_labels(examples: list[dict]) -> list[dict]:
+    """Each label replaced by the next of its example's options by the alphabet: consistent, and wrong."""
+    require_options(examples)
+    changed = []
+    for example in examples:
+        options = sorted(set(example["options"]))
+        changed.append(example | {"output": options[(options.index(example["output"]) + 1) % len(options)]})
     return changed
 
 

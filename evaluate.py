@@ -9,6 +9,7 @@ for vectors. One line of --out holds one (method, task, seed); a run that was st
 """
 
 import argparse
+import functools
 import json
 import os
 from collections import Counter
@@ -22,7 +23,7 @@ from tqdm import tqdm
 import common
 from common import UserError, autocast, check, finish, parse, run_main, setup, sum_over_ranks, world
 from data import SEEDS, Encoder, Tasks, Tokenizer, collate, load_tasks, require_options
-from demos import PERTURBATIONS, SentenceEncoder, has_labels, perturb, retrieve
+from demos import PERTURBATIONS, SentenceEncoder, has_labels, permute_labels, perturb, retrieve
 from model import (
     Prefix,
     demo_prefix,
@@ -36,13 +37,13 @@ from model import (
     score_options,
     vector_prefix,
 )
-from tables import METHODS, TABLES, print_summary, read_results, summarise, table_lines
+from tables import CONTROLS, METHODS, TABLES, gains_of, print_summary, read_results, summarise, table_lines
 
-DEFAULT_METHODS = ["zero_shot", "majority", "icl", "icl_budget", "mend"]
+DEFAULT_METHODS = ["zero_shot", "majority", "last_l", "icl", "icl_budget", "mend", "mend_constant"]
 PRESETS = {"paper": {"methods": DEFAULT_METHODS}, "pocket": {"methods": DEFAULT_METHODS}}
 PASS_TOKENS = {"cpu": 512, "cuda": 2048}  # query and option tokens scored in one pass
 SET_TOKENS = 4096  # tokens of demonstrations, queries and options in one pass where each query has its own demonstrations
-VECTOR_METHODS = ("prompt_tuning", "hypertuning", "mend")  # the LLM reads vectors of a checkpoint
+VECTOR_METHODS = ("prompt_tuning", "hypertuning", "mend", *CONTROLS)  # the LLM reads vectors of a checkpoint
 SEEDLESS = ("zero_shot", "prompt_tuning")  # the same for every demonstration set
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -57,17 +58,21 @@ def make_encoder(args: argparse.Namespace, tokenizer: Tokenizer, llm, distiller)
 
 def demo_tokens(method: str, demos: list[dict], limit: int, encoder: Encoder) -> list[int]:
     """What one method reads of the demonstrations. zero_shot: nothing. icl_budget: those that fit into l tokens, the
-    honest baseline of equal length. icl and the methods of distilled vectors: all that fit into `limit` tokens."""
+    honest baseline of equal length. icl and the methods of vectors: all that fit into `limit` tokens.
+    last_l: the last l tokens of these, which is where `--vector-start residual` starts from."""
     if method == "zero_shot":
         return []
-    return encoder.budget(demos, encoder.distill_len) if method == "icl_budget" else encoder.demonstrations(demos, limit)
+    if method == "icl_budget":
+        return encoder.budget(demos, encoder.distill_len)
+    return encoder.demonstrations(demos, limit)[-encoder.distill_len if method == "last_l" else 0:]
 
 
 def make_prefix(method: str, demo_ids: torch.Tensor, demo_mask: torch.Tensor, llm, distiller, bos_id, args) -> Prefix:
     """What the LLM reads before the queries: the demonstrations, Eq. (1), or their vectors, Eq. (2). ids, mask: (B, T_d)."""
     if method in VECTOR_METHODS:
         with autocast(llm.device, args.dtype):
-            return vector_prefix(llm, distiller(demo_ids, demo_mask), bos_id)
+            vectors = distiller(demo_ids, demo_mask)                                               # (B, l, d)
+        return vector_prefix(llm, vectors, bos_id)
     return demo_prefix(llm, demo_ids, demo_mask, bos_id)
 
 
@@ -76,6 +81,35 @@ def one_prefix(method: str, demos: list[dict], limit: int, llm, distiller, encod
     demo_ids = torch.tensor([demo_tokens(method, demos, limit, encoder)], dtype=torch.long, device=llm.device)  # (1, T_d)
     return make_prefix(method, demo_ids, torch.ones_like(demo_ids, dtype=torch.bool), llm, distiller,
                        encoder.tokenizer.bos_id, args)
+
+
+# Controls: a distiller that distils needs the demonstrations of this task, with their own labels
+
+
+def partners(method: str, task: str, evaluated: list[str], tasks: Tasks) -> list[str]:
+    """Whose demonstrations stand behind the vectors of a control: mend_swapped, one other task's, half the
+    list further on, as families stand together in it; mend_constant, all others'. Other methods: nobody's.
+
+    The list is that of the tasks evaluated, or, for a single one, of all meta-test tasks.
+    """
+    if method not in ("mend_swapped", "mend_constant"):
+        return []
+    names = [t for t in tasks.test if t in evaluated or len(evaluated) == 1]
+    check((len(names) > 1, f"{method} needs another meta-test task's demonstrations; {task} is alone here"))
+    at = names.index(task)
+    if method == "mend_swapped":
+        return [names[(at + len(names) // 2) % len(names)]]
+    return names[:at] + names[at + 1:]
+
+
+@torch.no_grad()
+def task_vectors(task: str, seed: int, llm, distiller, encoder: Encoder, tasks: Tasks, args) -> torch.Tensor:
+    """(1, l, d): the vectors that `mend` has on a task."""
+    demos, files = demonstration_set(tasks, task, seed, args.k)
+    demo = encoder.demonstrations(demos, encoder.limit(demos + files["test"]))
+    ids = torch.tensor([demo], device=llm.device)                                                  # (1, T_d)
+    with autocast(llm.device, args.dtype):
+        return distiller(ids, torch.ones_like(ids, dtype=torch.bool))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -97,6 +131,15 @@ def passes(queries: list[tuple], device) -> Iterator[dict]:
 
 
 @torch.no_grad()
+def option_scores(llm, prefix: Prefix, encoder: Encoder, queries: list[dict],
+                  first: bool = False) -> list[torch.Tensor]:
+    """score_options of each query behind one prefix of B = 1: (options,) each, perhaps with -inf behind
+    them."""
+    encoded = [encoder.scoring_query(q, first=first) for q in queries]
+    return [row for batch in passes(encoded, llm.device) for row in score_options(llm, prefix, batch)[0]]
+
+
+@torch.no_grad()
 def predict(llm, prefix: Prefix, encoder: Encoder, queries: list[dict], first: bool = False) -> list[str]:
     """The chosen option of each query, Eq. (1) and (2); all queries are read behind one prefix of B = 1.
 
@@ -105,10 +148,8 @@ def predict(llm, prefix: Prefix, encoder: Encoder, queries: list[dict], first: b
     DEVIATION: Eq. (1) takes the labels seen among the demonstrations; MetaICL and the original code score the task's
     whole option list, and so does this.
     """
-    encoded = [encoder.scoring_query(q, first=first) for q in queries]
-    chosen = [c for batch in passes(encoded, llm.device)
-              for c in score_options(llm, prefix, batch)[0].argmax(dim=1).tolist()]
-    return [q["options"][c] for q, c in zip(queries, chosen, strict=True)]
+    scores = option_scores(llm, prefix, encoder, queries, first)
+    return [q["options"][int(row.argmax())] for q, row in zip(queries, scores, strict=True)]
 
 
 @torch.no_grad()
@@ -164,23 +205,30 @@ def task_figures(predictions: list[str], golds: list[str], task_type: str) -> di
 
 @torch.no_grad()
 def dev_figures(llm, distiller, tasks: Tasks, encoder: Encoder, args, device) -> dict:
-    """Both terms of Eq. (4) and the headline on the meta-test tasks' dev examples, tasks shared out over the ranks.
+    """Both terms of Eq. (4), choice and headline on the meta-test tasks' dev examples, tasks shared out over
+    the ranks; the distiller in fp32, the LLM as it is (see `full_precision`).
+
+    DEVIATION: the paper names the dev data that select a checkpoint, not the quantity. Here it is
+    val_option_ce, what evaluation looks at in a form that moves smoothly: the cross-entropy of the right
+    option under a softmax over the scores of a query's options.
 
     Returns:
-        val_pred (nats per answer token), val_kl and val_clm (negative log-likelihood), both in nats per query and answer
-        token, dev_headline (mean over tasks).
+        val_option_ce (nats a query, mean over each task's queries, then over tasks), val_pred (nats per
+        answer token), val_kl and val_clm (negative log-likelihood), both in nats per query and answer token,
+        dev_headline (mean over tasks).
     """
     rank, ranks = world()
     seed = args.seed if args.seed in SEEDS else SEEDS[0]
-    sums = dict.fromkeys(("pred", "answers", "kl", "clm", "tokens", "headline", "tasks"), 0.0)
+    sums = dict.fromkeys(("pred", "answers", "kl", "clm", "tokens", "headline", "option_ce", "tasks"), 0.0)
+    exact = argparse.Namespace(dtype="fp32")
     distiller.eval()
     for task in tasks.test[rank::ranks]:
         demos, files = demonstration_set(tasks, task, seed, args.k)
         queries = files["dev"]
         require_options(queries)
         limit = encoder.limit(demos + queries)
-        teacher_prefix = one_prefix("icl", demos, limit, llm, distiller, encoder, args)
-        student_prefix = one_prefix("mend", demos, limit, llm, distiller, encoder, args)
+        teacher_prefix = one_prefix("icl", demos, limit, llm, distiller, encoder, exact)
+        student_prefix = one_prefix("mend", demos, limit, llm, distiller, encoder, exact)
         for batch in passes([encoder.training_query(q) for q in queries], device):
             student, teacher = query_states(llm, student_prefix, batch), query_states(llm, teacher_prefix, batch)
             mask, answers = loss_mask(llm, batch), batch["query_mask"] & (batch["branch"] > 0)
@@ -189,12 +237,16 @@ def dev_figures(llm, distiller, tasks: Tasks, encoder: Encoder, args, device) ->
             sums["clm"] += pred_loss(llm, student[mask], batch["query_ids"][mask], 1).item()
             sums["tokens"] += int(mask.sum())
             sums["answers"] += int(answers.sum())
-        chosen = predict(llm, student_prefix, encoder, queries)
+        scores = option_scores(llm, student_prefix, encoder, queries)
+        chosen = [q["options"][int(row.argmax())] for q, row in zip(queries, scores, strict=True)]
         sums["headline"] += task_figures(chosen, [q["output"] for q in queries], tasks.types[task])["headline"]
+        sums["option_ce"] += float(np.mean([-row.log_softmax(dim=0)[q["options"].index(q["output"])].item()
+                                            for q, row in zip(queries, scores, strict=True)]))
         sums["tasks"] += 1
     distiller.train()
-    pred, answers, kl, clm, tokens, headline, n_tasks = sum_over_ranks(list(sums.values()), device)
-    return {"val_pred": pred / answers, "val_kl": kl / tokens, "val_clm": clm / tokens, "dev_headline": headline / n_tasks}
+    pred, answers, kl, clm, tokens, headline, option_ce, n_tasks = sum_over_ranks(list(sums.values()), device)
+    return {"val_option_ce": option_ce / n_tasks, "val_pred": pred / answers, "val_kl": kl / tokens,
+            "val_clm": clm / tokens, "dev_headline": headline / n_tasks}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -205,8 +257,8 @@ def get_parser() -> argparse.ArgumentParser:
     common.add_shared_flags(parser)
     group = parser.add_argument_group("evaluation")
     group.add_argument("--methods", nargs="+", choices=METHODS, help="what stands before the query")
-    group.add_argument("--checkpoint", help="run folder or checkpoint file; needed for mend, hypertuning and prompt_tuning, "
-                                            "of which one call takes one")
+    group.add_argument("--checkpoint", help="run folder or checkpoint file; needed for mend, its controls, "
+                                            "hypertuning and prompt_tuning, of which one call takes one")
     group.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS), help="MetaICL's seeds: demonstration sets")
     group.add_argument("--limit", type=int, default=0, help="test examples per task; 0 = all")
     group.add_argument("--context-len", type=int, default=900, help="demonstration tokens at most")
@@ -228,13 +280,14 @@ def main(argv: list[str] | None = None) -> dict:
         return print_paper_table(*get_parser().parse_args(argv).table)
     args = parse(get_parser(), argv, PRESETS)
     vector_methods = [m for m in args.methods if m in VECTOR_METHODS]
-    blind = [m for m in args.methods if m in (*SEEDLESS, "majority")]
+    own = dict.fromkeys("mend" if m in CONTROLS else m for m in vector_methods)  # whose checkpoint they take
+    blind = [m for m in args.methods if m in (*SEEDLESS, "majority", *CONTROLS)]
     check(*common.shared_rules(args),
           (args.limit >= 0, f"--limit is {args.limit}; give 0 (all) or more"),
           (args.context_len >= 1, f"--context-len is {args.context_len}; give at least 1 token"),
           (not vector_methods or args.checkpoint is not None, (f"--methods {' '.join(vector_methods)} needs --checkpoint DIR, "
            "the folder of a train_pretrain.py or train_finetune.py run")),
-          (len(vector_methods) <= 1, (f"--methods {' '.join(vector_methods)} take a checkpoint each; give one of them a call, "
+          (len(own) <= 1, (f"--methods {' '.join(own)} take a checkpoint each; give one of them a call, "
            "with the same --out")),
           (not (args.retrieve and args.perturb), "--retrieve and --perturb exclude each other; give one"),
           (not blind or not (args.retrieve or args.perturb),
@@ -256,22 +309,23 @@ def main(argv: list[str] | None = None) -> dict:
         distiller, state = load_distiller(args.checkpoint, llm)
         distiller.eval()
         args.distill_len, trained_on = state["model"]["distill_len"], state.get("trained_on", {})
-        refuse_wrong_method(vector_methods, state, args.checkpoint)
+        refuse_wrong_method(list(own), state, args.checkpoint)
         refuse_seen_tasks(trained_on, tasks, args)
         if state["model"]["template"] != args.template:
             print(f"note: trained on --template {state['model']['template']}, evaluated on {args.template} (Tab. 7)")
     encoder = make_encoder(args, Tokenizer(args.llm), llm, distiller)
     out = Path(args.out or common.OUT / f"eval-{args.split}.jsonl")
     records = evaluate(args, llm, distiller, trained_on, encoder, tasks, out)
-    table = summarise(records, args.methods)
+    averages = {m: summarise(records, args.methods, m)["average"] for m in ("headline", "accuracy")}
     n_tasks = len({r["task"] for r in records})
     print(f"\n{args.split}: headline (macro-F1 for classification, accuracy otherwise) in percent, mean ± std over "
           f"{len(args.seeds)} seeds; {n_tasks} of {len(tasks.test + tasks.missing_test)} tasks")
-    print_summary(table, args.methods)
+    print_summary(records, args.methods)
     print(f"written to {out}")
     return finish({"split": args.split, "tasks": n_tasks, "out": str(out),
-                   "headline": {m: {"mean": round(table["average"][m][0], 2), "std": round(table["average"][m][1], 2)}
-                                for m in args.methods}})
+                   **{metric: {m: {"mean": round(v, 2), "std": round(std, 2)} for m, (v, std) in row.items()}
+                      for metric, row in averages.items()},
+                   "recovered_gain": {m: round(gain["gain"], 3) for m, gain in gains_of(records).items()}})
 
 
 def print_paper_table(number: str, *files: str) -> dict:
@@ -322,7 +376,7 @@ def evaluate(args, llm, distiller, trained_on: dict | None, encoder: Encoder, ta
                "retrieval": retrieval, "perturbation": args.perturb, "limit": args.limit, "dtype": args.dtype,
                "llm_weights": args.llm_weights}
     checkpoint = common.checkpoint_id(args.checkpoint) if args.checkpoint else None
-    key_fields = ("method", "checkpoint", "task", "seed", "data_hash", *setting)
+    key_fields = ("method", "checkpoint", "task", "seed", "data_hash", "swapped_with", *setting)
     lines = read_results(out)
     if out.exists() and not out.read_text(encoding="utf-8").endswith("\n"):  # a kill has cut the last line short
         out.write_text("".join(f"{json.dumps(r)}\n" for r in lines), encoding="utf-8")
@@ -330,17 +384,28 @@ def evaluate(args, llm, distiller, trained_on: dict | None, encoder: Encoder, ta
     sentence_encoder = SentenceEncoder(args.dense_model, llm, encoder.tokenizer) if args.retrieve == "dense" else None
     same_for_all_seeds: dict[tuple, dict] = {}
     records = []
-    plan = [(task, seed, m) for task in perturbable(args, tasks) for seed in args.seeds for m in args.methods]
+    names = perturbable(args, tasks)
+    permutable = [t for t in names if tasks.types[t] == "classification"]  # elsewhere no label comes again
+    if "mend_permuted" in args.methods:
+        check((bool(permutable), "mend_permuted needs a classification task, and none is here; leave it out"))
+        if left_out := sorted({*names} - {*permutable}):
+            print(f"note: mend_permuted leaves out what is no classification: {', '.join(left_out)}")
+    plan = [(task, seed, m) for task in names for seed in args.seeds for m in args.methods
+            if m != "mend_permuted" or task in permutable]
+    distilled = functools.cache(lambda t, seed: task_vectors(t, seed, llm, distiller, encoder, tasks, args))
     with out.open("a") as file:
         for task, seed, method in tqdm(plan, desc="evaluate", unit="set"):
             uses_checkpoint = method in VECTOR_METHODS
+            others = partners(method, task, names, tasks)
             record = {"method": method, "checkpoint": checkpoint if uses_checkpoint else None, "task": task, "seed": seed,
-                      "data_hash": tasks.data_hash(task, seed, args.retrieve is not None), **setting}
+                      "data_hash": tasks.data_hash(task, seed, args.retrieve is not None), **setting,
+                      "swapped_with": " ".join(f"{t}@{tasks.data_hash(t, seed)}" for t in others) or None}
             key = tuple(record[f] for f in key_fields)
             if key not in done:
                 memo = (method, task, json.dumps(tasks.files(task, seed)["test"])) if method in SEEDLESS else None
+                vectors = torch.stack([distilled(t, seed) for t in others]).mean(dim=0) if others else None
                 figures = same_for_all_seeds.get(memo) or evaluate_one(args, llm, distiller, encoder, tasks, task, seed, method,
-                                                                       sentence_encoder)
+                                                                       sentence_encoder, vectors)
                 if memo:
                     same_for_all_seeds[memo] = figures
                 done[key] = record | figures | {"trained_on": trained_on if uses_checkpoint else None,
@@ -374,8 +439,12 @@ def perturbable(args, tasks: Tasks) -> list[str]:
 
 @torch.no_grad()
 def evaluate_one(args, llm, distiller, encoder: Encoder, tasks: Tasks, task: str, seed: int, method: str,
-                 sentence_encoder: SentenceEncoder | None = None) -> dict:
-    """One (method, task, seed): n, macro_f1, accuracy, headline."""
+                 sentence_encoder: SentenceEncoder | None = None,
+                 vectors: torch.Tensor | None = None) -> dict:
+    """One (method, task, seed): n, n_predicted (different answers), macro_f1, accuracy, headline.
+
+    vectors: (1, l, d), to be read in the place of what the method makes of the task's demonstrations.
+    """
     files = tasks.files(task, seed)
     queries = files["test"][:args.limit or None]
     require_options(queries)
@@ -384,6 +453,8 @@ def evaluate_one(args, llm, distiller, encoder: Encoder, tasks: Tasks, task: str
         limit = encoder.limit(pool + files["test"])
         sets = retrieve(args.retrieve, pool, queries, args.k, sentence_encoder)
         chosen = predict_each(method, sets, limit, llm, distiller, encoder, queries, args)
+    elif vectors is not None:
+        chosen = predict(llm, vector_prefix(llm, vectors, encoder.tokenizer.bos_id), encoder, queries)
     elif method == "majority":
         chosen = majority(demonstration_set(tasks, task, seed, args.k)[0], queries)
     else:
@@ -392,9 +463,11 @@ def evaluate_one(args, llm, distiller, encoder: Encoder, tasks: Tasks, task: str
         # which demonstrations stand there is settled before they change, so that all kinds see the same ones (unless
         # longer labels push out the last)
         shown = perturb(encoder.fitting(demos, limit), args.perturb, seed) if args.perturb else demos
+        shown = permute_labels(encoder.fitting(demos, limit)) if method == "mend_permuted" else shown
         prefix = one_prefix(method, shown, limit, llm, distiller, encoder, args)
         chosen = predict(llm, prefix, encoder, queries, first=method == "zero_shot")
-    return {"n": len(queries)} | task_figures(chosen, [q["output"] for q in queries], tasks.types[task])
+    figures = task_figures(chosen, [q["output"] for q in queries], tasks.types[task])
+    return {"n": len(queries), "n_predicted": len(set(chosen))} | figures
 
 
 if __name__ == "__main__":

@@ -19,8 +19,9 @@ query and answer in a row. An encoder-decoder (T5) encodes [prefix ; query] and 
 both ways, so there the prefix is read again for each query, and shared by the query's options only.
 """
 
+import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -355,7 +356,7 @@ class FreeVectors(nn.Module):
         embed: the LLM's token embedding, of width d. vocab: V. distill_len: l. seed: of the initial ids.
     """
 
-    backbone = None
+    backbone = residual_embed = None
 
     def __init__(self, embed: nn.Module, vocab: int, distill_len: int, seed: int = 0):
         super().__init__()
@@ -449,6 +450,21 @@ def load_llm(name: str, device: torch.device, dtype: torch.dtype, weights: str |
     if grad_checkpoint:
         checkpoint_layers(llm)
     return llm
+
+
+@contextlib.contextmanager
+def full_precision(llm: PreTrainedModel) -> Iterator[None]:
+    """The frozen LLM in fp32 inside, and each tensor as it was behind it: a KL in bf16 has a floor of 0.0015
+    nats. Weights in 8 bit stay."""
+    tensors = [] if getattr(llm, "is_loaded_in_8bit", False) else [*llm.parameters(), *llm.buffers()]
+    dtypes = [t.dtype for t in tensors]
+    try:
+        for t in tensors:
+            t.data = t.data.float() if t.is_floating_point() else t.data
+        yield
+    finally:
+        for t, dtype in zip(tensors, dtypes, strict=True):
+            t.data = t.data.to(dtype)
 
 
 @torch.no_grad()

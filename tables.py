@@ -10,13 +10,17 @@ import contextlib
 import hashlib
 import json
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+from scipy.stats import t
 
 from common import ROOT, SPLITS, UserError, check
 
-METHODS = ("zero_shot", "majority", "icl", "icl_budget", "prompt_tuning", "hypertuning", "mend")
+CONTROLS = ("mend_swapped", "mend_permuted", "mend_constant")  # MEND's vectors of other demonstrations
+METHODS = ("zero_shot", "majority", "icl", "icl_budget", "last_l", "prompt_tuning", "hypertuning", "mend",
+           *CONTROLS)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Results files
@@ -54,25 +58,42 @@ def mean_std(values: list[float]) -> tuple[float, float]:
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
-def summarise(records: list[dict], methods: list[str]) -> dict:
-    """Per task and on average: mean and standard deviation over seeds of the headline, in percent."""
+def summarise(records: list[dict], methods: list[str], metric: str = "headline") -> dict:
+    """Per task and on average: mean and standard deviation over seeds of a metric, in percent. A method that
+    was not evaluated on a task has no entry there, and its average is without it."""
     by_task, by_seed = defaultdict(list), defaultdict(list)
     for r in records:
-        by_task[r["task"], r["method"]].append(100 * r["headline"])
-        by_seed[r["method"], r["seed"]].append(100 * r["headline"])
-    table = {task: {m: mean_std(by_task[task, m]) for m in methods} for task in sorted({r["task"] for r in records})}
+        by_task[r["task"], r["method"]].append(100 * r[metric])
+        by_seed[r["method"], r["seed"]].append(100 * r[metric])
+    table = {task: {m: mean_std(by_task[task, m]) for m in methods if (task, m) in by_task}
+             for task in sorted({r["task"] for r in records})}
     table["average"] = {m: mean_std([np.mean(v) for (method, _), v in by_seed.items() if method == m]) for m in methods}
     return table
 
 
-def print_summary(table: dict, methods: list[str]) -> None:
-    """What `summarise` returns, as aligned text."""
-    width = max(len(task) for task in table) + 2
-    print("task".ljust(width) + "".join(m.rjust(16) for m in methods))
+def print_summary(records: list[dict], methods: list[str]) -> None:
+    """Headlines by task and on average, average accuracy and recovered gain, as aligned text. A * says that,
+    in one of the seeds, one label was all that a method answered."""
+    table, accuracy = summarise(records, methods), summarise(records, methods, "accuracy")["average"]
+    gains, one = gains_of(records), {(r["task"], r["method"]) for r in records if r.get("n_predicted") == 1}
+    width = max(len("recovered gain"), *map(len, table)) + 2
+
+    def text(name: str, cells: Iterable[str]) -> str:
+        return name.ljust(width) + "".join(cell.rjust(17) for cell in cells)
+
+    def line(name: str, row: dict) -> str:
+        star = {m: "*" if (name, m) in one else " " for m in methods}
+        form = "{:.2f} ±{:5.2f}".format
+        return text(name, (form(*row[m]) + star[m] if m in row else "– " for m in methods))
+    print(text("task", (f"{m} " for m in methods)))
     for task, row in table.items():
         if task == "average":
-            print("-" * (width + 16 * len(methods)))
-        print(task.ljust(width) + "".join(f"{mean:9.2f} ±{std:5.2f}" for mean, std in (row[m] for m in methods)))
+            print("-" * (width + 17 * len(methods)))
+        print(line(task, row))
+    print(line("accuracy", accuracy))
+    if gains:
+        print(text("recovered gain", (f"{gains[m]['gain']:.0%} " if m in gains else "– " for m in methods)))
+        print(f"recovered gain: {GAIN}, over the {gains['icl']['tasks']} tasks where icl is above zero_shot")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -113,6 +134,7 @@ FIXED = ("tasks", "split", "k", "context_len", "template", "limit")  # one value
 SHOWN = (*FIXED, "distill_len", "dtype", "llm_weights", "commit")
 NEEDED = {*FIXED, "distill_len", "dtype", "commit", "data_hash", "llm", "method", "checkpoint", "trained_on", "retrieval", "perturbation", "task", "seed", "headline", "n"}
 
+GAIN = "(method - zero_shot) / (icl - zero_shot)"
 Scores = dict[tuple[str, int], tuple[float, int]]  # (task, seed): headline in percent, n
 
 
@@ -166,21 +188,61 @@ def summary(scores: Scores) -> dict:
             "queries": sum(scores[t, seeds[0]][1] for t in tasks)}
 
 
-def paired_bootstrap(ours: Scores, base: Scores, draws: int = 10_000) -> dict | None:
+def recovered_gain(ours: Scores, icl: Scores, zero_shot: Scores) -> dict | None:
+    """How much of what demonstrations bring a method keeps: (ours - zero_shot) / (icl - zero_shot), of means
+    over the tasks where icl, averaged over seeds, is above zero_shot; None where no shared task is so.
+
+    icl's own figures choose those tasks, so noise makes the denominator too large and the share too small.
+    """
+    means = defaultdict(list)
+    for task, seed in ours.keys() & icl.keys() & zero_shot.keys():
+        means[task].append([scores[task, seed][0] for scores in (ours, icl, zero_shot)])
+    gained = [m for m in (np.mean(rows, axis=0) for rows in means.values()) if m[1] > m[2]]
+    if not gained:
+        return None
+    method, full, none = np.mean(gained, axis=0)
+    return {"gain": float((method - none) / (full - none)), "tasks": len(gained)}
+
+
+def scores_of(records: list[dict]) -> Scores:
+    return {(r["task"], r["seed"]): (100 * r["headline"], r["n"]) for r in records}
+
+
+def gains_of(records: list[dict]) -> dict[str, dict]:
+    """recovered_gain of each method; nothing without records of both icl and zero_shot."""
+    cells = {m: scores_of([r for r in records if r["method"] == m]) for m in {r["method"] for r in records}}
+    icl, zero_shot = cells.get("icl", {}), cells.get("zero_shot", {})
+    return {m: gain for m, scores in cells.items() if (gain := recovered_gain(scores, icl, zero_shot))}
+
+
+def paired_interval(ours: Scores, base: Scores, clusters: list[list[str]]) -> dict | None:
     """Ours minus a baseline over the tasks that both have, with a 95% interval; None where they share none.
 
-    A task's gap is the mean over the seeds that both have. Tasks are resampled with replacement: the seeds of one task are
-    no independent draws, and another choice of tasks is what a reader would ask about.
+    A task's gap is the mean over the seeds that both have: seeds of one task are no independent draws, and
+    another choice of tasks is what a reader would ask about. Tasks that share their inputs are no independent
+    draws either, so it is Student's t with G - 1 degrees of freedom over the G clusters and
+
+        SE^2 = G / (G - 1) sum_g (sum_{task in g} (gap - mean))^2 / n^2.
+
+    Args:
+        clusters: tasks that share their inputs; any other is a cluster of its own.
+    Returns:
+        gap, low, high (infinite for a single cluster), tasks (n).
     """
-    gaps_of = defaultdict(list)
+    gaps_of, sums = defaultdict(list), defaultdict(float)
     for task, seed in sorted(ours.keys() & base.keys()):
         gaps_of[task].append(ours[task, seed][0] - base[task, seed][0])
     if not gaps_of:
         return None
-    gaps = np.array([np.mean(gaps) for gaps in gaps_of.values()])
-    means = gaps[np.random.default_rng(0).integers(len(gaps), size=(draws, len(gaps)))].mean(axis=1)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return {"gap": float(gaps.mean()), "low": float(low), "high": float(high), "tasks": len(gaps)}
+    gaps = {task: float(np.mean(values)) for task, values in gaps_of.items()}
+    n, mean = len(gaps), float(np.mean(list(gaps.values())))
+    first = {task: cluster[0] for cluster in clusters for task in cluster}
+    for task, gap in gaps.items():
+        sums[first.get(task, task)] += gap - mean
+    G, half = len(sums), float("inf")
+    if G > 1:
+        half = float(t.ppf(0.975, G - 1) * (G / (G - 1) * sum(v * v for v in sums.values())) ** 0.5 / n)
+    return {"gap": mean, "low": mean - half, "high": mean + half, "tasks": n}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -233,17 +295,30 @@ def block(llm: str, rows: dict[str, Row], header: list[str]) -> list[str]:
 
 
 def notes(cells: dict[tuple[str, str, str], Scores], summaries: dict[tuple[str, str, str], dict],
-          n_tasks: dict[str, int]) -> list[str]:
-    """How much stands behind each cell, and MEND against the other rows. n_tasks: a column's tasks, here or not."""
-    behind, gaps = defaultdict(list), []
+          n_tasks: dict[str, int], clusters: list[list[str]]) -> list[str]:
+    """How much stands behind each cell, and MEND against the other rows. n_tasks: a column's tasks, here or
+    not; clusters: as paired_interval takes them."""
+    behind, gains, gaps = defaultdict(list), defaultdict(list), []
     for (llm, row, column), scores in cells.items():
+        icl, zero_shot = (cells.get((llm, m, column), {}) for m in ("icl", "zero_shot"))
+        if row not in ("icl", "zero_shot") and (gain := recovered_gain(scores, icl, zero_shot)):
+            gains[llm, column, gain["tasks"]].append(f"{row} {gain['gain']:.0%}")
         s = summaries[llm, row, column]
         behind[llm, column, s["tasks"], s["queries"], s["seeds"]].append(row)
-        if row != "mend" and (b := paired_bootstrap(cells.get((llm, "mend", column), {}), scores)):
+        if row != "mend" and (b := paired_interval(cells.get((llm, "mend", column), {}), scores, clusters)):
             gaps.append(f"- {llm}, {column}, mend minus {row}: {b['gap']:+.2f} [{b['low']:+.2f}, {b['high']:+.2f}] "
-                        f"(95%, paired bootstrap over {b['tasks']} tasks)")
+                        f"(95%, t over {b['tasks']} tasks)")
     return [f"- {llm}, {column}, {', '.join(rows)}: {tasks} of {n_tasks[column]} tasks, {queries:,} queries, {seeds} seeds"
-            for (llm, column, tasks, queries, seeds), rows in behind.items()] + gaps
+            for (llm, column, tasks, queries, seeds), rows in behind.items()] + gaps + [
+        f"- {llm}, {column}, recovered gain, {GAIN} over the {tasks} tasks where icl is above zero_shot: "
+        f"{', '.join(rows)}" for (llm, column, tasks), rows in gains.items()]
+
+
+def one_label(grouped: dict[tuple[str, str, str], list[dict]]) -> list[str]:
+    """A line for each cell in which one label was all that a method answered on some (task, seed)."""
+    return [f"- {llm}, {column}, {row}: one label for all queries in {len(same)} of {len(cell)} (task, seed)"
+            ": " + ", ".join({r["task"]: 0 for r in same}) for (llm, row, column), cell in grouped.items()
+            if (same := [r for r in cell if r.get("n_predicted") == 1])]
 
 
 def table_lines(records: list[dict], number: str) -> list[str]:
@@ -257,7 +332,7 @@ def table_lines(records: list[dict], number: str) -> list[str]:
     records, left_out = belonging(records, number)
     grouped = group(records, number)
     records = [r for cell in grouped.values() for r in cell]
-    cells = {place: {(r["task"], r["seed"]): (100 * r["headline"], r["n"]) for r in cell} for place, cell in grouped.items()}
+    cells = {place: scores_of(cell) for place, cell in grouped.items()}
     columns = [c for c in TABLES[number][3] if any(c == column for _, _, column in cells)]
     header = [*columns, *([DERIVED[number][0]] if number in DERIVED and len(columns) > 1 else [])]
     summaries = {place: summary(scores) for place, scores in cells.items()}
@@ -269,7 +344,8 @@ def table_lines(records: list[dict], number: str) -> list[str]:
     for llm in dict.fromkeys(llm for llm, _, _ in figures):
         rows = {row: {c: figures.get((llm, row, c)) for c in columns} for row in TABLES[number][2]}
         lines += block(llm, {name: extended(row, number) for name, row in rows.items() if any(row.values())}, header)
-    settings = json.loads((ROOT / "splits.json").read_text())[records[0]["tasks"]]["settings"]
+    collection = json.loads((ROOT / "splits.json").read_text())[records[0]["tasks"]]
+    settings = collection["settings"]
     n_tasks = {c: len(settings[c if c in settings else records[0]["split"]]["test"]) for c in columns}
     shown = {name: sorted({str(r.get(name)) for r in records}) for name in SHOWN}
     shown["data hash"] = [hashlib.sha256(" ".join(sorted({r["data_hash"] for r in records})).encode()).hexdigest()[:12]]
@@ -277,4 +353,4 @@ def table_lines(records: list[dict], number: str) -> list[str]:
             "Headline (macro-F1 for classification, accuracy otherwise) in percent, mean ± std over seeds. "
             + " · ".join(f"{name} {', '.join(v)}" for name, v in shown.items()),
             *[f"- left out: {left_out} lines of another {', '.join(FIXED)} than the newest line's"] * (left_out > 0),
-            *notes(cells, summaries, n_tasks)]
+            *notes(cells, summaries, n_tasks, collection["clusters"]), *one_label(grouped)]

@@ -27,6 +27,7 @@ from model import (
     distill_loss,
     distiller_config,
     finetune_loss,
+    full_precision,
     identity,
     load_distiller,
     load_llm,
@@ -135,10 +136,12 @@ def train(args, device, llm, distiller, trained_on, tasks, encoder) -> dict:
     distiller.train()
     while True:
         if run.evaluation_due(args.eval_every, args.steps):
-            figures = dev_figures(llm, distiller, tasks, encoder, args, device)
-            run.evaluated(figures, finetune_loss(figures["val_pred"], figures["val_kl"], args.lam, args.pred_weight))
-            bar.write(f"step {run.step:6d} · dev answer loss {figures['val_pred']:.4f} · dev KL {figures['val_kl']:.4f} · "
-                      f"dev headline {figures['dev_headline']:.2%}")
+            with full_precision(llm):
+                figures = dev_figures(llm, distiller, tasks, encoder, args, device)
+            run.evaluated(figures, figures["val_option_ce"])
+            bar.write(f"step {run.step:6d} · dev option CE {figures['val_option_ce']:.4f} · answer loss "
+                      f"{figures['val_pred']:.4f} · KL {figures['val_kl']:.4f} · headline "
+                      f"{figures['dev_headline']:.2%}")
         if run.done(args.steps, args.patience):
             break
         started = time.time()
@@ -176,8 +179,9 @@ def train(args, device, llm, distiller, trained_on, tasks, encoder) -> dict:
         if run.step % args.save_every == 0:
             run.save()
     bar.close()
-    return finish({"stage": "finetune", "split": args.split, "steps": run.step, **run.state["figures"],
-                   "out_dir": str(out_dir), **common.peak_memory(device)})
+    return finish({"stage": "finetune", "split": args.split, "steps": run.step,
+                   "best_option_ce": run.state["best"], **run.state["figures"], "out_dir": str(out_dir),
+                   **common.peak_memory(device)})
 
 
 if __name__ == "__main__":

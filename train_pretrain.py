@@ -27,6 +27,7 @@ from model import (
     demo_prefix,
     distill_loss,
     distiller_config,
+    full_precision,
     load_llm,
     loss_mask,
     max_positions,
@@ -63,7 +64,8 @@ def get_parser() -> argparse.ArgumentParser:
 
 @torch.no_grad()
 def evaluate_kl(llm, distiller, corpus: Corpus, args, device, bos_id) -> dict:
-    """Held-out KL(full D || what stands in its place), nats per token, for the vectors and for two references.
+    """Held-out KL(full D || what stands in its place), nats per token, for the vectors and for two
+    references; the distiller in fp32.
 
     The first token of x is left out of all: without context nothing predicts it. Windows are shared out over the ranks.
     """
@@ -76,8 +78,7 @@ def evaluate_kl(llm, distiller, corpus: Corpus, args, device, bos_id) -> dict:
         mask = loss_mask(llm, batch) & (batch["position"] > 0)
         demo_ids, demo_mask = batch["demo_ids"], batch["demo_mask"]
         teacher = query_states(llm, demo_prefix(llm, demo_ids, demo_mask, bos_id), batch)[mask]
-        with autocast(device, args.dtype):
-            vectors = distiller(demo_ids, demo_mask)
+        vectors = distiller(demo_ids, demo_mask)                                                   # (B, l, d)
         last = slice(-args.distill_len, None)
         prefixes = {"vectors": vector_prefix(llm, vectors, bos_id),
                     "no_context": demo_prefix(llm, demo_ids[:, :0], demo_mask[:, :0], bos_id),
@@ -114,8 +115,7 @@ def main(argv: list[str] | None = None) -> dict:
            (f"--distill-len is {args.distill_len}, which with {args.window - demo} tokens of x passes the {limit} tokens "
             "that the LLM reads; give less")))
     corpus = Corpus(args.corpus, tokenizer, args.window, args.min_doc_len)
-    # DEVIATION: early stopping looks at the Class->Class meta-test validation data (App. A); which quantity, the paper
-    # does not say. Here it is the loss of this stage, the KL.
+    # early stopping looks at the Class->Class meta-test validation data (App. A), as dev_figures says
     tasks = load_tasks(args.tasks, "class_to_class")
     distiller = build_distiller(args.distiller, llm, args.distill_len, args.vector_start, args.seed)
     limit = max_positions(distiller.backbone.config)
@@ -142,14 +142,17 @@ def train(args, device, llm, distiller, corpus, tasks, encoder) -> dict:
     distiller.train()
     while True:
         if run.evaluation_due(args.eval_every, args.steps):
-            figures = evaluate_kl(llm, distiller, corpus, args, device, bos_id)
-            dev = dev_figures(llm, distiller, tasks, encoder, args, device)
+            with full_precision(llm):
+                figures = evaluate_kl(llm, distiller, corpus, args, device, bos_id)
+                dev = dev_figures(llm, distiller, tasks, encoder, args, device)
+            figures["val_option_ce"] = dev["val_option_ce"]
             figures |= {"dev_kl": dev["val_kl"], "dev_clm": dev["val_clm"]}
-            run.evaluated(figures, pretrain_loss(uses_clm * dev["val_clm"], uses_kl * dev["val_kl"], args.gamma))
+            run.evaluated(figures, figures["val_option_ce"])
             bar.write(f"step {run.step:6d} · held-out KL {figures['val_kl']:.4f} · no context "
                       f"{figures['val_kl_no_context']:.4f} · last {args.distill_len} tokens "
-                      f"{figures['val_kl_last_l']:.4f} · recovered {figures['recovered']:.1%} · class_to_class dev KL "
-                      f"{figures['dev_kl']:.4f}" + (f" · negative log-likelihood {figures['dev_clm']:.4f}" if uses_clm else ""))
+                      f"{figures['val_kl_last_l']:.4f} · recovered {figures['recovered']:.1%} · "
+                      f"class_to_class dev option CE {dev['val_option_ce']:.4f} · KL {dev['val_kl']:.4f}"
+                      + (f" · negative log-likelihood {figures['dev_clm']:.4f}" if uses_clm else ""))
         if run.done(args.steps, args.patience):
             break
         started = time.time()
@@ -185,7 +188,8 @@ def train(args, device, llm, distiller, corpus, tasks, encoder) -> dict:
         if run.step % args.save_every == 0:
             run.save()
     bar.close()
-    return finish({"stage": "pretrain", "steps": run.step, **run.state["figures"], "out_dir": str(out_dir), **common.peak_memory(device)})
+    return finish({"stage": "pretrain", "steps": run.step, "best_option_ce": run.state["best"],
+                   **run.state["figures"], "out_dir": str(out_dir), **common.peak_memory(device)})
 
 
 if __name__ == "__main__":

@@ -15,13 +15,13 @@ from sklearn.metrics import accuracy_score, f1_score
 import common
 import evaluate
 from common import UserError
-from data import TEMPLATES, Encoder, Tokenizer, load_tasks
+from data import SEEDS, TEMPLATES, Encoder, Tokenizer, load_tasks
 from demos import PERTURBATIONS, bm25_neighbours, perturb
 from evaluate import macro_f1, majority, one_prefix, predict, predict_each, task_figures
 from model import build_distiller, demo_prefix, distiller_config, load_llm
 
 CPU = torch.device("cpu")
-METHODS = ["zero_shot", "icl", "icl_budget", "mend"]
+METHODS = ["zero_shot", "icl", "icl_budget", "last_l", "mend"]
 
 
 # Metrics
@@ -99,7 +99,7 @@ def test_packed_queries_are_answered_like_single_ones(tiny, files, monkeypatch, 
     assert sum(sizes) == sum(len(x) + sum(map(len, options)) for x, options in encoded)
 
 
-@pytest.mark.parametrize("method", ["icl", "icl_budget", "mend"])
+@pytest.mark.parametrize("method", ["icl", "icl_budget", "last_l", "mend"])
 @pytest.mark.parametrize("set_tokens", [1, 700, 100_000])
 def test_a_demonstration_set_for_each_query_is_read_like_that_set_alone(tiny, files, monkeypatch, method, set_tokens):
     rng = random.Random(4)
@@ -119,12 +119,15 @@ def test_a_demonstration_set_for_each_query_is_read_like_that_set_alone(tiny, fi
 def test_what_each_method_puts_before_the_query(tiny, files):
     demos, encoder = files["train"], tiny.encoder
     prefix = {m: one_prefix(m, demos, 200, tiny.llm, tiny.distiller, encoder, tiny.args) for m in METHODS}
-    for method, ids in (("zero_shot", []), ("icl", encoder.demonstrations(demos, 200)), ("icl_budget", encoder.budget(demos, 24))):
+    whole = encoder.demonstrations(demos, 200)
+    for method, ids in (("zero_shot", []), ("icl", whole), ("icl_budget", encoder.budget(demos, 24)),
+                        ("last_l", whole[-24:])):
         expected = demo_prefix(tiny.llm, torch.tensor([ids], dtype=torch.long), torch.ones(1, len(ids), dtype=torch.bool))
         assert prefix[method].mask.shape == (1, len(ids)) and (prefix[method].state is None) == (not ids)
         for (k, v), (k2, v2) in zip(prefix[method].keys_values, expected.keys_values, strict=True):
             assert torch.equal(k, k2) and torch.equal(v, v2)
     assert prefix["mend"].mask.shape == (1, 4)
+    assert prefix["last_l"].mask.shape == (1, 24)
     assert 24 >= prefix["icl_budget"].mask.shape[1] < prefix["icl"].mask.shape[1] <= 200
 
 
@@ -151,13 +154,13 @@ def test_dev_figures_against_one_query_at_a_time(tiny, tasks_dir, llama):
     whole = evaluate.dev_figures(tiny.llm, tiny.distiller, tasks, tiny.encoder, args, CPU)
     assert tiny.distiller.training  # left as the training loop needs it
     embed, distiller = tiny.llm.get_input_embeddings(), tiny.distiller.eval()
-    kl, clm, pred, headlines = [], [], [], []
+    kl, clm, pred, headlines, option_ce = [], [], [], [], []
     with torch.no_grad():
         for task in tasks.test:
             files = tasks.files(task, 13)
             demo = torch.tensor([tiny.encoder.demonstrations(files["train"][:3], 900)])
             vectors = distiller(demo, torch.ones_like(demo, dtype=torch.bool))
-            chosen = []
+            chosen, ce = [], []
             for query in files["dev"]:
                 x, (y,) = tiny.encoder.training_query(query)
 
@@ -172,10 +175,14 @@ def test_dev_figures_against_one_query_at_a_time(tiny, tasks_dir, llama):
                 options = [tiny.encoder.answer(option) for option in query["options"]]
                 scores = [np.mean([log_p(vectors, o)[len(x) + i, t].item() for i, t in enumerate(o)]) for o in options]
                 chosen.append(query["options"][int(np.argmax(scores))])
+                shares = np.exp(scores) / np.exp(scores).sum()
+                ce.append(-np.log(shares[query["options"].index(query["output"])]))
+            option_ce.append(np.mean(ce))
             golds = [q["output"] for q in files["dev"]]
             headlines.append(f1_score(golds, chosen, labels=sorted(set(golds)), average="macro", zero_division=0))
     assert whole == pytest.approx({"val_pred": np.mean(pred), "val_kl": np.mean(kl), "val_clm": np.mean(clm),
-                                   "dev_headline": np.mean(headlines)}, rel=1e-4)
+                                   "dev_headline": np.mean(headlines),
+                                   "val_option_ce": np.mean(option_ce)}, rel=1e-4)
 
 
 def test_dev_figures_are_taken_without_dropout(gpt2, tasks_dir):
@@ -219,7 +226,8 @@ def lines(path: Path) -> list[dict]:
 
 
 KEYS = {"method", "llm", "checkpoint", "split", "tasks", "data_hash", "task", "seed", "k", "distill_len", "template", "retrieval",
-        "perturbation", "n", "macro_f1", "accuracy", "headline", "commit"}
+        "perturbation", "n", "macro_f1", "accuracy", "headline", "commit", "swapped_with",
+        "n_predicted"}
 
 
 def test_one_line_for_each_method_task_and_seed(argv, tmp_path, llama, tasks_dir, capsys):
@@ -242,6 +250,8 @@ def test_one_line_for_each_method_task_and_seed(argv, tmp_path, llama, tasks_dir
         by_seed = [np.mean([100 * r["headline"] for r in records if (r["method"], r["seed"]) == (method, s)]) for s in (13, 42)]
         assert final["headline"][method] == pytest.approx(
             {"mean": np.mean(by_seed), "std": np.std(by_seed, ddof=1)}, abs=0.00501)
+    accuracy = np.mean([100 * r["accuracy"] for r in records if r["method"] == "icl"])
+    assert final["accuracy"]["icl"]["mean"] == pytest.approx(accuracy, abs=0.00501)
     assert "2 of 20 tasks" in out and f"{final['headline']['icl']['mean']:.2f} ±" in out
 
 
@@ -271,7 +281,7 @@ def test_a_run_that_was_killed_goes_on_where_it_was(argv, tmp_path, monkeypatch)
     final = evaluate.main(argv)
     last = json.loads(last)
     assert calls == [(last["task"], last["seed"], last["method"])]
-    assert lines(out) == lines(whole) and len(lines(out)) == 16
+    assert lines(out) == lines(whole) and len(lines(out)) == 20
     calls.clear()
     assert evaluate.main(argv) == final and calls == [] and lines(out) == lines(whole)
 
@@ -323,6 +333,110 @@ def test_summary_against_a_count_by_hand(seed):
             assert table[t][m] == pytest.approx((np.mean(over_seeds), spread(over_seeds)))
         averages = [np.mean([values[m][t, s] for t in tasks]) for s in seeds]
         assert table["average"][m] == pytest.approx((np.mean(averages), spread(averages)))
+
+
+def test_the_summary_has_accuracy_recovered_gain_and_a_star_for_a_single_label(capsys):
+    figures = {"zero_shot": (0.2, 0.3, 2), "icl": (0.6, 0.5, 2), "mend": (0.3, 0.4, 1),
+               "majority": (0.1, 0.9, 3)}
+    records = [{"method": m, "task": "emo", "seed": 13, "headline": f1, "accuracy": acc, "n": 9,
+                "n_predicted": n} for m, (f1, acc, n) in figures.items()]
+    del records[-1]["n_predicted"]  # of a line that is older than it
+    evaluate.print_summary([*records, records[1] | {"task": "trec"}], list(figures))
+    rows = {line.split("  ")[0]: line.split() for line in capsys.readouterr().out.splitlines()}
+    assert " ".join(rows["emo"]) == "emo 20.00 ± 0.00 60.00 ± 0.00 30.00 ± 0.00* 10.00 ± 0.00"
+    assert " ".join(rows["trec"]) == "trec – 60.00 ± 0.00 – –"
+    assert rows["accuracy"][1::3] == ["30.00", "50.00", "40.00", "90.00"]
+    assert rows["recovered gain"][2:] == ["0%", "100%", "25%", "-25%"]
+
+
+# Controls
+
+
+@pytest.fixture
+def three_tasks(tasks_dir, tmp_path) -> Path:
+    """tasks_dir with a third meta-test task, of other examples than the two."""
+    folder = tmp_path / "three"
+    shutil.copytree(tasks_dir, folder)
+    (folder / "poem_sentiment").mkdir()
+    for seed, source in zip(SEEDS, SEEDS[1:] + SEEDS[:1], strict=True):
+        for part in ("train", "dev", "test"):
+            shutil.copy(folder / "emo" / f"emo_16_{source}_{part}.jsonl",
+                        folder / "poem_sentiment" / f"poem_sentiment_16_{seed}_{part}.jsonl")
+    return folder
+
+
+def test_partners_are_a_derangement_of_the_evaluated_tasks():
+    for n in range(2, 9):
+        names = [f"t{i}" for i in range(n)]
+        tasks = SimpleNamespace(test=[*names, "not evaluated"])
+        swapped = [evaluate.partners("mend_swapped", t, names[::-1], tasks) for t in names]
+        assert sorted(swapped) == [[t] for t in names]
+        assert all(t not in others for t, others in zip(names, swapped, strict=True))
+        for t in names:
+            assert evaluate.partners("mend_constant", t, names, tasks) == [n for n in names if n != t]
+            assert not any(evaluate.partners(m, t, names, tasks) for m in ("mend", "mend_permuted", "icl"))
+    tasks = SimpleNamespace(test=["a", "b", "c"])  # of a single task: all of the split
+    assert evaluate.partners("mend_swapped", "c", ["c"], tasks) == ["a"]
+    assert evaluate.partners("mend_constant", "b", ["b"], tasks) == ["a", "c"]
+    with pytest.raises(UserError, match="another meta-test task's demonstrations; a is alone"):
+        evaluate.partners("mend_swapped", "a", ["a"], SimpleNamespace(test=["a"]))
+
+
+def test_controls_read_vectors_of_other_tasks_and_say_whose(argv, tmp_path, three_tasks, llama, monkeypatch):
+    seen, prefix = [], evaluate.vector_prefix
+    monkeypatch.setattr(evaluate, "vector_prefix", lambda llm, vectors, bos: (
+        seen.append(vectors), prefix(llm, vectors, bos))[1])
+    evaluate.main([*argv, "--tasks", str(three_tasks), "--methods", "mend_swapped", "mend_constant", "mend",
+                   "--seeds", "13"])
+    llm, tasks = load_llm(str(llama), CPU, torch.float32), load_tasks(str(three_tasks), "class_to_class")
+    distiller = build_distiller("layers:2", llm, 4, "matched", 0).eval()
+    own = {}
+    for task in tasks.test:
+        demos = tasks.files(task, 13)["train"][:4]
+        ids = Encoder(Tokenizer(str(llama)), "space", 900).demonstrations(demos, 900)
+        own[task] = distiller(torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.bool))
+    records = lines(tmp_path / "results.jsonl")
+    assert len(seen) == len(records) == 9
+    partner = dict(zip(tasks.test, tasks.test[1:] + tasks.test[:1], strict=True))
+    for vectors, r in zip(seen, records, strict=True):
+        others = {"mend": [], "mend_swapped": [partner[r["task"]]],
+                  "mend_constant": [t for t in tasks.test if t != r["task"]]}[r["method"]]
+        expected = sum(own[t] for t in others or [r["task"]]) / (len(others) or 1)
+        assert torch.allclose(vectors, expected, atol=1e-5) and r["checkpoint"] is not None
+        assert r["swapped_with"] == (" ".join(f"{t}@{tasks.data_hash(t, 13)}" for t in others) or None)
+    assert min((a - b).abs().max() for a in own.values() for b in own.values() if a is not b) > 1e-3
+
+
+def test_a_control_of_other_tasks_is_not_taken_from_the_results_file(argv, tmp_path, three_tasks):
+    argv = [*argv, "--tasks", str(three_tasks), "--methods", "mend", "mend_constant", "--seeds", "13"]
+    argv += ["--only", "emo"]
+    evaluate.main([*argv, "ag_news"])
+    evaluate.main([*argv, "poem_sentiment"])
+    found = Counter((r["method"], r["task"]) for r in lines(tmp_path / "results.jsonl"))
+    assert found["mend", "emo"] == 1 and found["mend_constant", "emo"] == 2
+
+
+def test_permuted_labels_are_wrong_alike_and_of_classification(argv, llama, three_tasks, monkeypatch, capsys):
+    _, by_distiller = read_by(monkeypatch)
+    load = evaluate.load_tasks
+
+    def with_a_choice(*a):
+        tasks = load(*a)
+        tasks.types = tasks.types | {"ag_news": "multi-choice"}
+        return tasks
+    monkeypatch.setattr(evaluate, "load_tasks", with_a_choice)
+    argv = [*argv, "--tasks", str(three_tasks), "--methods", "mend_permuted", "--seeds", "13"]
+    evaluate.main(argv)
+    following = {"happy": "sad", "sad": "strange", "strange": "happy"}
+    expected = []
+    for task in ("emo", "poem_sentiment"):
+        demos = load(str(three_tasks), "class_to_class").files(task, 13)["train"][:4]
+        demos = [d | {"output": following[d["output"]]} for d in demos]
+        expected.append(assembled(Tokenizer(str(llama)), "space", demos))
+    assert by_distiller == expected
+    assert "note: mend_permuted leaves out what is no classification: ag_news\n" in capsys.readouterr().out
+    with pytest.raises(UserError, match="mend_permuted needs a classification task"):
+        evaluate.main([*argv, "--only", "ag_news"])
 
 
 # Retrieved and perturbed demonstrations, vectors of other methods
@@ -492,6 +606,9 @@ def test_main_refuses_a_checkpoint_of_another_method(argv):
     (["--methods", "icl", "--retrieve", "bm25", "--perturb", "no_label"], "--retrieve and --perturb exclude each other"),
     (["--retrieve", "bm25"], "zero_shot has no part in --retrieve and --perturb; leave it out of --methods"),
     (["--methods", "majority", "prompt_tuning", "--perturb", "no_input"], "majority prompt_tuning has no part in"),
+    (["--methods", "mend_swapped", "hypertuning"], "--methods mend hypertuning take a checkpoint each"),
+    (["--methods", "mend", "mend_constant", "--perturb", "no_input"], "mend_constant has no part in"),
+    (["--methods", "mend_permuted", "--retrieve", "bm25"], "mend_permuted has no part in"),
     (["--dense-model", "x"], "--dense-model needs --retrieve dense"),
     (["--methods", "icl", "--retrieve", "dense", "--dense-model", "some/name"], "--dense-model some/name would come from"),
     (["--methods", "icl", "--retrieve", "bm25", "--k", "200"], "80 examples to retrieve from, and --k is 200"),

@@ -44,6 +44,7 @@ from model import (
     embedding_rms,
     finetune_loss,
     first_layers,
+    full_precision,
     fuse_gelu,
     head_logits,
     load_distiller,
@@ -899,3 +900,21 @@ def test_a_sibling_that_is_broken_or_missing_is_a_user_error(llm, tmp_path):
         make_distiller(llm, str(sibling))
     with pytest.raises(UserError, match="--distiller .*nowhere"):
         make_distiller(llm, str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_full_precision_gives_every_tensor_back_as_it_was(llm_folder, dtype):
+    llm = load_llm(str(llm_folder), torch.device("cpu"), dtype)
+    before = {name: t.clone() for name, t in [*llm.named_parameters(), *llm.named_buffers()]}
+    tied = llm.get_input_embeddings().weight is llm.get_output_embeddings().weight
+    with pytest.raises(KeyboardInterrupt), full_precision(llm):
+        assert llm.dtype == torch.float32
+        inside = {name: t.clone() for name, t in [*llm.named_parameters(), *llm.named_buffers()]}
+        raise KeyboardInterrupt
+    after = dict([*llm.named_parameters(), *llm.named_buffers()])
+    assert before.keys() == inside.keys() == after.keys() and llm.dtype == dtype and len(before) > 20
+    for name, t in before.items():  # also what is fp32 in any case, such as rotary frequencies
+        assert after[name].dtype == t.dtype and torch.equal(after[name], t)
+        expected = t.float() if t.is_floating_point() else t
+        assert inside[name].dtype == expected.dtype and torch.equal(inside[name], expected)
+    assert (llm.get_input_embeddings().weight is llm.get_output_embeddings().weight) == tied

@@ -13,11 +13,13 @@ import data
 import distill
 import evaluate
 import figures
+import probe
 import tables
 import train_finetune
 import train_pretrain
 
-SCRIPTS = {m.__name__: m for m in (assets, attention, bench, data, distill, evaluate, figures, train_finetune, train_pretrain)}
+SCRIPTS = {m.__name__: m for m in (assets, attention, bench, data, distill, evaluate, figures, probe,
+                                   train_finetune, train_pretrain)}
 PLACES = ["README.md", "results/LOG.md", "results/SPEED.md", "checkpoints/README.md", "Makefile", *(f"{name}.py" for name in SCRIPTS)]
 
 

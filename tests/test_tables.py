@@ -6,6 +6,7 @@ import statistics
 
 import numpy as np
 import pytest
+import scipy.stats
 
 import common
 import evaluate
@@ -16,7 +17,7 @@ from tables import (
     block,
     group,
     marked,
-    paired_bootstrap,
+    paired_interval,
     read_results,
     summary,
     table_lines,
@@ -72,35 +73,84 @@ def test_summary_against_plain_loops(seed):
     assert (found["mean"], found["std"]) == pytest.approx((statistics.mean(means), std))
 
 
-def test_bootstrap_by_hand():
+def test_recovered_gain_by_hand():
+    def scores(**by_task):
+        return {(task, seed): (value, 1) for task, values in by_task.items()
+                for seed, value in enumerate(values)}
+    zero = scores(a=(10, 10), b=(50, 50), c=(20, 20), d=(0, 0))
+    icl = scores(a=(30, 20), b=(60, 30), c=(50, 40), e=(9, 9))
+    ours = scores(a=(20, 20), b=(99, 99), c=(30, 20), d=(70, 70))
+    # icl gains on a (25 of 10) and c (45 of 20), not on b (45 of 50): (22.5 - 15) / (35 - 15)
+    gain = tables.recovered_gain
+    assert gain(ours, icl, zero) == pytest.approx({"gain": 0.375, "tasks": 2})
+    assert gain(icl, icl, zero)["gain"] == 1 and gain(zero, icl, zero)["gain"] == 0
+    assert gain(ours, scores(b=(1, 1)), zero) is None and gain(ours, {}, zero) is None
+    headlines = {"zero_shot": (10, 20), "icl": (20, 10), "majority": (13, 99)}
+    lines = [record(method=m, task=t, headline=h / 100) for m, values in headlines.items()
+             for t, h in zip("ab", values, strict=True)]
+    line, = [line for line in table_lines(lines, "2") if "recovered gain" in line]
+    assert line.endswith("over the 1 tasks where icl is above zero_shot: majority 30%")
+
+
+def test_a_table_says_where_one_label_was_the_only_answer():
+    lines = table_lines([record(n_predicted=1), record(n_predicted=2, task="x"),
+                         record(n_predicted=1, seed=21), record(method="majority")], "2")
+    assert [line for line in lines if "one label" in line] == [
+        "- tiny, class_to_class, icl: one label for all queries in 2 of 3 (task, seed): emo"]
+
+
+def test_interval_by_hand():
     ours = {("a", 1): (51.0, 1), ("b", 1): (43.0, 1), ("only ours", 1): (0.0, 1)}
     base = {("b", 1): (40.0, 1), ("a", 1): (50.0, 1), ("only theirs", 1): (99.0, 1)}
-    # gaps 1 and 3; of two draws a quarter are both 1 and a quarter both 3, so the 95% interval holds either end
-    assert paired_bootstrap(ours, base) == {"gap": 2.0, "low": 1.0, "high": 3.0, "tasks": 2}
-    assert paired_bootstrap(base, ours)["gap"] == -2.0
-    assert paired_bootstrap(ours, {("c", 1): (1.0, 1)}) is None
+    # gaps 1 and 3: mean 2, standard error sqrt(2) / sqrt(2) = 1, and t with one degree of freedom 12.706
+    found = paired_interval(ours, base, [])
+    assert found == pytest.approx({"gap": 2, "low": 2 - 12.706, "high": 2 + 12.706, "tasks": 2}, abs=1e-3)
+    assert paired_interval(base, ours, [])["gap"] == -2
+    assert paired_interval(ours, {("c", 1): (1.0, 1)}, []) is None
+    assert paired_interval(ours, base, [["b", "x", "a"]]) == {
+        "gap": 2, "low": -float("inf"), "high": float("inf"), "tasks": 2}
 
 
-def test_bootstrap_against_a_plain_one():
-    rng = random.Random(0)
-    names = [f"task{i}" for i in range(30)]
-    ours = {(t, s): (100 * rng.random(), 1) for t in names for s in range(5)}
-    base = {pair: (score - 3 + 18 * rng.gauss(0, 1), 1) for pair, (score, _) in ours.items()}
-    gaps = [statistics.mean(ours[t, seed][0] - base[t, seed][0] for seed in range(5)) for t in names]
-    means = sorted(statistics.mean(rng.choices(gaps, k=30)) for _ in range(4000))
-    found = paired_bootstrap(ours, base)
-    assert found["gap"] == pytest.approx(statistics.mean(gaps)) and found["tasks"] == 30
-    assert (found["low"], found["high"]) == pytest.approx((means[100], means[3900]), abs=0.25)
-    assert found["high"] - found["low"] > 3  # so that 0.25 says something
-    # normal theory agrees: mean ± 1.96 standard errors
-    assert found["high"] - found["gap"] == pytest.approx(1.96 * statistics.pstdev(gaps) / 30 ** 0.5, rel=0.1)
+def gaps_to_scores(gaps: list[list[float]]) -> tuple[dict, dict]:
+    """Scores of two methods on tasks 0, 1, ... whose gaps, seed by seed, are these."""
+    ours = {(str(i), s): (gap, 1) for i, task in enumerate(gaps) for s, gap in enumerate(task)}
+    return ours, dict.fromkeys(ours, (0.0, 1))
+
+
+def test_interval_against_scipy_and_against_cluster_means():
+    gaps = np.random.default_rng(0).normal(3, 5, size=(12, 4))
+    expected = scipy.stats.ttest_1samp(gaps.mean(axis=1), 0).confidence_interval(0.95)
+    found = paired_interval(*gaps_to_scores(gaps), [])
+    assert (found["low"], found["high"]) == pytest.approx((expected.low, expected.high))
+    # clusters of equal size: the interval of their means
+    expected = scipy.stats.ttest_1samp(gaps.reshape(4, 12).mean(axis=1), 0).confidence_interval(0.95)
+    found = paired_interval(*gaps_to_scores(gaps), [[str(3 * i + j) for j in range(3)] for i in range(4)])
+    assert (found["low"], found["high"]) == pytest.approx((expected.low, expected.high))
+
+
+@pytest.mark.parametrize("cluster, low, high", [(1, 0.94, 0.96), (3, 0.93, 0.97)])
+def test_intervals_cover_what_they_say(cluster, low, high):
+    """14 tasks with gaps of heavy tails (t4) and noise over two seeds; `cluster` of them are the same."""
+    rng, runs = np.random.default_rng(1), 4000
+    gaps = rng.standard_t(4, size=(runs, 14, 1))
+    gaps[:, :cluster] = gaps[:, :1]
+    noise = 0.5 * rng.normal(size=(runs, 14, 2))
+    noise[:, :cluster] = noise[:, :1]
+    clusters = [[str(i) for i in range(cluster)]]
+    found = [paired_interval(*gaps_to_scores(g), clusters) for g in (gaps + noise).tolist()]
+    assert low <= np.mean([f["low"] <= 0 <= f["high"] for f in found]) <= high
+
+
+def test_clusters_are_of_known_tasks_and_do_not_overlap():
+    for collection in json.loads((common.ROOT / "splits.json").read_text()).values():
+        tasks = [task for cluster in collection["clusters"] for task in cluster]
+        assert len(set(tasks)) == len(tasks) and set(tasks) <= collection["task_type"].keys()
 
 
 def test_more_seeds_of_the_same_tasks_do_not_narrow_the_interval():
-    ours, base = ({(t, s): (score, 1) for t, score in zip("abcd", scores, strict=True) for s in range(n)}
-                  for scores, n in (((4.0, 9.0, 1.0, 6.0), 50), ((5.0, 5.0, 5.0, 5.0), 50)))
-    one = [{pair: score for pair, score in scores.items() if pair[1] == 0} for scores in (ours, base)]
-    assert paired_bootstrap(ours, base) == paired_bootstrap(*one)
+    gaps = [[-1.0], [4.0], [-4.0], [1.0]]
+    one, many = (paired_interval(*gaps_to_scores([n * task for task in gaps]), []) for n in (1, 50))
+    assert one == pytest.approx(many)
 
 
 # Which records make a table

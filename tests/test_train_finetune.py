@@ -1,7 +1,9 @@
 """Tests of train_finetune.py, through main(argv): Eq. (4) by autograd, where it starts from, stop and resume."""
 
+import contextlib
 import itertools
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ from test_train_pretrain import assert_same, furthest, interrupt_after, log_soft
 
 import common
 import evaluate
+import model
 import train_finetune
 import train_pretrain
 from common import UserError, load_checkpoint, save_checkpoint
@@ -31,7 +34,7 @@ def argv(flags) -> list[str]:
 @pytest.fixture
 def quick_dev(monkeypatch):
     monkeypatch.setattr(train_finetune, "dev_figures",
-                        lambda *_: {"val_pred": 1.0, "val_kl": 1.0, "dev_headline": 0.5})
+                        lambda *_: dict.fromkeys(("val_option_ce", "val_pred", "val_kl", "dev_headline"), 1))
 
 
 @pytest.fixture
@@ -57,15 +60,17 @@ def pretrained(argv, llama):
 
 def test_end_to_end(argv, tmp_path, capsys):
     final = train_finetune.main([*argv, "--out-dir", str(tmp_path / "run"), "--lam", "0.1"])
-    assert final.keys() == {"stage", "split", "steps", "val_pred", "val_kl", "val_clm", "dev_headline", "out_dir"}
+    assert final.keys() == {"stage", "split", "steps", "best_option_ce", "val_option_ce", "val_pred",
+                            "val_kl", "val_clm", "dev_headline", "out_dir"}
     assert (final["stage"], final["split"], final["steps"]) == ("finetune", "class_to_class", 4)
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == final
-    for key, steps in (("pred", [1, 2, 3, 4]), ("kl", [1, 2, 3, 4]), ("val_pred", [2, 4]), ("val_kl", [2, 4])):
+    for key, steps in (("pred", [1, 2, 3, 4]), ("kl", [1, 2, 3, 4]), ("val_pred", [0, 2, 4]),
+                       ("val_kl", [0, 2, 4])):
         assert list(metrics(tmp_path / "run", key)) == steps
     state = load_checkpoint(tmp_path / "run" / "last.safetensors", weights=False)[1]
     assert state["trained_on"] == {"finetune": FINETUNED | {"lam": 0.1}}
-    pred, kl = metrics(tmp_path / "run", "val_pred"), metrics(tmp_path / "run", "val_kl")
-    assert state["best"] == pytest.approx(min(pred[s] + 0.1 * kl[s] for s in (2, 4)))
+    option_ce = metrics(tmp_path / "run", "val_option_ce")
+    assert state["best"] == final["best_option_ce"] == min(option_ce.values()) and len(option_ce) == 3
 
 
 def test_default_folder_is_named_after_llm_and_split(argv, quick_dev, llama):
@@ -183,7 +188,7 @@ def test_prompt_tuning_lowers_the_answer_loss(argv, tmp_path):
     tensors, state = load_checkpoint(tmp_path / "run")
     assert [(name, t.shape) for name, t in tensors.items()] == [("distiller.vectors", (4, 32))]
     assert state["trained_on"] == {"finetune": FINETUNED | {"lam": 0.0}}
-    assert state["best"] == metrics(tmp_path / "run", "val_pred")[40]
+    assert state["best"] == min(metrics(tmp_path / "run", "val_option_ce").values())
     flags = [flag for flag in argv if flag not in ("--init-from", "none", "--vector-start", "matched")]
     flags = flags[:flags.index("--batch-size")]
     final = evaluate.main([*flags, "--methods", "prompt_tuning", "--checkpoint", str(tmp_path / "run"), "--limit", "8", "--k", "4",
@@ -235,29 +240,94 @@ def test_resume_keeps_what_pretraining_was_seen(argv, quick_dev, tmp_path, pretr
     assert all(torch.equal(before[0][name], t) for name, t in after[0].items())
 
 
-def stub_dev(monkeypatch, values: list[tuple[float, float]], seen: list) -> None:
+def stub_dev(monkeypatch, values: list[float], seen: list) -> None:
     feed = iter(values)
 
     def figures(llm, distiller, *_):
         seen.append({name: t.clone() for name, t in distiller.state_dict().items()})
-        pred, kl = next(feed)
-        return {"val_pred": pred, "val_kl": kl, "dev_headline": 0.5}
+        losses = dict.fromkeys(("val_pred", "val_kl", "dev_headline"), 9.0 - len(seen))
+        return losses | {"val_option_ce": next(feed)}
     monkeypatch.setattr(train_finetune, "dev_figures", figures)
 
 
-@pytest.mark.parametrize("lam, best_step", [("0", 3), ("10", 2)])
-def test_best_is_the_checkpoint_with_the_lowest_eq_4(argv, tmp_path, monkeypatch, lam, best_step):
+@pytest.mark.parametrize("values, best_step", [([5.0, 3.0, 1.0, 2.0, 4.0], 2), ([1.0, 3.0, 2.0, 2.0, 2], 0)])
+def test_best_is_the_checkpoint_with_the_lowest_option_ce(argv, tmp_path, monkeypatch, values, best_step):
+    """Not the one with the lowest losses, which fall all the way; and it may be the start."""
     seen = []
-    stub_dev(monkeypatch, [(3.0, 1.0), (2.0, 0.5), (1.0, 0.9), (2.0, 1.0)], seen)
-    train_finetune.main([*argv, "--lam", lam, "--eval-every", "1", "--out-dir", str(tmp_path / "run")])
+    stub_dev(monkeypatch, values, seen)
+    train_finetune.main([*argv, "--eval-every", "1", "--out-dir", str(tmp_path / "run")])
     best, state = load_checkpoint(tmp_path / "run")
     assert state["step"] == best_step
-    assert all(torch.equal(best[f"distiller.{name}"], t) for name, t in seen[best_step - 1].items())
+    assert all(torch.equal(best[f"distiller.{name}"], t) for name, t in seen[best_step].items())
+
+
+@pytest.mark.parametrize("script", [train_finetune, train_pretrain], ids=lambda s: s.__name__)
+def test_the_start_is_evaluated_once(argv, flags, corpus_dir, quick_dev, monkeypatch, tmp_path, script):
+    """Before the first step, with the distiller as it starts, and not again in a run that goes on."""
+    if script is train_pretrain:
+        argv = [*flags, "--corpus", str(corpus_dir), "--window", "48", "--batch-size", "2"]
+    calls, names = [], ("val_option_ce", "val_pred", "val_kl", "val_clm", "dev_headline")
+
+    def dev(llm, distiller, *_):
+        calls.append(sum(p.sum().item() for p in distiller.parameters()))
+        return dict.fromkeys(names, 1.0)
+    monkeypatch.setattr(script, "dev_figures", dev)
+    argv = [*argv, "--eval-every", "9", "--out-dir", str(tmp_path / "run")]
+    with monkeypatch.context() as patch:
+        patch.setattr(common.Run, "begin_step", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            script.main([*argv, "--steps", "2"])
+    assert len(calls) == 1 and list(metrics(tmp_path / "run", "val_kl")) == [0]
+    script.main([*argv, "--steps", "2", "--resume"])
+    assert len(calls) == 2 and calls[0] != calls[1] and list(metrics(tmp_path / "run", "val_kl")) == [0, 2]
+
+
+@pytest.fixture
+def rounded_llm(llama, tmp_path) -> Path:
+    """The tiny LLM with weights that bf16 holds exactly."""
+    folder = tmp_path / "models" / llama.name
+    shutil.copytree(llama, folder)
+    llm = load_llm(str(llama), CPU, torch.float32)
+    llm.to(torch.bfloat16).float().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("script", [train_finetune, train_pretrain], ids=lambda s: s.__name__)
+def test_a_bf16_run_is_evaluated_in_fp32(argv, flags, corpus_dir, rounded_llm, monkeypatch, tmp_path, script):
+    """The figures of the start equal those of an fp32 run on the same weights; those of bf16 are far from
+    them."""
+    if script is train_pretrain:
+        argv = [*flags, "--corpus", str(corpus_dir), "--window", "96", "--batch-size", "2"]
+    start = {}
+    for dtype, exact in (("fp32", True), ("bf16", True), ("bf16", False)):
+        if not exact:
+            monkeypatch.setattr(script, "full_precision", lambda llm: contextlib.nullcontext())
+        run = tmp_path / f"{dtype}-{exact}"
+        script.main([*argv, "--llm", str(rounded_llm), "--steps", "1", "--dtype", dtype,
+                     "--out-dir", str(run)])
+        start[dtype, exact] = {key: metrics(run, key)[0] for key in ("val_kl", "val_option_ce")}
+    assert start["bf16", True] == pytest.approx(start["fp32", True], rel=1e-5)
+    assert start["bf16", False] != pytest.approx(start["fp32", True], rel=1e-4)
+
+
+def test_identical_prefixes_have_no_kl_in_a_bf16_run(argv, monkeypatch, tmp_path):
+    """The student reads the demonstrations too, but as embeddings in a padded prefix, as rounding would
+    tell."""
+    prefix = evaluate.one_prefix
+
+    def padded(method, demos, limit, llm, distiller, encoder, args):
+        if method == "icl":
+            return prefix(method, demos, limit, llm, distiller, encoder, args)
+        ids = torch.tensor([[0] * 7 + encoder.demonstrations(demos, limit)])
+        return model.demo_prefix(llm, ids, torch.arange(ids.shape[1])[None] >= 7)
+    monkeypatch.setattr(evaluate, "one_prefix", padded)
+    train_finetune.main([*argv, "--steps", "1", "--dtype", "bf16", "--out-dir", str(tmp_path / "run")])
+    assert max(map(abs, metrics(tmp_path / "run", "val_kl").values())) < 1e-6
 
 
 @pytest.mark.parametrize("patience, steps", [("1", 2), ("2", 3), ("0", 4)])
 def test_early_stopping(argv, tmp_path, monkeypatch, patience, steps):
-    stub_dev(monkeypatch, [(1.0, 1.0), (2.0, 1.0), (3.0, 1.0), (4.0, 1.0)], [])
+    stub_dev(monkeypatch, [9.0, 1.0, 2.0, 3.0, 4.0], [])
     argv = [*argv, "--eval-every", "1", "--patience", patience, "--out-dir", str(tmp_path / "run")]
     assert train_finetune.main(argv)["steps"] == steps
     assert load_checkpoint(tmp_path / "run" / "best.safetensors", weights=False)[1]["step"] == 1
@@ -274,6 +344,7 @@ def start_of(argv, tmp_path, monkeypatch, capsys) -> tuple[dict, str]:
         weights.update({name: t.clone() for name, t in run.distiller.state_dict().items()})
         raise KeyboardInterrupt
     monkeypatch.setattr(common.Run, "begin_step", stop)
+    stub_dev(monkeypatch, [1.0], [])
     with pytest.raises(KeyboardInterrupt):
         train_finetune.main([*argv, "--out-dir", str(tmp_path / "run")])
     return weights, capsys.readouterr().out
@@ -336,7 +407,8 @@ def test_init_from_none_ignores_pretraining_runs(argv, tmp_path, monkeypatch, ca
 
 def test_pretraining_then_finetuning(argv, quick_dev, flags, corpus_dir, monkeypatch, capsys):
     """The two stages as the quickstart runs them: the second finds what the first left."""
-    monkeypatch.setattr(train_pretrain, "dev_figures", lambda *_: {"val_kl": 1.0, "val_clm": 2.0})
+    names = ("val_option_ce", "val_kl", "val_clm")
+    monkeypatch.setattr(train_pretrain, "dev_figures", lambda *_: dict.fromkeys(names, 1.0))
     first = train_pretrain.main([*flags, "--corpus", str(corpus_dir), "--window", "48", "--batch-size", "2", "--steps", "2",
                                  "--eval-docs", "3", "--vector-start", "matched"])
     train_finetune.main([flag for flag in argv if flag not in ("--init-from", "none")])

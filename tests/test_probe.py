@@ -1,0 +1,71 @@
+"""Tests of probe.py: its figures by hand, and on distillers whose corrections are known."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import common
+import probe
+from common import UserError
+from data import Encoder, Tokenizer, load_tasks
+from model import build_distiller, distiller_config, load_llm
+
+CPU = torch.device("cpu")
+
+
+def test_figures_by_hand():
+    corrections = torch.tensor([[[3.0, 4.0]], [[3.0, -4.0]]])  # mean (3, 0): 2 * 9 of 50; cosine (9 - 16) / 25
+    swapped = torch.tensor([[[3.0, 4.0]], [[3.0, 1.0]]])       # changed by 0, and by 5 of 5
+    starts = torch.tensor([[[1.0, 7.0]], [[5.0, 5.0]]])        # sum of squares 100 over 4 numbers
+    assert probe.figures_of(starts, corrections, swapped) == pytest.approx(
+        {"shared_energy": 0.36, "mean_cosine": -0.28, "least_change": 0, "most_change": 1,
+         "rms_correction": 12.5 ** 0.5, "rms_start": 5})
+
+
+@pytest.fixture
+def run(llama, tasks_dir, tmp_path):
+    """Probes a distiller that `change` was applied to: (spec, start, change) -> final figures."""
+    llm = load_llm(str(llama), CPU, torch.float32)
+
+    def run(spec, start, change=lambda distiller: None):
+        distiller = build_distiller(spec, llm, 4, start, 0)
+        with torch.no_grad():
+            change(distiller)
+        flags = SimpleNamespace(distiller=spec, distill_len=4, vector_start=start, template="space")
+        path = tmp_path / "run" / "best.safetensors"
+        common.save_checkpoint(path, distiller, {"model": distiller_config(distiller, llm, flags)})
+        return probe.main(["--preset", "pocket", "--llm", str(llama), "--tasks", str(tasks_dir), "--device", "cpu",
+                           "--k", "4", "--checkpoint", str(path)])
+    return run
+
+
+def test_a_distiller_without_gain_has_no_correction(run, llama, tasks_dir, capsys):
+    found = run("layers:2", "residual", lambda distiller: distiller.gain.fill_(0))
+    assert (found["rms_correction"], found["shared_energy"], found["most_change"]) == (0, None, None)
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == found and found["tasks"] == 2
+    tasks, encoder = load_tasks(str(tasks_dir), "class_to_class"), Encoder(Tokenizer(str(llama)), "space", 900)
+    embed = load_llm(str(llama), CPU, torch.float32).get_input_embeddings().weight
+    last = [i for t in tasks.test for i in encoder.demonstrations(tasks.files(t, 100)["train"][:4], 900)[-4:]]
+    assert found["rms_start"] == pytest.approx(embed[last].pow(2).mean().sqrt().item(), rel=1e-5)
+
+
+def test_free_vectors_are_the_same_correction_for_all(run):
+    found = run("free", "matched")
+    assert (found["shared_energy"], found["mean_cosine"]) == pytest.approx((1, 1))
+    assert found["most_change"] == 0 and found["rms_start"] == 0 < found["rms_correction"]
+
+
+def test_an_untrained_distiller_corrects_each_task_in_its_own_way(run):
+    found = run("layers:2", "residual", lambda distiller: distiller.gain.mul_(3))
+    assert 0.5 < found["shared_energy"] < 0.999 and -1 < found["mean_cosine"] < 0.999
+    assert 0.01 < found["least_change"] <= found["most_change"]
+
+
+def test_user_errors(llama, tasks_dir):
+    with pytest.raises(UserError, match="--seed 7: MetaICL's are.*--context-len is 0"):
+        probe.main(["--preset", "pocket", "--llm", str(llama), "--checkpoint", "x", "--seed", "7", "--context-len", "0"])
+    with pytest.raises(UserError, match="no checkpoint at /nowhere"):
+        probe.main(["--preset", "pocket", "--llm", str(llama), "--tasks", str(tasks_dir),
+                    "--checkpoint", "/nowhere"])
