@@ -29,6 +29,7 @@ OUT = ROOT / "out"
 
 SPLITS = ("class_to_class", "non_class_to_class", "qa_to_qa", "non_qa_to_qa", "non_nli_to_nli", "hr_to_lr",
           "non_para_to_para")
+FUNCTIONS = "functions"  # not the paper's: what only demonstrations define (BIG-bench); meta-test tasks alone
 
 # Values of the flags that are not given. A script adds its own to these.
 PRESETS = {
@@ -71,7 +72,8 @@ def add_shared_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--tasks", help="metaicl (hub), bigbench (assets), or a folder in MetaICL's layout")
     group.add_argument("--corpus", nargs="+", help="c4 (hub), sotu (assets), or folders / .jsonl[.gz] / .txt files")
     group.add_argument("--split", default="class_to_class",
-                       help="task partition, meta-train to meta-test: " + ", ".join(SPLITS))
+                       help="task partition, meta-train to meta-test: " + ", ".join(SPLITS)
+                       + f"; or {FUNCTIONS}, to evaluate on what only demonstrations define (BIG-bench)")
     group.add_argument("--k", type=int, help="K, demonstrations in a set")
     group.add_argument("--template", choices=("space", "newline"), default="space",
                        help="what separates input, answer and demonstrations (the paper: space; Tab. 7: newline)")
@@ -145,7 +147,8 @@ def check(*rules: tuple[bool, str]) -> None:
 def shared_rules(args: argparse.Namespace) -> list[tuple[bool, str]]:
     """Rules on the shared flags, for `check`."""
     return [
-        (args.split in SPLITS, f"--split {args.split} is unknown; {did_you_mean(args.split, SPLITS)}"),
+        (args.split in (known := [*SPLITS, FUNCTIONS]),
+         f"--split {args.split} is unknown; {did_you_mean(args.split, known)}"),
         (args.distill_len >= 1, f"--distill-len is {args.distill_len}; give at least 1"),
         (args.k >= 1, f"--k is {args.k}; give at least 1 demonstration"),
         (args.seed >= 0, f"--seed is {args.seed}; give 0 or more"),

@@ -40,6 +40,7 @@ from tqdm import tqdm
 from common import (
     ASSETS,
     CACHE,
+    FUNCTIONS,
     ROOT,
     UserError,
     add_shared_flags,
@@ -378,7 +379,11 @@ class Tasks:
 
 
 def load_tasks(spec: str, split: str) -> Tasks:
-    """Find the tasks of a split: from the assets (bigbench), the hub (metaicl), or a folder in MetaICL's layout."""
+    """Find the tasks of a split: from the assets (bigbench), the hub (metaicl), or a folder in MetaICL's layout.
+
+    The split `functions` has no meta-training tasks; its meta-test tasks are the folders FAMILY-FUNCTION here
+    of the families that splits.json names for it.
+    """
     table = json.loads((ROOT / "splits.json").read_text())
     if spec in ("functions", "early"):
         import synthetic
@@ -392,13 +397,20 @@ def load_tasks(spec: str, split: str) -> Tasks:
         raise UserError(f"--tasks {spec}: {folder} does not exist; {fix}")
     here = {path.name for path in folder.iterdir() if path.is_dir()}
     collection = max(("metaicl", "bigbench"), key=lambda c: len(here & table[c]["task_type"].keys()))
-    setting, types = table[collection]["settings"][split], table[collection]["task_type"]
+    if split == FUNCTIONS:
+        collection, families = "bigbench", tuple(f"{family}-" for family in table["bigbench"]["functions"])
+        names = sorted(name for name in here if name.startswith(families))
+        setting, types = {"train": [], "test": names}, dict.fromkeys(names, "multi-choice")
+    else:
+        setting, types = table[collection]["settings"][split], table[collection]["task_type"]
     train = [t for t in setting["train"] if (folder / t / f"{t}_16384_100_train.jsonl").exists()]
     test = [t for t in setting["test"] if any((folder / t).glob(f"{t}_16_*_test.jsonl"))]
-    if not train or not test:
+    if not test or (not train and split != FUNCTIONS):
+        name = [*setting["train"], "list_functions-c001"][0]
+        part = "16384_100_train" if setting["train"] else "16_100_test"
         raise UserError(f"--tasks {spec} has {len(train)} of {len(setting['train'])} meta-train and {len(test)} of "
                         f"{len(setting['test'])} meta-test tasks of {split}; expected folders such as "
-                        f"{folder}/{setting['train'][0]}/{setting['train'][0]}_16384_100_train.jsonl")
+                        f"{folder}/{name}/{name}_{part}.jsonl")
     # DEVIATION: MetaICL lists sick in both the meta-train and the meta-test tasks of non_nli_to_nli; it is not trained on.
     train = [t for t in train if t not in setting["test"]]
     return Tasks(folder, collection, split, train, test, [t for t in setting["train"] if t not in train],
@@ -641,7 +653,7 @@ def table1(tasks: Tasks, encoder: Encoder) -> dict:
             examples += len(pool)
             lengths.append(np.mean([len(encoder.query(e)) + len(encoder.answer(e["output"])) for e in pool[:200]]))
         figures[part] = {"tasks": len(names), "of": len(names) + len(missing), "examples": examples,
-                         "avg_len": round(float(np.mean(lengths)), 2), "missing": missing}
+                         "avg_len": round(float(np.mean(lengths)), 2) if lengths else 0.0, "missing": missing}
     return figures
 
 
@@ -673,6 +685,7 @@ def main(argv: list[str] | None = None) -> dict:
     tasks = load_tasks(args.tasks, args.split)
     encoder = Encoder(Tokenizer(args.llm), args.template, context_len=900)
     if args.show:
+        check((bool(tasks.train), f"--show needs a meta-training task, and {args.split} has none"))
         show(tasks, encoder, args.show)
         return finish({"split": args.split, "task": tasks.train[0]})
     figures = table1(tasks, encoder)

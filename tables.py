@@ -344,9 +344,10 @@ def table_lines(records: list[dict], number: str) -> list[str]:
     for llm in dict.fromkeys(llm for llm, _, _ in figures):
         rows = {row: {c: figures.get((llm, row, c)) for c in columns} for row in TABLES[number][2]}
         lines += block(llm, {name: extended(row, number) for name, row in rows.items() if any(row.values())}, header)
-    collection = json.loads((ROOT / "splits.json").read_text())[records[0]["tasks"]]
-    settings = collection["settings"]
-    n_tasks = {c: len(settings[c if c in settings else records[0]["split"]]["test"]) for c in columns}
+    collection = json.loads((ROOT / "splits.json").read_text()).get(records[0]["tasks"], {})  # none: made tasks
+    settings = collection.get("settings", {})
+    setting = {c: settings.get(c, settings.get(records[0]["split"])) for c in columns}  # none: functions
+    n_tasks = {c: len(s["test"] if s else {r["task"] for r in records}) for c, s in setting.items()}
     shown = {name: sorted({str(r.get(name)) for r in records}) for name in SHOWN}
     shown["data hash"] = [hashlib.sha256(" ".join(sorted({r["data_hash"] for r in records})).encode()).hexdigest()[:12]]
     return [f"| LLM | row | {' | '.join(header)} |", "|" + "---|" * (len(header) + 2), *lines, "",

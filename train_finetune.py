@@ -107,6 +107,7 @@ def main(argv: list[str] | None = None) -> dict:
                                            "a demonstration of the longest input fits")))
     device = setup(args, training=True)
     tasks = load_tasks(args.tasks, args.split)
+    check((bool(tasks.train), f"--split {args.split} has no meta-training tasks; give another one"))
     if is_main():
         print(f"{args.split}: {len(tasks.train)} meta-training and {len(tasks.test)} meta-test tasks of "
               f"{tasks.collection} are here; reading them")

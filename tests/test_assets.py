@@ -24,7 +24,7 @@ SETTINGS = ("hr_to_lr", "class_to_class", "non_class_to_class", "qa_to_qa", "non
 
 
 def fake_families() -> dict[str, dict]:
-    """Return {path below benchmark_tasks: task.json}: three usable families and one that no list names."""
+    """Return {path below benchmark_tasks: task.json}: usable families, one that no list names, functions."""
     colours = [{"input": f" Is  lamp {i}\t red? ", "target_scores": {"yes": i % 2, "no": 1 - i % 2}}
                for i in range(100)]
     colours += [colours[3], {"input": "tie", "target_scores": {"yes": 1, "no": 1}}]
@@ -32,6 +32,10 @@ def fake_families() -> dict[str, dict]:
     shapes = [[{"input": f"Which box holds toy {i} of {part}?",
                 "target_scores": {f"box {i}": 0.0, f"bin {i} ": 1.0, "none": 0.0}}
                for i in range(60)] for part in "ab"]
+    numbers = [[i, i % 7, 3] for i in range(32)]
+    forward = [{"input": str(x), "target": str(x[1:] + x[:1])} for x in numbers]
+    backward = [{"input": str(x), "target": [str(x[::-1]), "another"]} for x in numbers]
+    comma = [{"input": f"'town {i}, land {i % 5}'", "target": f"'land {i % 5}'"} for i in range(600)]
     words = [{"input": f"Spell number {i}.", "target": [f"answer {i}", "another"]} for i in range(2100)]
     return {
         "colours/task.json": {"examples": colours},
@@ -41,6 +45,12 @@ def fake_families() -> dict[str, dict]:
         "shapes/part_ru/task.json": {"examples": [{"input": "foreign", "target_scores": {"a": 1, "b": 0}}]},
         "words/task.json": {"examples": words},
         "unlisted/task.json": {"examples": words},
+        "lists/task.json": {"name": "lists"},
+        "lists/c001/task.json": {"examples": forward},
+        "lists/c002/task.json": {"examples": backward},
+        "lists/c003/task.json": {"examples": forward[:25]},  # too few
+        "lists/one_shot/task.json": {"examples": comma},  # the pattern leaves it out
+        "text/comma_1/task.json": {"examples": comma},
     }
 
 
@@ -69,6 +79,7 @@ def world(tmp_path):
     (tmp_path / "pins.txt").write_text("".join(f"{n}==1.0 --hash=sha256:{digest[n]}\n" for n in files))
     split = {"train": ["colours", "words"], "test": ["shapes"]}
     table = {"settings": {"one": split, "two": {"train": ["words"], "test": ["colours"]}},
+             "functions": {"lists": "c\\d+", "text": ".+_1"},
              "task_type": {"colours": "classification", "shapes": "multi-choice", "words": "free-form"}}
     (tmp_path / "splits.json").write_text(json.dumps({"bigbench": table}))
     argv = ["--dir", str(tmp_path / "assets"), "--pins", str(tmp_path / "pins.txt")]
@@ -82,7 +93,7 @@ def no_pip(monkeypatch):
 
 
 def read(folder: Path, name: str) -> list[dict]:
-    path = folder / "assets" / "bigbench" / name.split("_")[0] / f"{name}.jsonl"
+    path = folder / "assets" / "bigbench" / name.partition("_16")[0] / f"{name}.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
@@ -98,7 +109,7 @@ def test_layout_and_last_line(world, capsys):
     argv, folder = world
     result = assets.main([*argv, "--only", "tasks"])
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == result
-    assert result["tasks"]["families"] == 3 and result["tasks"]["examples"] == 100 + 120 + 2100
+    assert result["tasks"]["tasks"] == 3 and result["tasks"]["examples"] == 100 + 120 + 2100
     shots = {f"16_{seed}_{part}" for seed in SEEDS for part in ("train", "dev", "test")}
     expected = {"colours": shots | {"16384_100_train"}, "shapes": shots, "words": {"16384_100_train"}}
     for task, files in expected.items():
@@ -170,6 +181,87 @@ def test_a_family_that_is_too_small_is_named(world):
         assets.main([*argv, "--only", "tasks"])
 
 
+def test_a_subtask_can_be_a_task_of_its_own(world):
+    """`shapes` is not listed then, so its other parts belong to no task."""
+    argv, folder = world
+    text = (folder / "splits.json").read_text()
+    (folder / "splits.json").write_text(text.replace('"shapes"', '"shapes-part_a"'))
+    families = fake_families()
+    more = [{"input": f"toy {i}", "target_scores": {"a": 1, "b": 0}} for i in range(20)]
+    families["shapes/part_a/task.json"]["examples"] += more
+    out = folder / "out"
+    out.mkdir()
+    write_tar(folder / "other.tar.gz", families)
+    assets.convert_tasks(folder / "other.tar.gz", out, assets.get_parser().parse_args(argv))
+    assert not (out / "shapes").exists()
+    rows = [json.loads(line) for path in (out / "shapes-part_a").iterdir()
+            for line in path.read_text().splitlines()]
+    assert {row["task"] for row in rows} == {"shapes-part_a"}
+    assert not any(row["input"].endswith("of b?") for row in rows)
+
+
+# ----------------------------------------------------------------------------------------------------
+# BIG-bench's functions
+
+
+def test_each_function_is_a_meta_test_task(world):
+    argv, folder = world
+    result = assets.main([*argv, "--only", "tasks"])
+    assert result["tasks"]["functions"] == {"lists": 2, "text": 1}
+    here = {path.name for path in (folder / "assets" / "bigbench").iterdir() if "-" in path.name}
+    assert here == {"lists-c001", "lists-c002", "text-comma_1"}  # c003 has 25 examples, and 26 are needed
+    for task, n_dev, n_test in (("lists-c001", 4, 12), ("lists-c002", 4, 12), ("text-comma_1", 16, 100)):
+        names = {path.name for path in (folder / "assets" / "bigbench" / task).iterdir()}
+        parts = ("train", "dev", "test")  # and no pool
+        assert names == {f"{task}_16_{seed}_{part}.jsonl" for seed in SEEDS for part in parts}
+        for seed in SEEDS:
+            rows = [read(folder, f"{task}_16_{seed}_{part}") for part in ("train", "dev", "test")]
+            assert list(map(len, rows)) == [16, n_dev, n_test]
+            assert len({row["input"] for part in rows for row in part}) == sum(map(len, rows))
+            assert rows[2] == read(folder, f"{task}_16_100_test")
+
+
+def test_options_of_a_function(world):
+    """The gold answer once, at any place, and the answer of another function to the same input."""
+    argv, folder = world
+    assets.main([*argv, "--only", "tasks"])
+    places = set()
+    for task in ("lists-c001", "lists-c002", "text-comma_1"):
+        for row in read(folder, f"{task}_16_13_test") + read(folder, f"{task}_16_13_train"):
+            options = row["options"]
+            assert len(options) == len(set(options)) == 8 and row["output"] in options
+            places.add(options.index(row["output"]))
+            if task == "text-comma_1":
+                assert row["output"] == f"'land {int(row['input'].split()[1][:-1]) % 5}'"
+                assert sum(option in {f"'land {i}'" for i in range(5)} for option in options) >= 4
+                continue
+            x = json.loads(row["input"])
+            results = [str(x[1:] + x[:1]), str(x[::-1])]
+            assert row["output"] == results[task == "lists-c002"] and set(results) <= set(options)
+    assert places == set(range(8))
+
+
+def test_variants():
+    assert set(assets.list_variants([4, 4, 1])) >= {
+        "[4, 4, 1]", "[1, 4, 4]", "[4]", "[1]", "[4, 1]", "[3]", "[9]", "[5, 5, 2]", "[4, 4]", "[]"}
+    assert "[]" in assets.list_variants([])  # no list is too short
+    assert {"'Rome, Italy'", "'Rome'", "'Italy'", "'Italy, Rome'"} <= set(assets.text_variants("'Rome, Italy'"))
+    assert set(assets.text_variants("'Ada Hill', '3'")) >= {"'Ada Hill'", "'Ada'", "'3'", "'A. 3'"}
+    assert {"walks", "walked", "klaw"} <= set(assets.text_variants("walk"))
+    assert {"8", "52", "22"} <= set(assets.text_variants("30 - 22 ="))
+    assert assets.text_variants("?!")  # no word in it
+
+
+def test_no_setting_may_train_on_a_function(world):
+    argv, folder = world
+    table = json.loads((folder / "splits.json").read_text())
+    table["bigbench"]["task_type"]["lists-c001"] = "free-form"
+    table["bigbench"]["settings"]["one"]["train"].append("lists-c001")
+    (folder / "splits.json").write_text(json.dumps(table))
+    with pytest.raises(ValueError, match="got .'lists-c001'.* in 'task_type' and the family in 'functions'"):
+        assets.main([*argv, "--only", "tasks"])
+
+
 # ----------------------------------------------------------------------------------------------------
 # atomic, once, and only the pinned file
 
@@ -194,10 +286,13 @@ def test_a_folder_from_another_source_is_refused(world):
     argv, folder = world
     assets.main([*argv, "--only", "tasks"])
     table = json.loads((folder / "splits.json").read_text())
-    table["bigbench"]["settings"]["two"]["test"] = ["shapes"]
-    (folder / "splits.json").write_text(json.dumps(table))
-    with pytest.raises(ValueError, match="bigbench was made from .*plan.*delete it"):
-        assets.main([*argv, "--only", "tasks"])
+    two = {"train": ["words"], "test": ["shapes"]}
+    for key, value in (("settings", {**table["bigbench"]["settings"], "two": two}),
+                       ("functions", {"lists": "c001"})):
+        changed = {"bigbench": {**table["bigbench"], key: value}}
+        (folder / "splits.json").write_text(json.dumps(changed))
+        with pytest.raises(ValueError, match="bigbench was made from .*plan.*delete it"):
+            assets.main([*argv, "--only", "tasks"])
 
 
 def test_wrong_hash_is_downloaded_again(world, monkeypatch):
@@ -318,6 +413,23 @@ def test_bigbench_keeps_the_kinds_apart(splits):
         assert not set(settings[name]["train"]) & set(settings[name]["test"])
     assert set(settings["non_nli_to_nli"]["train"]) <= classification
     assert "analytic_entailment" not in settings["non_nli_to_nli"]["train"]  # nli, but too small to test on
+
+
+def test_no_bigbench_setting_holds_a_family_of_functions(splits):
+    table = splits["bigbench"]
+    assert set(table["functions"]) == {"language_games", "linguistic_mappings", "list_functions",
+                                       "mult_data_wrangling", "unnatural_in_context_learning"}
+    families = {task.partition("-")[0] for task in table["task_type"]}
+    assert not families & set(table["functions"])
+    plan = assets.load_plan(str(REPO / "splits.json"))
+    for family, subtask, task in (
+            ("list_functions", "c001", "list_functions-c001"), ("list_functions", "01_shot_baseline", None),
+            ("linguistic_mappings", "plural_json", "linguistic_mappings-plural_json"),
+            ("linguistic_mappings", "plural_regular_json", None),
+            ("linguistic_mappings", "de_past_tense_json", None),
+            ("mult_data_wrangling", "login_1_names_2", None), ("mult_data_wrangling", "", None),
+            ("gem", "xsum", "gem-xsum"), ("gem", "turk", None), ("hhh_alignment", "honest", "hhh_alignment")):
+        assert assets.task_of(family, subtask, plan) == task
 
 
 def test_splits_file_is_readable():

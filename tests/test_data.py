@@ -581,6 +581,32 @@ def test_load_tasks_errors(tmp_path, tasks_dir):
         load_tasks(str(tasks_dir), "qa_to_qa")
 
 
+def test_functions_are_found_by_their_folders_and_none_is_trained_on(tmp_path):
+    one = [example("a")]
+    names = ["list_functions-c001", "mult_data_wrangling-login_1_names_1"]
+    others = dict.fromkeys(["gem-xsum", "word_sorting", "list_functions", "emo"], one)
+    folder = write_tasks(tmp_path, {"gem-xsum": one}, dict.fromkeys(names, one) | others)
+    (folder / "list_functions-empty").mkdir()
+    tasks = load_tasks(str(folder), "functions")
+    assert (tasks.train, tasks.test, tasks.collection) == ([], names, "bigbench")
+    assert (tasks.missing_train, tasks.missing_test) == ([], ["list_functions-empty"])
+    assert set(tasks.types.values()) == {"multi-choice"}  # the headline is accuracy
+    with pytest.raises(UserError, match="0 of 0 meta-test tasks of functions; expected folders such as "
+                                        ".*/list_functions-c001/list_functions-c001_16_100_test.jsonl"):
+        load_tasks(str(write_tasks(tmp_path / "other", {}, {"emo": one})), "functions")
+
+
+def test_table_1_and_show_without_training_tasks(tmp_path, llama, capsys):
+    write_tasks(tmp_path, {}, {"list_functions-c001": [example("a")]})
+    argv = ["--preset", "pocket", "--llm", str(llama), "--tasks", str(tmp_path), "--split", "functions"]
+    figures = data.main(argv)
+    assert figures["train"] == {"tasks": 0, "of": 0, "examples": 0, "avg_len": 0.0, "missing": []}
+    assert figures["test"]["tasks"] == figures["test"]["of"] == 1
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == figures
+    with pytest.raises(UserError, match="--show needs a meta-training task, and functions has none"):
+        data.main([*argv, "--show", "1"])
+
+
 def test_files_of_a_seed(tiny_tasks):
     files = tiny_tasks.files("ag_news", 13)
     assert {part: len(examples) for part, examples in files.items()} == {"train": 16, "dev": 16, "test": 24}

@@ -664,3 +664,16 @@ def test_tasks_that_the_checkpoint_was_finetuned_on_are_refused(tasks_dir):
     evaluate.refuse_seen_tasks({"finetune": {"tasks": "bigbench", "split": "hr_to_lr"}}, tasks, args)
     with pytest.raises(UserError, match="training tasks include ag_news, emo"):
         evaluate.refuse_seen_tasks({"finetune": {"tasks": "metaicl", "split": "hr_to_lr"}}, tasks, args)
+
+
+def test_functions_are_evaluated_by_accuracy(argv, tmp_path, tasks_dir):
+    """A folder that holds one function: no meta-training task is needed, and the headline is accuracy."""
+    task, folder = "list_functions-c001", tmp_path / "functions"
+    (folder / task).mkdir(parents=True)
+    for path in (tasks_dir / "emo").glob("emo_16_*.jsonl"):
+        (folder / task / path.name.replace("emo", task)).write_text(path.read_text())
+    final = evaluate.main([*argv, "--tasks", str(folder), "--split", "functions",
+                           "--methods", "zero_shot", "icl", "--seeds", "13"])
+    assert (final["split"], final["tasks"]) == ("functions", 1)
+    records = lines(Path(final["out"]))
+    assert all(r["headline"] == r["accuracy"] and r["tasks"] == "bigbench" for r in records)

@@ -350,3 +350,9 @@ def test_methods_of_the_paper_are_known():
 def test_committed_tables_are_those_of_the_committed_lines(file):
     lines = tables.table_lines(tables.read_results(file), file.stem[len("table")])
     assert "\n".join(lines) + "\n" == file.with_suffix(".md").read_text(encoding="utf-8")
+
+
+def test_a_setting_without_a_list_counts_the_tasks_at_hand():
+    lines = [record(task=t, tasks="bigbench", split="functions", template=template)
+             for t in ("list_functions-c001", "list_functions-c002") for template in ("space", "newline")]
+    assert any("2 of 2 tasks" in line for line in table_lines(lines, "7"))

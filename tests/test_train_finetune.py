@@ -417,6 +417,14 @@ def test_pretraining_then_finetuning(argv, quick_dev, flags, corpus_dir, monkeyp
     assert state["trained_on"].keys() == {"pretrain", "finetune"}
 
 
+def test_there_is_nothing_to_train_on_among_the_functions(argv, tasks_dir, tmp_path):
+    folder = tmp_path / "list_functions-c001"
+    folder.mkdir()
+    (folder / "list_functions-c001_16_100_test.jsonl").write_text("")
+    with pytest.raises(UserError, match="--split functions has no meta-training tasks; give another one"):
+        train_finetune.main([*argv, "--tasks", str(tmp_path), "--split", "functions"])
+
+
 @pytest.mark.parametrize("made_with, message", [
     ({"distill_len": 5}, "has --distill-len 5, and the flag is 4; give the former"),
     ({"distiller": "layers:1"}, "has --distiller layers:1, and the flag is layers:2"),
