@@ -108,7 +108,7 @@ def look(args, llm, tokenizer: Tokenizer, heads: list[tuple[int, int]]) -> dict:
     """Fig. 5's record: `answer_attention` with the demonstrations of one task and with their vectors."""
     distiller, state = load_distiller(args.checkpoint, llm)
     distiller.eval()
-    args.distill_len, tasks = distiller.distill_len, load_tasks(args.tasks, args.split)
+    args.distill_len, tasks = distiller.distill_len, load_tasks(args.tasks, args.split, args.llm, args.k)
     task = args.task or tasks.test[0]
     check((task in tasks.test, (f"--task {task} is no meta-test task of {args.split} here; "
                                 f"{common.did_you_mean(task, tasks.test)}")))
@@ -156,8 +156,8 @@ def main(argv: list[str] | None = None) -> dict:
     ids = torch.randint(llm.config.vocab_size, (SEQUENCES, COPY_LEN), generator=torch.Generator().manual_seed(args.seed))
     scores = induction_scores(llm, ids.to(device), tokenizer.bos_id)                                 # (layers, heads)
     heads = [divmod(i, scores.shape[1]) for i in scores.flatten().topk(min(TOP, scores.numel())).indices.tolist()]
-    folder = "$METAICL_DIR" if Path(args.tasks).is_dir() else args.tasks  # a path of this machine would help nobody
-    words = [f'"{folder}"' if word == args.tasks else shlex.quote(word) for word in (sys.argv[1:] if argv is None else argv)]
+    folder = "$METAICL_DIR" if Path(args.tasks[0]).is_dir() else args.tasks[0]  # a machine's path would help nobody
+    words = [f'"{folder}"' if word == args.tasks[0] else shlex.quote(word) for word in (sys.argv[1:] if argv is None else argv)]
     about = {"llm": Path(args.llm).name, "seed": args.seed, "dtype": args.dtype, "commit": common.commit(),
              "command": " ".join(["python", "attention.py", *words])}
     records = {"induction": about | {"sequences": SEQUENCES, "length": COPY_LEN, "heads": heads,

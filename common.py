@@ -33,10 +33,10 @@ FUNCTIONS = "functions"  # not the paper's: what only demonstrations define (BIG
 
 # Values of the flags that are not given. A script adds its own to these.
 PRESETS = {
-    "paper": {"llm": "gpt2-large", "distiller": "gpt2", "distill_len": 100, "corpus": ["c4"], "tasks": "metaicl",
+    "paper": {"llm": "gpt2-large", "distiller": "gpt2", "distill_len": 100, "corpus": ["c4"], "tasks": ["metaicl"],
               "k": 16, "vector_start": "matched"},
     "pocket": {"llm": str(ASSETS / "SmolLM2-135M-Instruct"), "distiller": "layers:6", "distill_len": 32,
-               "corpus": ["sotu"], "tasks": "bigbench", "k": 16, "vector_start": "residual"},
+               "corpus": ["sotu"], "tasks": ["bigbench"], "k": 16, "vector_start": "residual"},
 }
 
 
@@ -69,14 +69,16 @@ def add_shared_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--distiller", help="distiller: a hub name or folder of the same tokenizer family, layers:N for "
                                            "the LLM's own first N layers, or free for free vectors (PromptTuning)")
     group.add_argument("--distill-len", type=int, help="l, number of distilled vectors")
-    group.add_argument("--tasks", help="metaicl (hub), bigbench (assets), or a folder in MetaICL's layout")
+    group.add_argument("--tasks", nargs="+", help="one or more of metaicl (hub), bigbench (assets), functions, early and "
+                       "recall (made on the spot), folders in MetaICL's layout; training draws from each as often")
     group.add_argument("--corpus", nargs="+", help="c4 (hub), sotu (assets), or folders / .jsonl[.gz] / .txt files")
     group.add_argument("--split", default="class_to_class",
                        help="task partition, meta-train to meta-test: " + ", ".join(SPLITS)
                        + f"; or {FUNCTIONS}, to evaluate on what only demonstrations define (BIG-bench)")
     group.add_argument("--k", type=int, help="K, demonstrations in a set")
-    group.add_argument("--template", choices=("space", "newline"), default="space",
-                       help="what separates input, answer and demonstrations (the paper: space; Tab. 7: newline)")
+    group.add_argument("--template", choices=("space", "newline", "input-output"), default="space",
+                       help="what separates input, answer and demonstrations (the paper: space; Tab. 7: newline); "
+                            "input-output writes 'Input: ' and 'Output: ' before them")
     group.add_argument("--seed", type=int, default=100, help="seed of sampling and initialisation")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     group.add_argument("--dtype", choices=("auto", "fp32", "bf16", "fp16"), default="auto",

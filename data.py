@@ -55,7 +55,8 @@ from common import (
 MAX_INPUT = 256          # tokens of an input x; longer ones are cut at the end (App. A)
 SEEDS = (100, 13, 21, 42, 87)
 TEMPLATES = {  # before an answer; between demonstrations (before the first one without its leading white space)
-    "space": (" ", " "), "newline": ("\n", "\n\n\n"), "arrow": (" -> ", "\n"), "input-output": ("\nOutput: ", "\nInput: ")}
+    "space": (" ", " "), "newline": ("\n", "\n\n\n"),
+    "input-output": ("\nOutput: ", "\nInput: ")}
 HUB_TASKS, HUB_TEXT = "bigheiniuJ/EvalMetaICLAll", "allenai/c4"
 HUB_REVISIONS = {  # of the data sets' repositories, so that a run reads what another one read
     HUB_TEXT: "1588ec454efa1a09f29cd18ddd04fe05fc8653a2",
@@ -343,6 +344,10 @@ class Tasks:
         chosen = [pool[i] for i in rng.choice(len(pool), k + queries, replace=False)]
         return task, chosen[:k], chosen[k:]
 
+    def partner(self, task: str, among: list[str]) -> str:
+        """Whose demonstrations are swapped in for a task's: half the list further on, as families stand together."""
+        return among[(among.index(task) + len(among) // 2) % len(among)]
+
     def limit(self, task: str, encoder: "Encoder") -> int:
         """Encoder.limit of a meta-training task."""
         if task not in self.limits:
@@ -378,16 +383,62 @@ class Tasks:
         return digest.hexdigest()[:12]
 
 
-def load_tasks(spec: str, split: str) -> Tasks:
-    """Find the tasks of a split: from the assets (bigbench), the hub (metaicl), or a folder in MetaICL's layout.
+@dataclass
+class Mixture(Tasks):
+    """Several collections in one: training draws from each as often, evaluation goes through all."""
+
+    parts: list[Tasks] = field(default_factory=list)
+
+    def part_of(self, task: str) -> Tasks:
+        return next(part for part in self.parts if task in part.types)
+
+    def pool(self, task: str) -> list[dict]:
+        return self.part_of(task).pool(task)
+
+    def draw(self, rng: np.random.Generator, k: int, queries: int) -> tuple[str, list[dict], list[dict]]:
+        return self.parts[rng.integers(len(self.parts))].draw(rng, k, queries)
+
+    def limit(self, task: str, encoder: "Encoder") -> int:
+        return self.part_of(task).limit(task, encoder)
+
+    def files(self, task: str, seed: int) -> dict[str, list[dict]]:
+        return self.part_of(task).files(task, seed)
+
+    def partner(self, task: str, among: list[str]) -> str:
+        own = self.part_of(task)
+        return own.partner(task, [t for t in among if t in own.types])
+
+    def retrieval_files(self, task: str) -> list[Path]:
+        return self.part_of(task).retrieval_files(task)
+
+    def retrieval_pool(self, task: str, seed: int) -> list[dict]:
+        return self.part_of(task).retrieval_pool(task, seed)
+
+    def data_hash(self, task: str, seed: int, retrieval: bool = False) -> str:
+        return self.part_of(task).data_hash(task, seed, retrieval)
+
+
+def load_tasks(spec: str | list[str], split: str, llm: str = "", k: int = 16) -> Tasks:
+    """Find the tasks of a split: from the assets (bigbench), the hub (metaicl), a folder in MetaICL's layout, or made
+    ones (functions, early, recall; recall makes its sets of k pairs from words of `llm`'s vocabulary); or of several.
 
     The split `functions` has no meta-training tasks; its meta-test tasks are the folders FAMILY-FUNCTION here
     of the families that splits.json names for it.
     """
-    table = json.loads((ROOT / "splits.json").read_text())
-    if spec in ("functions", "early"):
+    names = [spec] if isinstance(spec, str) else spec
+    if len(names) > 1:
+        parts = [load_tasks(name, split, llm, k) for name in names]
+        lists = {name: [task for part in parts for task in getattr(part, name)]
+                 for name in ("train", "test", "missing_train", "missing_test")}
+        types = {task: kind for part in parts for task, kind in part.types.items()}
+        return Mixture(Path(), " ".join(p.collection for p in parts), split, **lists, types=types, parts=parts)
+    spec = names[0]
+    if spec in ("functions", "early", "recall"):
         import synthetic
-        return {"functions": synthetic.Functions, "early": synthetic.Early}[spec]()
+        made = {"functions": synthetic.Functions, "early": synthetic.Early,
+                "recall": lambda: synthetic.Recall(Tokenizer(llm), k)}
+        return made[spec]()
+    table = json.loads((ROOT / "splits.json").read_text())
     if spec == "metaicl":
         folder = hub_tasks()
     else:
@@ -482,8 +533,9 @@ class Encoder:
     distiller_positions: int | None = None
 
     def __post_init__(self):
-        if self.template == "newline" and self.tokenizer.encode("a\nb") in map(self.tokenizer.encode, ("a b", "ab")):
-            raise UserError(f"--template newline, but the tokenizer of {self.tokenizer.name} drops newlines, as T5's do; use "
+        newline = "\n" in TEMPLATES[self.template][0]
+        if newline and self.tokenizer.encode("a\nb") in map(self.tokenizer.encode, ("a b", "ab")):
+            raise UserError(f"--template {self.template}, but the tokenizer of {self.tokenizer.name} drops newlines, as T5's do; use "
                             "--template space")
 
     def limit(self, examples: list[dict]) -> int:
@@ -682,7 +734,7 @@ def get_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> dict:
     args = parse(get_parser(), argv, {"paper": {}, "pocket": {}})
     check(*shared_rules(args), (args.show is None or args.show >= 1, f"--show is {args.show}; give at least 1"))
-    tasks = load_tasks(args.tasks, args.split)
+    tasks = load_tasks(args.tasks, args.split, args.llm, args.k)
     encoder = Encoder(Tokenizer(args.llm), args.template, context_len=900)
     if args.show:
         check((bool(tasks.train), f"--show needs a meta-training task, and {args.split} has none"))

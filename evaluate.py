@@ -87,8 +87,8 @@ def one_prefix(method: str, demos: list[dict], limit: int, llm, distiller, encod
 
 
 def partners(method: str, task: str, evaluated: list[str], tasks: Tasks) -> list[str]:
-    """Whose demonstrations stand behind the vectors of a control: mend_swapped, one other task's, half the
-    list further on, as families stand together in it; mend_constant, all others'. Other methods: nobody's.
+    """Whose demonstrations stand behind the vectors of a control: mend_swapped, one other task's
+    (see Tasks.partner); mend_constant, all others'. Other methods: nobody's.
 
     The list is that of the tasks evaluated, or, for a single one, of all meta-test tasks.
     """
@@ -98,7 +98,7 @@ def partners(method: str, task: str, evaluated: list[str], tasks: Tasks) -> list
     check((len(names) > 1, f"{method} needs another meta-test task's demonstrations; {task} is alone here"))
     at = names.index(task)
     if method == "mend_swapped":
-        return [names[(at + len(names) // 2) % len(names)]]
+        return [tasks.partner(task, names)]
     return names[:at] + names[at + 1:]
 
 
@@ -299,7 +299,7 @@ def main(argv: list[str] | None = None) -> dict:
     for name in ("seeds", "methods", "only"):  # each once
         setattr(args, name, getattr(args, name) and list(dict.fromkeys(getattr(args, name))))
     device = setup(args, training=False)
-    tasks = load_tasks(args.tasks, args.split)
+    tasks = load_tasks(args.tasks, args.split, args.llm, args.k)
     for name in args.only or []:
         nearest = common.did_you_mean(name, tasks.test)
         check((name in tasks.test, f"--only {name} is no meta-test task of {args.split} here; {nearest}"))
@@ -360,8 +360,9 @@ def refuse_wrong_method(methods: list[str], state: dict, path: str) -> None:
 def refuse_seen_tasks(trained_on: dict, tasks: Tasks, args) -> None:
     """Raise when the checkpoint was finetuned on one of the tasks to evaluate: meta-test tasks must be unseen."""
     stage = trained_on.get("finetune", {})
-    if stage.get("tasks") == tasks.collection:
-        table = json.loads((common.ROOT / "splits.json").read_text())[tasks.collection]["settings"][stage["split"]]
+    collections = json.loads((common.ROOT / "splits.json").read_text())
+    for name in {*stage.get("tasks", "").split()} & {*tasks.collection.split()} & collections.keys():
+        table = collections[name]["settings"][stage["split"]]
         seen = sorted((set(table["train"]) - set(table["test"])) & set(args.only or tasks.test))
         check((not seen, (f"the checkpoint was finetuned on {stage['split']}, whose training tasks include "
                           f"{', '.join(seen)}; evaluate it on that --split, or on other tasks with --only")))

@@ -309,6 +309,11 @@ class Functions(Tasks):
         pool, rng = self.pool(task), np.random.default_rng((seed, zlib.crc32(task.encode())))
         return cut([pool[i] for i in rng.permutation(len(pool))])
 
+    def partner(self, task: str, among: list[str]) -> str:
+        """Another function of the same domain, where one is among them."""
+        same = [t for t in among if parts_of(t)[0] == parts_of(task)[0]]
+        return super().partner(task, same if len(same) > 1 else among)
+
     def retrieval_files(self, task: str) -> list[Path]:
         raise UserError("made tasks have no files to retrieve demonstrations from; leave --retrieve out")
 
@@ -331,6 +336,11 @@ class Early(Functions):
         self.collection = self.split = "early"
         self.test = [f"{domain}: {a} / {b}" for domain, f, g in PAIRS for a, b in ((f, g), (g, f))]
         self.types = dict.fromkeys([*self.train, *self.test], "multiple-choice")
+
+    def partner(self, task: str, among: list[str]) -> str:
+        """The same pair the other way round, among them or not."""
+        (own, other), domain = task.partition(": ")[2].split(" / "), parts_of(task)[0]
+        return f"{domain}: {other} / {own}"
 
     def files(self, task: str, seed: int) -> dict[str, list[dict]]:
         own, _, other = task.partition(" / ")

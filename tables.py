@@ -354,4 +354,4 @@ def table_lines(records: list[dict], number: str) -> list[str]:
             "Headline (macro-F1 for classification, accuracy otherwise) in percent, mean ± std over seeds. "
             + " · ".join(f"{name} {', '.join(v)}" for name, v in shown.items()),
             *[f"- left out: {left_out} lines of another {', '.join(FIXED)} than the newest line's"] * (left_out > 0),
-            *notes(cells, summaries, n_tasks, collection["clusters"]), *one_label(grouped)]
+            *notes(cells, summaries, n_tasks, collection.get("clusters", {})), *one_label(grouped)]

@@ -106,7 +106,7 @@ def main(argv: list[str] | None = None) -> dict:
           (args.context_len >= MAX_INPUT, (f"--context-len is {args.context_len}; give at least {MAX_INPUT}, so that "
                                            "a demonstration of the longest input fits")))
     device = setup(args, training=True)
-    tasks = load_tasks(args.tasks, args.split)
+    tasks = load_tasks(args.tasks, args.split, args.llm, args.k)
     check((bool(tasks.train), f"--split {args.split} has no meta-training tasks; give another one"))
     if is_main():
         print(f"{args.split}: {len(tasks.train)} meta-training and {len(tasks.test)} meta-test tasks of "

@@ -116,7 +116,7 @@ def main(argv: list[str] | None = None) -> dict:
             "that the LLM reads; give less")))
     corpus = Corpus(args.corpus, tokenizer, args.window, args.min_doc_len)
     # early stopping looks at the Class->Class meta-test validation data (App. A), as dev_figures says
-    tasks = load_tasks(args.tasks, "class_to_class")
+    tasks = load_tasks(args.tasks, "class_to_class", args.llm, args.k)
     distiller = build_distiller(args.distiller, llm, args.distill_len, args.vector_start, args.seed)
     limit = max_positions(distiller.backbone.config)
     check((limit is None or demo + args.distill_len <= limit,

@@ -15,7 +15,7 @@ from sklearn.metrics import accuracy_score, f1_score
 import common
 import evaluate
 from common import UserError
-from data import SEEDS, TEMPLATES, Encoder, Tokenizer, load_tasks
+from data import SEEDS, TEMPLATES, Encoder, Tasks, Tokenizer, load_tasks
 from demos import PERTURBATIONS, bm25_neighbours, perturb
 from evaluate import macro_f1, majority, one_prefix, predict, predict_each, task_figures
 from model import build_distiller, demo_prefix, distiller_config, load_llm
@@ -365,21 +365,25 @@ def three_tasks(tasks_dir, tmp_path) -> Path:
     return folder
 
 
+def collection(test: list[str]) -> Tasks:
+    return Tasks(Path(), "metaicl", "class_to_class", [], test, [], [], {})
+
+
 def test_partners_are_a_derangement_of_the_evaluated_tasks():
     for n in range(2, 9):
         names = [f"t{i}" for i in range(n)]
-        tasks = SimpleNamespace(test=[*names, "not evaluated"])
+        tasks = collection([*names, "not evaluated"])
         swapped = [evaluate.partners("mend_swapped", t, names[::-1], tasks) for t in names]
         assert sorted(swapped) == [[t] for t in names]
         assert all(t not in others for t, others in zip(names, swapped, strict=True))
         for t in names:
             assert evaluate.partners("mend_constant", t, names, tasks) == [n for n in names if n != t]
             assert not any(evaluate.partners(m, t, names, tasks) for m in ("mend", "mend_permuted", "icl"))
-    tasks = SimpleNamespace(test=["a", "b", "c"])  # of a single task: all of the split
+    tasks = collection(["a", "b", "c"])  # of a single task: all of the split
     assert evaluate.partners("mend_swapped", "c", ["c"], tasks) == ["a"]
     assert evaluate.partners("mend_constant", "b", ["b"], tasks) == ["a", "c"]
     with pytest.raises(UserError, match="another meta-test task's demonstrations; a is alone"):
-        evaluate.partners("mend_swapped", "a", ["a"], SimpleNamespace(test=["a"]))
+        evaluate.partners("mend_swapped", "a", ["a"], collection(["a"]))
 
 
 def test_controls_read_vectors_of_other_tasks_and_say_whose(argv, tmp_path, three_tasks, llama, monkeypatch):

@@ -126,3 +126,16 @@ def test_a_training_row_of_functions_has_k_demonstrations_of_the_query_s_functio
     rows, again = ([data.sample_row(tasks, encoder, 1, i, k=4, queries=2) for i in range(3)] for _ in range(2))
     assert rows == again and rows[0] != rows[1]
     assert all(len(row["queries"]) == 2 and row["demo"] for row in rows)
+
+
+def test_a_mixture_draws_from_each_collection_and_passes_on_to_it():
+    functions, early = Functions(), Early()
+    tasks = data.load_tasks(["functions", "early"], "class_to_class")
+    assert tasks.collection == "functions early" and tasks.test == functions.test + early.test
+    drawn = [tasks.draw(np.random.default_rng(i), 4, 2)[0] for i in range(20)]
+    assert set(drawn) <= set(functions.train) and len(set(drawn)) > 5
+    task = early.test[0]
+    assert tasks.files(task, 13) == early.files(task, 13) and tasks.partner(task, tasks.test) == early.test[1]
+    assert tasks.data_hash(task, 13) == early.data_hash(task, 13)
+    noun = functions.test[0]
+    assert parts_of(tasks.partner(noun, tasks.test))[0] == "noun" != tasks.partner(noun, tasks.test)
