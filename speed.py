@@ -1,4 +1,4 @@
-"""How fast training and scoring are, against the plain reference of tests/plain.py, and what a training step needs.
+"""How fast training and scoring are, against the plain reference, plain.py, and what a training step needs.
 
 `python bench.py --suite` and `python bench.py --plan` run it. The step is that of train_finetune.py, Eq. (4), and the
 scoring that of evaluate.py.
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+import plain
 from common import UserError, autocast, torch_dtype
 from data import Encoder, Tasks, Tokenizer, collate, load_tasks, sample_row, step_rows
 from evaluate import make_encoder, one_prefix, passes
@@ -44,7 +45,6 @@ from model import (
     score_options,
     vector_prefix,
 )
-from tests.plain import plain_embeds, plain_finetune_loss, plain_kl, plain_score_options, plain_vectors
 
 CARDS = (16, 24, 40, 80)  # GB of memory
 GB = 1e9
@@ -83,10 +83,12 @@ def training_step(llm, distiller, batch: dict[str, Tensor], where: tuple[Tensor,
 def plain_step(llm, distiller, rows: list[dict], dtype: str) -> None:
     """The same samples the plain way: each query with a demonstration set of its own, full logits, nothing shared."""
     queries = [(row["demo"], query) for row in rows for query in row["queries"]]
-    for demo, query in queries:
+    for demo, (x, (y,)) in queries:
         with autocast(llm.device, dtype):
-            vectors = plain_vectors(distiller, demo)
-        (plain_finetune_loss(llm, demo, vectors.float(), query) / len(queries)).backward()
+            vectors = plain.Distiller.forward(distiller, demo)                                           # (l, d)
+        teacher, student = plain.teacher_and_student(llm, demo, vectors.float(), x, y)
+        loss = plain.finetune_loss(plain.pred_loss(student[-len(y):], y), plain.distill_loss(student, teacher), 1.0)
+        (loss / len(queries)).backward()
 
 
 def training_speed(llm, distiller, rows: list[dict], dtype: str, repeats: int) -> dict:
@@ -164,7 +166,7 @@ def prepare_loss(kind: str, tokens: int, width: int, vocab: int) -> Callable[[],
 
     def run() -> Tensor:
         loss = distill_loss(llm, student, teacher) if kind == "chunked" else \
-            plain_kl(llm.head(teacher), llm.head(student)).mean()
+            plain.distill_loss(llm.head(student), llm.head(teacher))
         loss.backward()
         return student.grad
 
@@ -213,20 +215,20 @@ def scoring_speed(llm, distiller, tasks: Tasks, encoder: Encoder, args, n: int =
         prefix = one_prefix(method, demos, limit, llm, distiller, encoder, args)
         return [scores for batch in passes(queries, llm.device) for scores in score_options(llm, prefix, batch)[0]]
 
-    def plain(method: str) -> list[list[float]]:
+    def plainly(method: str) -> list[list[float]]:
         scores = []
         for x, answers in some:
             scores.append([])
             for option in answers:
-                prefix = plain_embeds(llm, demo) if method == "icl" else plain_vectors(distiller, demo)
-                scores[-1] += plain_score_options(llm, [{"demo": demo, "queries": [(x, [option])]}], [prefix])[0][0]
+                prefix = plain.embed(llm, demo) if method == "icl" else plain.Distiller.forward(distiller, demo)
+                scores[-1] += plain.score_options(llm, prefix, x, [option]).tolist()
         return scores
 
     found = {"task": task, "queries": n, "demo_tokens": len(demo), "plain_queries": n_plain}
     for method in ("icl", "mend"):
-        both = [(a, b) for scores, expected in zip(fast(method, some), plain(method), strict=True)
+        both = [(a, b) for scores, expected in zip(fast(method, some), plainly(method), strict=True)
                 for a, b in zip(scores.tolist(), expected, strict=True)]
-        ways = {"plain": functools.partial(plain, method), "cached": functools.partial(fast, method, queries)}
+        ways = {"plain": functools.partial(plainly, method), "cached": functools.partial(fast, method, queries)}
         times = interleaved(ways, repeats, llm.device, warm_up=False)
         plain_seconds, cached = (statistics.median(times[name]) for name in ("plain", "cached"))
         seconds = {"plain": plain_seconds * n / n_plain, "cached": cached}

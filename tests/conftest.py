@@ -16,6 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import common
 import data
+import plain
 
 torch.set_num_threads(1)  # these models are so small that a second thread waits more than it works (20 times slower)
 
@@ -23,6 +24,30 @@ torch.set_num_threads(1)  # these models are so small that a second thread waits
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: needs subprocesses or minutes; run with -m slow")
     config.option.markexpr = config.option.markexpr or "not slow"
+
+
+def plain_losses(llm, rows: list[dict], students: list[torch.Tensor], teachers: list[torch.Tensor]):
+    """(L_pred or None, L_distill) of rows by plain.py, each a mean over all tokens; a prefix of either kind for each row.
+
+    A row is what data.collate takes, with at most one answer a query.
+    """
+    student_logits, teacher_logits, answer_logits, answer_ids = [], [], [], []
+    for row, student, teacher in zip(rows, students, teachers, strict=True):
+        for x, answers in row["queries"]:
+            y = [token for answer in answers for token in answer]
+            with torch.no_grad():
+                teacher_logits.append(plain.read(llm, teacher, x, y))
+            student_logits.append(plain.read(llm, student, x, y))
+            answer_logits.append(student_logits[-1][len(student_logits[-1]) - len(y):])
+            answer_ids += y
+    pred = plain.pred_loss(torch.cat(answer_logits), answer_ids) if answer_ids else None
+    return pred, plain.distill_loss(torch.cat(student_logits), torch.cat(teacher_logits))
+
+
+def plain_scores(llm, rows: list[dict], prefixes: list[torch.Tensor]) -> list[list[list[float]]]:
+    """Scores by plain.py as [row][query][option]; a prefix for each row."""
+    return [[plain.score_options(llm, prefix, x, options).tolist() for x, options in row["queries"]]
+            for row, prefix in zip(rows, prefixes, strict=True)]
 
 
 WORDS = [

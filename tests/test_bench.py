@@ -13,12 +13,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import bench
 import figures
 import measure
+import plain
 import speed
 from common import UserError
 from data import Tokenizer, collate, load_tasks
 from evaluate import make_encoder
 from model import build_distiller, checkpoint_layers, load_llm
-from tests.plain import plain_embeds, plain_finetune_loss, plain_logits, plain_vectors
 
 CPU = torch.device("cpu")
 TINY = {  # every name that the code asks for, so small that a count takes no time; widths and depths all differ
@@ -201,14 +201,12 @@ def test_all_ways_of_reading_give_the_plain_logits(llm_folder):
     with torch.no_grad():
         logits, last = ({name: read(prepare()) for name, (prepare, read) in
                          bench.methods(llm, distiller, demo, query, "fp32", every).items()} for every in (True, False))
-        following = query[0].tolist() + [0]  # so that the last column is the prediction after the query
-        plain = {"icl": plain_logits(llm, plain_embeds(llm, demo[0].tolist()), following),
-                 "mend": plain_logits(llm, plain_vectors(distiller, demo[0].tolist()), following)}
-        plain["zero_shot"] = llm(input_ids=query).logits[0]
-        soft = plain_embeds(llm, [demo[0, 0].item()] * L)
-        plain["prompt_tuning"] = plain_logits(llm, soft, following)
+        prefixes = {"icl": plain.embed(llm, demo[0].tolist()), "mend": plain.Distiller.forward(distiller, demo[0].tolist()),
+                    "zero_shot": plain.embed(llm, []), "prompt_tuning": plain.embed(llm, [demo[0, 0].item()] * L)}
+        # the last of the logits are the prediction after the query: the token there does not matter
+        plain_logits = {name: plain.read(llm, prefix, query[0].tolist(), [0]) for name, prefix in prefixes.items()}
     for name in bench.METHODS:
-        expected = plain[{"icl_cached": "icl", "mend_vectors": "mend", "mend_kv": "mend"}.get(name, name)]
+        expected = plain_logits[{"icl_cached": "icl", "mend_vectors": "mend", "mend_kv": "mend"}.get(name, name)]
         n = min(len(expected), len(logits[name]), T_X)
         torch.testing.assert_close(logits[name][-n:], expected[-n:], atol=2e-4, rtol=1e-3)
         torch.testing.assert_close(last[name], expected[-1:], atol=2e-4, rtol=1e-3)
@@ -244,6 +242,13 @@ def speed_setting(llama, tasks_dir):
     return args, llm, distiller, load_tasks(str(tasks_dir), "class_to_class"), encoder
 
 
+def plain_loss(llm, distiller, demo, query):
+    """Eq. (4) of one query, with lambda = 1."""
+    x, (y,) = query
+    teacher, student = plain.teacher_and_student(llm, demo, plain.Distiller.forward(distiller, demo), x, y)
+    return plain.finetune_loss(plain.pred_loss(student[-len(y):], y), plain.distill_loss(student, teacher), 1.0)
+
+
 def test_the_step_that_is_timed_is_eq_4(llama, tasks_dir):
     args, llm, distiller, tasks, encoder = speed_setting(llama, tasks_dir)
     (row,) = speed.typical_rows(tasks, encoder, args.seed, args.k, 1, 1)
@@ -251,9 +256,9 @@ def test_the_step_that_is_timed_is_eq_4(llama, tasks_dir):
     loss = speed.training_step(llm, distiller, batch, speed.counted_positions(llm, batch), "fp32")
     gradient = {n: p.grad.clone() for n, p in distiller.named_parameters() if p.grad is not None}
     distiller.zero_grad()
-    plain = plain_finetune_loss(llm, row["demo"], plain_vectors(distiller, row["demo"]), row["queries"][0])
-    plain.backward()
-    assert loss.item() == pytest.approx(plain.item(), rel=1e-5)
+    expected = plain_loss(llm, distiller, row["demo"], row["queries"][0])
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     for name, p in distiller.named_parameters():
         if p.grad is not None:
             torch.testing.assert_close(gradient[name], p.grad, atol=1e-5, rtol=1e-3)
@@ -265,8 +270,7 @@ def test_plain_step_is_the_mean_over_queries(llama, tasks_dir):
     speed.plain_step(llm, distiller, rows, "fp32")
     found = distiller.placeholders.grad.clone()
     distiller.zero_grad()
-    losses = [plain_finetune_loss(llm, row["demo"], plain_vectors(distiller, row["demo"]), query)
-              for row in rows for query in row["queries"]]
+    losses = [plain_loss(llm, distiller, row["demo"], query) for row in rows for query in row["queries"]]
     torch.stack(losses).mean().backward()
     assert len(losses) == 4
     torch.testing.assert_close(found, distiller.placeholders.grad, atol=1e-6, rtol=1e-4)

@@ -7,11 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from plain import plain_embeds, plain_logits, plain_score_options, plain_vectors
 from safetensors.torch import load_file
 
 import common
 import distill
+import plain
 from data import Encoder, Tokenizer
 from evaluate import main as evaluate_main
 from model import build_distiller, distiller_config, load_distiller, load_llm
@@ -52,11 +52,6 @@ def parts(llm_name, checkpoint):
     return llm, distiller, Encoder(Tokenizer(llm_name), "space", 900)
 
 
-def split_first(llm, prefix, x):
-    """The plain functions want a prefix: without one the query's first token takes its place."""
-    return (prefix, x) if len(prefix) else (plain_embeds(llm, x[:1]), x[1:])
-
-
 def examples(pairs) -> list[dict]:
     return [{"task": "t", "input": x, "output": y, "options": []} for x, y in pairs]
 
@@ -68,15 +63,14 @@ def test_labels_answers_and_vectors_equal_plain_ones(llm_name, checkpoint, demos
     llm, distiller, encoder = parts(llm_name, checkpoint)
     ids = encoder.demonstrations(examples(DEMOS), 900)
     with torch.no_grad():
-        vectors = plain_vectors(distiller, ids)
+        vectors = plain.Distiller.forward(distiller, ids)
         torch.testing.assert_close(load_file(tmp_path / "v.safetensors")["vectors"], vectors, atol=1e-5, rtol=1e-5)
-        prefixes = {"zero_shot": plain_embeds(llm, []), "icl": plain_embeds(llm, ids), "mend": vectors}
+        prefixes = {"zero_shot": plain.embed(llm, []), "icl": plain.embed(llm, ids), "mend": vectors}
         for way, prefix in prefixes.items():
             for text, found in zip(ASKED, result["answers"][way], strict=True):
-                before, x = split_first(llm, prefix, encoder.query({"input": text}, first=way == "zero_shot"))
-                row = {"demo": [], "queries": [(x, [encoder.answer("happy"), encoder.answer("sad")])]}
-                scores = plain_score_options(llm, [row], [before])[0][0]
-                assert found == ("happy", "sad")[scores.index(max(scores))]
+                x = encoder.query({"input": text}, first=way == "zero_shot")
+                scores = plain.score_options(llm, prefix, x, [encoder.answer("happy"), encoder.answer("sad")])
+                assert found == ("happy", "sad")[scores.argmax()]
     assert (result["demonstrations"], result["tokens"], result["vectors"]) == (4, len(ids), 4)
     again = distill.main(["--llm", llm_name, "--vectors", str(tmp_path / "v.safetensors"), "--dtype", "fp32", "--device", "cpu", "--ask", *ASKED])
     assert again["answers"] == {"mend": result["answers"]["mend"]}  # no distiller and no demonstration at hand
@@ -106,8 +100,8 @@ def test_snippet_of_the_readme(llm_name, checkpoint, demos, tmp_path, monkeypatc
     (tmp_path / "assets" / "SmolLM2-135M-Instruct").symlink_to(llm_name)
     with torch.no_grad():
         scope = runpy.run_path(str(tmp_path / "snippet.py"))
-        vectors = plain_vectors(distiller, encoder.demonstrations(examples(DEMOS), 900))
-        expected = plain_logits(llm, vectors, scope["query_ids"].tolist())
+        vectors = plain.Distiller.forward(distiller, encoder.demonstrations(examples(DEMOS), 900))
+        expected = plain.read(llm, vectors, scope["query_ids"].tolist(), [])
     torch.testing.assert_close(scope["logits"][0, len(vectors) - 1:-1], expected, atol=1e-4, rtol=1e-4)
 
 
@@ -118,14 +112,14 @@ def test_written_answers_equal_a_greedy_loop(llm_name, checkpoint, demos):
     llm, distiller, encoder = parts(llm_name, checkpoint)
     ids, steps = encoder.demonstrations(examples(pairs), 900), 5
     with torch.no_grad():
-        prefixes = {"zero_shot": plain_embeds(llm, []), "icl": plain_embeds(llm, ids), "mend": plain_vectors(distiller, ids)}
+        prefixes = {"zero_shot": plain.embed(llm, []), "icl": plain.embed(llm, ids), "mend": plain.Distiller.forward(distiller, ids)}
         for way, prefix in prefixes.items():
             for text, found in zip(ASKED, result["answers"][way], strict=True):
-                before, x = split_first(llm, prefix, encoder.query({"input": text}, first=way == "zero_shot"))
+                x = encoder.query({"input": text}, first=way == "zero_shot")
                 written = []
                 while len(written) < steps:
-                    # plain_logits gives the logits that predict each of the ids it is given: the last one's place is free
-                    best = plain_logits(llm, before, [*x, *written, 0])[-1].argmax().item()
+                    # read gives the logits that predict each of the ids it is given: the last one's place is free
+                    best = plain.read(llm, prefix, x, [*written, 0])[-1].argmax().item()
                     written.append(best)
                     if best == llm.config.eos_token_id:
                         break

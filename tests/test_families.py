@@ -6,17 +6,12 @@ Sliding windows are shorter than the sequences.
 
 import copy
 import re
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
-from plain import (
-    plain_distill_loss,
-    plain_embeds,
-    plain_pred_loss,
-    plain_score_options,
-    plain_vectors,
-)
+from conftest import plain_losses, plain_scores
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
@@ -35,6 +30,7 @@ from transformers import (
     T5Config,
 )
 
+import plain
 from common import UserError, make_optimizer, save_checkpoint
 from data import collate
 from model import (
@@ -201,7 +197,7 @@ def test_padding_and_neighbours_change_no_vector(llm):
     with torch.no_grad():
         vectors = distiller(batch["demo_ids"], batch["demo_mask"])
         for b, row in enumerate(rows()):
-            close(vectors[b], plain_vectors(distiller, row["demo"]))
+            close(vectors[b], plain.Distiller.forward(distiller, row["demo"]))
             alone = collate([row])
             close(vectors[b], distiller(alone["demo_ids"], alone["demo_mask"])[0])
     assert (vectors[0] - vectors[1]).abs().max() > 1e-3 * vectors.abs().max()
@@ -212,10 +208,10 @@ def test_scores_equal_plain_scores_for_demonstrations_and_for_vectors(llm):
     with torch.no_grad():
         vectors = distiller(batch["demo_ids"], batch["demo_mask"])
         teacher, student = demo_prefix(llm, batch["demo_ids"], batch["demo_mask"]), vector_prefix(llm, vectors)
-        for prefix, plain in ((teacher, [plain_embeds(llm, row["demo"]) for row in rows()]),
-                              (student, [plain_vectors(distiller, row["demo"]) for row in rows()])):
+        for prefix, plain_prefixes in ((teacher, [plain.embed(llm, row["demo"]) for row in rows()]),
+                              (student, [plain.Distiller.forward(distiller, row["demo"]) for row in rows()])):
             scores = score_options(llm, prefix, batch)
-            expected = plain_score_options(llm, rows(), plain)
+            expected = plain_scores(llm, rows(), plain_prefixes)
             for b, s, o, _, _ in ways(rows()):
                 assert scores[b, s, o - 1].item() == pytest.approx(expected[b][s][o - 1], abs=2e-5)
             assert scores.isfinite().sum() == len(list(ways(rows())))
@@ -277,9 +273,9 @@ def backward(llm, distiller):
 
 def test_losses_and_gradients_equal_plain_ones(llm):
     distiller = build_distiller("layers:2", llm, 4, "matched", 0).eval()
-    students = [plain_vectors(distiller, row["demo"]) for row in rows(1)]
-    teachers = [plain_embeds(llm, row["demo"]) for row in rows(1)]
-    expected = plain_pred_loss(llm, rows(1), students), plain_distill_loss(llm, rows(1), students, teachers)
+    students = [plain.Distiller.forward(distiller, row["demo"]) for row in rows(1)]
+    teachers = [plain.embed(llm, row["demo"]) for row in rows(1)]
+    expected = plain_losses(llm, rows(1), students, teachers)
     for found, e in zip(losses(llm, distiller, rows(1)), expected, strict=True):
         close(found, e)
     found, _ = backward(llm, distiller)
@@ -294,8 +290,10 @@ def test_pretraining_reads_d_and_predicts_x(llm):
     row = {"demo": rows()[1]["demo"], "queries": [([], [rows()[1]["queries"][0][0]])]}
     distiller = build_distiller("layers:2", llm, 4, "matched", 0).eval()
     _, found = losses(llm, distiller, [row, rows(1)[0]])
-    plain = [(plain_vectors(distiller, r["demo"]), plain_embeds(llm, r["demo"])) for r in (row, rows(1)[0])]
-    close(found, plain_distill_loss(llm, [row, rows(1)[0]], *map(list, zip(*plain, strict=True))))
+    both = [row, rows(1)[0]]
+    students, teachers = ([read(r["demo"]) for r in both] for read in
+                          (partial(plain.Distiller.forward, distiller), partial(plain.embed, llm)))
+    close(found, plain_losses(llm, both, students, teachers)[1])
     assert loss_mask(llm, collate([row])).sum() == 7
 
 

@@ -10,15 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from plain import (
-    plain_distill_loss,
-    plain_embeds,
-    plain_logits,
-    plain_output,
-    plain_pred_loss,
-    plain_score_options,
-    plain_vectors,
-)
+from conftest import plain_losses as losses_of_prefixes
+from conftest import plain_scores
 from torch import nn
 from torch.distributions import Categorical, kl_divergence
 from transformers import (
@@ -31,6 +24,7 @@ from transformers import (
     T5Config,
 )
 
+import plain
 from common import UserError, make_optimizer, save_checkpoint
 from data import collate
 from model import (
@@ -147,10 +141,10 @@ def losses(llm, distiller, rows, bos_id=None):
 
 
 def plain_losses(llm, distiller, rows, bos_id=None):
-    bos = plain_embeds(llm, [] if bos_id is None else [bos_id])
-    students = [torch.cat([bos, plain_vectors(distiller, row["demo"])]) for row in rows]
-    teachers = [torch.cat([bos, plain_embeds(llm, row["demo"])]) for row in rows]
-    return plain_pred_loss(llm, rows, students), plain_distill_loss(llm, rows, students, teachers)
+    bos = plain.embed(llm, [] if bos_id is None else [bos_id])
+    students = [torch.cat([bos, plain.Distiller.forward(distiller, row["demo"])]) for row in rows]
+    teachers = [torch.cat([bos, plain.embed(llm, row["demo"])]) for row in rows]
+    return losses_of_prefixes(llm, rows, students, teachers)
 
 
 def gradients(distiller) -> dict[str, torch.Tensor]:
@@ -341,14 +335,14 @@ def where(batch, b, s, o):
 def test_query_states_equal_plain_states_and_logits(llm, kind, bos_id):
     rows = scoring_rows()
     batch, distiller = collate(rows), make_distiller(llm)
-    bos = plain_embeds(llm, [] if bos_id is None else [bos_id])
+    bos = plain.embed(llm, [] if bos_id is None else [bos_id])
     with torch.no_grad():
         if kind == "vectors":
             prefix = vector_prefix(llm, distiller(batch["demo_ids"], batch["demo_mask"]), bos_id)
-            plain_prefixes = [torch.cat([bos, plain_vectors(distiller, row["demo"])]) for row in rows]
+            plain_prefixes = [torch.cat([bos, plain.Distiller.forward(distiller, row["demo"])]) for row in rows]
         else:
             prefix = demo_prefix(llm, batch["demo_ids"], batch["demo_mask"], bos_id)
-            plain_prefixes = [torch.cat([bos, plain_embeds(llm, row["demo"])]) for row in rows]
+            plain_prefixes = [torch.cat([bos, plain.embed(llm, row["demo"])]) for row in rows]
         states = query_states(llm, prefix, batch)
         checked = torch.zeros_like(batch["query_mask"])
         for b, s, o, x, option in sequences(rows):
@@ -356,9 +350,10 @@ def test_query_states_equal_plain_states_and_logits(llm, kind, bos_id):
             assert batch["query_ids"][b][at_x].tolist() + batch["query_ids"][b][at_option].tolist() == x + option
             found = torch.cat([states[b][at_x], states[b][at_option]])
             plain_prefix = plain_prefixes[b]
-            expected = plain_output(llm, plain_prefix, x + option).hidden_states[-1][0]
+            embeds = torch.cat([plain_prefix, plain.embed(llm, x + option)])
+            expected = llm(inputs_embeds=embeds[None], output_hidden_states=True).hidden_states[-1][0]
             close(found, expected[len(plain_prefix) - 1:-1])
-            close(head_logits(llm, found), plain_logits(llm, plain_prefix, x + option))
+            close(head_logits(llm, found), plain.read(llm, plain_prefix, x, option))
             checked[b] |= at_x | at_option
     assert torch.equal(checked, batch["query_mask"])
 
@@ -382,8 +377,7 @@ def test_distill_loss_of_queries_without_answers_equals_plain(llm):
         teacher = query_states(llm, demo_prefix(llm, batch["demo_ids"], batch["demo_mask"]), batch)
         student = query_states(llm, vector_prefix(llm, distiller(batch["demo_ids"], batch["demo_mask"])), batch)
         mask = batch["query_mask"]
-        expected = plain_distill_loss(llm, rows, [plain_vectors(distiller, row["demo"]) for row in rows],
-                                      [plain_embeds(llm, row["demo"]) for row in rows])
+        _, expected = plain_losses(llm, distiller, rows)
         close(distill_loss(llm, student[mask], teacher[mask]), expected)
 
 
@@ -393,7 +387,7 @@ def test_score_options_equal_plain_scores_with_minus_infinity_for_missing_ones(l
     scores = score_options(llm, demo_prefix(llm, batch["demo_ids"], batch["demo_mask"]), batch)
     assert scores.shape == (3, 3, 4)
     expected = torch.full((3, 3, 4), float("-inf"))
-    for b, row in enumerate(plain_score_options(llm, rows, [plain_embeds(llm, row["demo"]) for row in rows])):
+    for b, row in enumerate(plain_scores(llm, rows, [plain.embed(llm, row["demo"]) for row in rows])):
         for s, options in enumerate(row):
             expected[b, s, :len(options)] = torch.tensor(options)
     assert expected.isfinite().sum() == 14
@@ -406,7 +400,7 @@ def test_score_options_of_more_than_one_chunk_of_answer_tokens(llm):
     rows = [{"demo": ids(5), "queries": [(ids(3), [ids(50), ids(50), ids(60)])]}]
     batch = collate(rows)
     scores = score_options(llm, demo_prefix(llm, batch["demo_ids"], batch["demo_mask"]), batch)
-    close(scores[0], plain_score_options(llm, rows, [plain_embeds(llm, rows[0]["demo"])])[0])
+    close(scores[0], plain_scores(llm, rows, [plain.embed(llm, rows[0]["demo"])])[0])
 
 
 def test_score_options_of_vectors_equal_plain_scores(llm):
@@ -414,7 +408,7 @@ def test_score_options_of_vectors_equal_plain_scores(llm):
     batch = collate(rows)
     with torch.no_grad():
         vectors = distiller(batch["demo_ids"], batch["demo_mask"])
-        expected = plain_score_options(llm, rows, [plain_vectors(distiller, rows[0]["demo"])])
+        expected = plain_scores(llm, rows, [plain.Distiller.forward(distiller, rows[0]["demo"])])
     close(score_options(llm, vector_prefix(llm, vectors), batch)[0], expected[0])
 
 
@@ -425,8 +419,8 @@ def test_score_options_without_any_prefix_equal_plain_scores(llm):
     prefix = demo_prefix(llm, batch["demo_ids"], batch["demo_mask"])
     assert prefix == Prefix([], None, prefix.mask) and prefix.mask.shape == (1, 0)
     assert not query_states(llm, prefix, batch)[0, 0].any()
-    rows = [{"queries": [(x[1:], options)]}]  # the first token of x is the prefix of the rest
-    close(score_options(llm, prefix, batch)[0], plain_score_options(llm, rows, [plain_embeds(llm, x[:1])])[0])
+    rows = [{"queries": [(x, options)]}]
+    close(score_options(llm, prefix, batch)[0], plain_scores(llm, rows, [plain.embed(llm, [])])[0])
 
 
 def test_queries_and_options_do_not_see_each_other(llm):
@@ -506,7 +500,7 @@ def test_distiller_equals_plain_vectors(llm):
         vectors = distiller(batch["demo_ids"], batch["demo_mask"])
         assert vectors.shape == (3, 5, 32) and vectors.dtype == torch.float32
         for b, row in enumerate(rows):
-            close(vectors[b], plain_vectors(distiller, row["demo"]))
+            close(vectors[b], plain.Distiller.forward(distiller, row["demo"]))
 
 
 def test_gradient_through_the_shared_prefix_equals_the_sum_of_separate_ones(llm):
@@ -570,7 +564,7 @@ def test_bos_alone_where_there_is_no_prefix(llm):
     (x, options), = scoring_rows()[1]["queries"]
     batch = collate([{"demo": [], "queries": [(x, options)]}])
     scores = score_options(llm, demo_prefix(llm, batch["demo_ids"], batch["demo_mask"], BOS), batch)
-    close(scores[0], plain_score_options(llm, [{"queries": [(x, options)]}], [plain_embeds(llm, [BOS])])[0])
+    close(scores[0], plain_scores(llm, [{"queries": [(x, options)]}], [plain.embed(llm, [BOS])])[0])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -645,12 +639,12 @@ def test_matched_output_has_the_embeddings_scale_and_plain_output_the_norms(llm)
     batch = collate(training_rows())
     target = llm.get_input_embeddings().weight.pow(2).mean().sqrt().item()
     assert embedding_rms(llm.get_input_embeddings(), llm.config.vocab_size) == pytest.approx(target, rel=1e-5)
-    matched, plain = make_distiller(llm, distill_len=16), make_distiller(llm, distill_len=16, start="plain")
+    matched, unmatched = make_distiller(llm, distill_len=16), make_distiller(llm, distill_len=16, start="plain")
     with torch.no_grad():
-        rms, plain_rms = (d(batch["demo_ids"], batch["demo_mask"]).pow(2).mean().sqrt().item() for d in (matched, plain))
+        rms, plain_rms = (d(batch["demo_ids"], batch["demo_mask"]).pow(2).mean().sqrt().item() for d in (matched, unmatched))
     assert rms == pytest.approx(target, rel=0.15)
     assert plain_rms == pytest.approx(1.0, rel=0.15) and target < 0.3  # a final norm's scale, far from the target
-    assert plain.gain is None and "gain" not in plain.state_dict()
+    assert unmatched.gain is None and "gain" not in unmatched.state_dict()
 
 
 @pytest.mark.parametrize("length", [2, 4, 9])  # fewer demonstration tokens than vectors, as many, more
@@ -832,9 +826,9 @@ def test_gradient_of_free_vectors_equals_the_plain_one(llm):
     free, rows = build_distiller("free", llm, 4, "matched", 0), training_rows()
     sum(losses(llm, free, rows)).backward()
     found = gradients(free)
-    teachers = [plain_embeds(llm, row["demo"]) for row in rows]
+    teachers = [plain.embed(llm, row["demo"]) for row in rows]
     students = [free.vectors] * len(rows)
-    (plain_pred_loss(llm, rows, students) + plain_distill_loss(llm, rows, students, teachers)).backward()
+    sum(losses_of_prefixes(llm, rows, students, teachers)).backward()
     assert_same_gradients(found, gradients(free))
 
 
