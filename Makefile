@@ -3,7 +3,7 @@
 # make setup, make assets   their parts
 # make assets LLM=gemma   a second language model, Gemma 3 270M, under the Gemma terms
 # make tables  every table and picture again from the lines in results/, without training
-# make table2 SCALE=gpu   a table or figure of the paper: table1 table2 table3 table6 table7 fig3 fig4 fig5 ablations
+# make table2 SCALE=gpu   a table or figure of the paper: table1 table2 table3 table6 table7 fig3 fig4 fig5 ablations lr
 # A CPU build of torch, where the default would be a GPU build of several GB: make setup PIP_FLAGS="--index-url ..."
 # with the address that PyTorch's own installation page gives for CPU.
 
@@ -15,7 +15,7 @@ PUBLISHED := checkpoints/smollm2-135m-class_to_class.safetensors
 # threads that spin while they wait make a training step ten times slower where other work shares the cores
 export GOMP_SPINCOUNT ?= 100
 
-.PHONY: demo test setup assets lint tables table1 table2 table3 table6 table7 fig3 fig4 fig5 ablations
+.PHONY: demo test setup assets lint tables table1 table2 table3 table6 table7 fig3 fig4 fig5 ablations lr
 
 setup: .venv/done
 
@@ -35,7 +35,7 @@ demo: assets
 	$(BIN)/python figures.py curves $(DEMO)/pretrain $(DEMO)/finetune --out $(DEMO)
 
 # the paper's tables and figures: make table2 SCALE=gpu (runs/settings.sh has the other settings)
-tables table1 table2 table3 table6 table7 fig3 fig4 fig5 ablations: setup
+tables table1 table2 table3 table6 table7 fig3 fig4 fig5 ablations lr: setup
 	PYTHON=$(BIN)/python runs/$@.sh
 
 test: setup

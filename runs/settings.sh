@@ -12,7 +12,7 @@
 #   RESULTS, RUNS        where results and checkpoints go; another --llm needs another RUNS
 #   EXTRA, EXTRA_PRETRAIN, EXTRA_FINETUNE, EXTRA_EVAL  any further flags of all commands, or of one of them
 # and of single scripts: RETRIEVALS, PERTURBATIONS (table3), BETAS, GAMMAS, LAMBDAS (ablations), PAIRS (table6), PARTS, KS,
-# LENGTHS (fig4).
+# LENGTHS (fig4), RATES, STEPS (lr).
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

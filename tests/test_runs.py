@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from common import load_checkpoint
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -108,6 +110,17 @@ def test_fig5(scripts):
     assert json.loads((folder / "results" / "attention.json").read_text())["mend"]["prefix"]
     for name in ("fig5", "fig8"):
         assert (folder / "results" / "figures" / f"{name}.png").stat().st_size > 5000
+
+
+@pytest.mark.slow
+def test_lr(scripts):
+    folder = scripts("lr.sh", RATES="1e-3 1e-2", STEPS="3")
+    records = results(folder, "lr")
+    assert [(r["method"], r["lr"]) for r in records] == [
+        (m, lr) for lr in (1e-3, 1e-2) for m in ("mend", "hypertuning", "prompt_tuning")]
+    for r in records:
+        state = load_checkpoint(Path(r["out_dir"]), weights=False)[1]
+        assert (state["flags"]["lr"], state["best"]) == (r["lr"], r["best_option_ce"])
 
 
 @pytest.mark.slow
