@@ -114,7 +114,7 @@ def test_fig5(scripts):
 
 @pytest.mark.slow
 def test_lr(scripts):
-    folder = scripts("lr.sh", RATES="1e-3 1e-2", STEPS="3")
+    folder = scripts("lr.sh", RATES="1e-3 1e-2")
     records = results(folder, "lr")
     assert [(r["method"], r["lr"]) for r in records] == [
         (m, lr) for lr in (1e-3, 1e-2) for m in ("mend", "hypertuning", "prompt_tuning")]
