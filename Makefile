@@ -25,14 +25,14 @@ setup: .venv/done
 	touch .venv/done
 
 assets: setup
-	$(BIN)/python assets.py $(if $(filter gemma,$(LLM)),--only gemma)
+	$(BIN)/python -m pocket.assets $(if $(filter gemma,$(LLM)),--only gemma)
 
 demo: assets
 	$(BIN)/python evaluate.py --preset pocket --checkpoint $(PUBLISHED) --seeds 100 --limit 16 --out $(DEMO)/published.jsonl
 	$(BIN)/python train_pretrain.py --preset pocket --steps 20 --eval-every 20 --eval-docs 16 --out-dir $(DEMO)/pretrain --resume
 	$(BIN)/python train_finetune.py --preset pocket --steps 20 --eval-every 20 --init-from $(DEMO)/pretrain --out-dir $(DEMO)/finetune --resume
 	$(BIN)/python evaluate.py --preset pocket --checkpoint $(DEMO)/finetune --seeds 100 --limit 16 --out $(DEMO)/results.jsonl
-	$(BIN)/python figures.py curves $(DEMO)/pretrain $(DEMO)/finetune --out $(DEMO)
+	$(BIN)/python -m paper.figures curves $(DEMO)/pretrain $(DEMO)/finetune --out $(DEMO)
 
 # the paper's tables and figures: make table2 SCALE=gpu (runs/settings.sh has the other settings)
 tables table1 table2 table3 table6 table7 fig3 fig4 fig5 ablations lr: setup

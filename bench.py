@@ -26,9 +26,19 @@ from torch import Tensor
 from transformers import AutoConfig
 
 import common
-import speed
 from common import autocast, check, finish, parse, run_main, setup
-from measure import (
+from loading import max_positions
+from model import (
+    causal_mask,
+    demo_prefix,
+    head_logits,
+    positions_of,
+    query_states,
+    run_backbone,
+    vector_prefix,
+)
+from paper import speed
+from paper.measure import (
     CONFIGS,
     PAIRS,
     Count,
@@ -39,16 +49,6 @@ from measure import (
     peak_in_child,
     weight_bytes,
     with_flags,
-)
-from model import (
-    causal_mask,
-    demo_prefix,
-    head_logits,
-    max_positions,
-    positions_of,
-    query_states,
-    run_backbone,
-    vector_prefix,
 )
 
 CONTEXTS = {"class_to_class": 469, "hr_to_lr": 652, "qa_to_qa": 639, "non_nli_to_nli": 848, "non_para_to_para": 818}

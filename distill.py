@@ -23,9 +23,12 @@ from torch import Tensor
 
 import common
 from common import UserError, check, finish, run_main, setup
-from data import Encoder, Tokenizer, json_lines
-from evaluate import make_encoder, method_of, predict
-from model import identity, load_distiller, load_llm, vector_prefix, with_bos
+from data import Encoder
+from loading import identity, load_distiller, load_llm, make_encoder, method_of
+from model import vector_prefix, with_bos
+from run import checkpoint_id, export_checkpoint, write_tensors
+from score import predict
+from sources import Tokenizer, json_lines
 
 PUBLISHED = common.ROOT / "checkpoints" / "smollm2-135m-class_to_class.safetensors"
 
@@ -83,7 +86,7 @@ def labels_of(demos: list[dict]) -> list[str]:
 
 def save_vectors(path: str, vectors: Tensor, about: dict) -> None:
     """Write (l, d) fp32 as the tensor "vectors", with what they belong to in the header."""
-    common.write_tensors(Path(path), {"vectors": vectors.contiguous().cpu()}, {"about": json.dumps(about)})
+    write_tensors(Path(path), {"vectors": vectors.contiguous().cpu()}, {"about": json.dumps(about)})
 
 
 def is_vectors_file(path: str) -> bool:
@@ -147,8 +150,8 @@ def main(argv: list[str] | None = None) -> dict:
           (args.answer_tokens >= 1, f"--answer-tokens is {args.answer_tokens}; give at least 1"),
           (args.context_len >= 1, f"--context-len is {args.context_len}; give at least 1 token"))
     if args.export:
-        common.export_checkpoint(args.checkpoint, Path(args.export))
-        return finish({"checkpoint": common.checkpoint_id(args.export), "bytes": Path(args.export).stat().st_size})
+        export_checkpoint(args.checkpoint, Path(args.export))
+        return finish({"checkpoint": checkpoint_id(args.export), "bytes": Path(args.export).stat().st_size})
     demos = read_lines(args.demos, ("input", "output")) if args.demos else []
     queries = [{"task": "--ask", "input": text.strip(), "output": "", "options": []} for text in args.ask]
     queries += read_lines(args.queries, ("input",)) if args.queries else []
@@ -173,7 +176,7 @@ def main(argv: list[str] | None = None) -> dict:
             vectors = distiller(ids, torch.ones_like(ids, dtype=torch.bool))[0].float()              # (l, d)
         with torch.no_grad():
             prefixes = {"zero_shot": vectors[:0], "icl": llm.get_input_embeddings()(ids[0])}         # (0, d), (T_d, d)
-        about = {"llm": identity(llm), "checkpoint": common.checkpoint_id(args.checkpoint), "method": method_of(state),
+        about = {"llm": identity(llm), "checkpoint": checkpoint_id(args.checkpoint), "method": method_of(state),
                  "template": args.template,
                  "demonstrations": len(kept), "tokens": ids.shape[1], "labels": labels_of(kept)}
         print(f"{len(kept)} of {len(demos)} demonstrations, {ids.shape[1]} tokens, distilled into {len(vectors)} vectors")

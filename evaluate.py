@@ -9,11 +9,12 @@ for vectors. One line of --out holds one (method, task, seed); a run that was st
 """
 
 import argparse
+import contextlib
 import functools
 import json
 import os
-from collections import Counter
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -21,71 +22,31 @@ import torch
 from tqdm import tqdm
 
 import common
-from common import UserError, autocast, check, finish, parse, run_main, setup, sum_over_ranks, world
-from data import SEEDS, Encoder, Tasks, Tokenizer, collate, load_tasks, require_options
-from demos import PERTURBATIONS, SentenceEncoder, has_labels, permute_labels, perturb, retrieve
-from model import (
-    Prefix,
-    demo_prefix,
-    distill_loss,
-    load_distiller,
-    load_llm,
-    loss_mask,
-    max_positions,
-    pred_loss,
-    query_states,
-    score_options,
-    vector_prefix,
+from common import UserError, autocast, check, finish, parse, run_main, setup
+from data import Encoder
+from loading import load_distiller, load_llm, make_encoder, refuse_seen_tasks, refuse_wrong_method
+from model import vector_prefix
+from paper.demos import PERTURBATIONS, SentenceEncoder, has_labels, permute_labels, perturb, retrieve
+from run import checkpoint_id
+from score import (
+    CONTROLS,
+    VECTOR_METHODS,
+    majority,
+    one_prefix,
+    predict,
+    predict_each,
+    task_figures,
 )
-from tables import CONTROLS, METHODS, TABLES, gains_of, print_summary, read_results, summarise, table_lines
+from sources import SEEDS, Tasks, Tokenizer, demonstration_set, load_tasks, require_options
 
+METHODS = ("zero_shot", "majority", "icl", "icl_budget", "last_l", "prompt_tuning", "hypertuning", "mend",
+           *CONTROLS)
 DEFAULT_METHODS = ["zero_shot", "majority", "last_l", "icl", "icl_budget", "mend", "mend_constant"]
 PRESETS = {"paper": {"methods": DEFAULT_METHODS}, "pocket": {"methods": DEFAULT_METHODS}}
-PASS_TOKENS = {"cpu": 512, "cuda": 2048}  # query and option tokens scored in one pass
-SET_TOKENS = 4096  # tokens of demonstrations, queries and options in one pass where each query has its own demonstrations
-VECTOR_METHODS = ("prompt_tuning", "hypertuning", "mend", *CONTROLS)  # the LLM reads vectors of a checkpoint
 SEEDLESS = ("zero_shot", "prompt_tuning")  # the same for every demonstration set
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Methods: what stands before the query
-
-
-def make_encoder(args: argparse.Namespace, tokenizer: Tokenizer, llm, distiller) -> Encoder:
-    """The encoder of examples with the length limits of this LLM and distiller (None where no vectors are made)."""
-    return Encoder(tokenizer, args.template, args.context_len, args.distill_len, max_positions(llm.config),
-                   max_positions(distiller.backbone.config) if distiller is not None and distiller.backbone else None)
-
-
-def demo_tokens(method: str, demos: list[dict], limit: int, encoder: Encoder) -> list[int]:
-    """What one method reads of the demonstrations. zero_shot: nothing. icl_budget: those that fit into l tokens, the
-    honest baseline of equal length. icl and the methods of vectors: all that fit into `limit` tokens.
-    last_l: the last l tokens of these, which is where `--vector-start residual` starts from."""
-    if method == "zero_shot":
-        return []
-    if method == "icl_budget":
-        return encoder.budget(demos, encoder.distill_len)
-    return encoder.demonstrations(demos, limit)[-encoder.distill_len if method == "last_l" else 0:]
-
-
-def make_prefix(method: str, demo_ids: torch.Tensor, demo_mask: torch.Tensor, llm, distiller, bos_id, args) -> Prefix:
-    """What the LLM reads before the queries: the demonstrations, Eq. (1), or their vectors, Eq. (2). ids, mask: (B, T_d)."""
-    if method in VECTOR_METHODS:
-        with autocast(llm.device, args.dtype):
-            vectors = distiller(demo_ids, demo_mask)                                               # (B, l, d)
-        return vector_prefix(llm, vectors, bos_id)
-    return demo_prefix(llm, demo_ids, demo_mask, bos_id)
-
-
-def one_prefix(method: str, demos: list[dict], limit: int, llm, distiller, encoder: Encoder, args) -> Prefix:
-    """The prefix, B = 1, of one demonstration set, read once for all queries behind it."""
-    demo_ids = torch.tensor([demo_tokens(method, demos, limit, encoder)], dtype=torch.long, device=llm.device)  # (1, T_d)
-    return make_prefix(method, demo_ids, torch.ones_like(demo_ids, dtype=torch.bool), llm, distiller,
-                       encoder.tokenizer.bos_id, args)
 
 
 # Controls: a distiller that distils needs the demonstrations of this task, with their own labels
-
-
 def partners(method: str, task: str, evaluated: list[str], tasks: Tasks) -> list[str]:
     """Whose demonstrations stand behind the vectors of a control: mend_swapped, one other task's
     (see Tasks.partner); mend_constant, all others'. Other methods: nobody's.
@@ -112,146 +73,6 @@ def task_vectors(task: str, seed: int, llm, distiller, encoder: Encoder, tasks: 
         return distiller(ids, torch.ones_like(ids, dtype=torch.bool))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Scoring and metrics
-
-
-def passes(queries: list[tuple], device) -> Iterator[dict]:
-    """Batches of one row that hold `queries`, (x ids, [option ids, ...]) each, in order, PASS_TOKENS or so at a time."""
-    pending, size, most = [], 0, PASS_TOKENS[torch.device(device).type]
-    for query in queries:
-        tokens = len(query[0]) + sum(map(len, query[1]))
-        if pending and size + tokens > most:
-            yield collate([{"demo": [], "queries": pending}], device)
-            pending, size = [], 0
-        pending.append(query)
-        size += tokens
-    if pending:
-        yield collate([{"demo": [], "queries": pending}], device)
-
-
-@torch.no_grad()
-def option_scores(llm, prefix: Prefix, encoder: Encoder, queries: list[dict],
-                  first: bool = False) -> list[torch.Tensor]:
-    """score_options of each query behind one prefix of B = 1: (options,) each, perhaps with -inf behind
-    them."""
-    encoded = [encoder.scoring_query(q, first=first) for q in queries]
-    return [row for batch in passes(encoded, llm.device) for row in score_options(llm, prefix, batch)[0]]
-
-
-@torch.no_grad()
-def predict(llm, prefix: Prefix, encoder: Encoder, queries: list[dict], first: bool = False) -> list[str]:
-    """The chosen option of each query, Eq. (1) and (2); all queries are read behind one prefix of B = 1.
-
-    first: no demonstrations or vectors stand before the queries (zero_shot).
-
-    DEVIATION: Eq. (1) takes the labels seen among the demonstrations; MetaICL and the original code score the task's
-    whole option list, and so does this.
-    """
-    scores = option_scores(llm, prefix, encoder, queries, first)
-    return [q["options"][int(row.argmax())] for q, row in zip(queries, scores, strict=True)]
-
-
-@torch.no_grad()
-def predict_each(method: str, sets: list[list[dict]], limit: int, llm, distiller, encoder: Encoder, queries: list[dict],
-                 args) -> list[str]:
-    """As `predict`, but with a demonstration set for each query, sets[i] for queries[i]: rows of similar length are read
-    together, SET_TOKENS or so at a time."""
-    rows = [{"demo": demo_tokens(method, demos, limit, encoder), "queries": [encoder.scoring_query(q)]}
-            for demos, q in zip(sets, queries, strict=True)]
-    lengths = [len(row["demo"]) + len(x) + sum(map(len, options)) for row in rows for x, options in row["queries"]]
-    order, chosen = sorted(range(len(rows)), key=lambda i: lengths[i]), [""] * len(rows)
-    while order:
-        n = max(1, min(len(order), SET_TOKENS // lengths[order[-1]]))
-        group, order = order[-n:], order[:-n]
-        batch = collate([rows[i] for i in group], llm.device)
-        prefix = make_prefix(method, batch["demo_ids"], batch["demo_mask"], llm, distiller, encoder.tokenizer.bos_id, args)
-        for i, option in zip(group, score_options(llm, prefix, batch)[:, 0].argmax(dim=1).tolist(), strict=True):
-            chosen[i] = queries[i]["options"][option]
-    return chosen
-
-
-def majority(demos: list[dict], queries: list[dict]) -> list[str]:
-    """The most frequent label of the demonstrations (of equally frequent ones the first), without any LLM. Where it is
-    none of a query's options, as in multiple choice, the option at the position that was right most often."""
-    labels = Counter(d["output"] for d in demos).most_common(1)
-    places = Counter(d["options"].index(d["output"]) for d in demos if d["output"] in d["options"]).most_common(1)
-    label, place = labels[0][0], places[0][0] if places else 0
-    return [label if label in q["options"] else q["options"][min(place, len(q["options"]) - 1)] for q in queries]
-
-
-def accuracy(predictions: list[str], golds: list[str]) -> float:
-    return float(np.mean([p == g for p, g in zip(predictions, golds, strict=True)]))
-
-
-def macro_f1(predictions: list[str], golds: list[str]) -> float:
-    """F1 averaged over the labels that occur among the gold answers, as in MetaICL."""
-    scores = []
-    for label in sorted(set(golds)):
-        hits = sum(p == g == label for p, g in zip(predictions, golds, strict=True))
-        scores.append(2 * hits / (predictions.count(label) + golds.count(label)))
-    return float(np.mean(scores))
-
-
-def task_figures(predictions: list[str], golds: list[str], task_type: str) -> dict:
-    """Both metrics and the headline.
-
-    DEVIATION: the paper's text says accuracy for classification and macro-F1 otherwise; its zero-shot figures equal
-    MetaICL's, which are macro-F1 for classification and accuracy otherwise. The headline follows the figures.
-    """
-    f1, acc = macro_f1(predictions, golds), accuracy(predictions, golds)
-    return {"macro_f1": f1, "accuracy": acc, "headline": f1 if task_type == "classification" else acc}
-
-
-@torch.no_grad()
-def dev_figures(llm, distiller, tasks: Tasks, encoder: Encoder, args, device) -> dict:
-    """Both terms of Eq. (4), choice and headline on the meta-test tasks' dev examples, tasks shared out over
-    the ranks; the distiller in fp32, the LLM as it is (see `full_precision`).
-
-    DEVIATION: the paper names the dev data that select a checkpoint, not the quantity. Here it is
-    val_option_ce, what evaluation looks at in a form that moves smoothly: the cross-entropy of the right
-    option under a softmax over the scores of a query's options.
-
-    Returns:
-        val_option_ce (nats a query, mean over each task's queries, then over tasks), val_pred (nats per
-        answer token), val_kl and val_clm (negative log-likelihood), both in nats per query and answer token,
-        dev_headline (mean over tasks).
-    """
-    rank, ranks = world()
-    seed = args.seed if args.seed in SEEDS else SEEDS[0]
-    sums = dict.fromkeys(("pred", "answers", "kl", "clm", "tokens", "headline", "option_ce", "tasks"), 0.0)
-    exact = argparse.Namespace(dtype="fp32")
-    distiller.eval()
-    for task in tasks.test[rank::ranks]:
-        demos, files = demonstration_set(tasks, task, seed, args.k)
-        queries = files["dev"]
-        require_options(queries)
-        limit = encoder.limit(demos + queries)
-        teacher_prefix = one_prefix("icl", demos, limit, llm, distiller, encoder, exact)
-        student_prefix = one_prefix("mend", demos, limit, llm, distiller, encoder, exact)
-        for batch in passes([encoder.training_query(q) for q in queries], device):
-            student, teacher = query_states(llm, student_prefix, batch), query_states(llm, teacher_prefix, batch)
-            mask, answers = loss_mask(llm, batch), batch["query_mask"] & (batch["branch"] > 0)
-            sums["kl"] += distill_loss(llm, student[mask], teacher[mask], 1).item()
-            sums["pred"] += pred_loss(llm, student[answers], batch["query_ids"][answers], 1).item()
-            sums["clm"] += pred_loss(llm, student[mask], batch["query_ids"][mask], 1).item()
-            sums["tokens"] += int(mask.sum())
-            sums["answers"] += int(answers.sum())
-        scores = option_scores(llm, student_prefix, encoder, queries)
-        chosen = [q["options"][int(row.argmax())] for q, row in zip(queries, scores, strict=True)]
-        sums["headline"] += task_figures(chosen, [q["output"] for q in queries], tasks.types[task])["headline"]
-        sums["option_ce"] += float(np.mean([-row.log_softmax(dim=0)[q["options"].index(q["output"])].item()
-                                            for q, row in zip(queries, scores, strict=True)]))
-        sums["tasks"] += 1
-    distiller.train()
-    pred, answers, kl, clm, tokens, headline, option_ce, n_tasks = sum_over_ranks(list(sums.values()), device)
-    return {"val_option_ce": option_ce / n_tasks, "val_pred": pred / answers, "val_kl": kl / tokens,
-            "val_clm": clm / tokens, "dev_headline": headline / n_tasks}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     common.add_shared_flags(parser)
@@ -269,7 +90,7 @@ def get_parser() -> argparse.ArgumentParser:
     group.add_argument("--perturb", choices=PERTURBATIONS, help="what is taken from the demonstrations (Tab. 3)")
     group.add_argument("--out", default="", help="results file, one JSON line each; default out/eval-SPLIT.jsonl")
     group.add_argument("--table", nargs="+", metavar=("NUMBER", "FILE"), help="evaluate nothing; print the paper's table "
-                       f"NUMBER (1, {', '.join(TABLES)}) from results files, in Markdown")
+                       "NUMBER (1, 2, 3, 4, 6 or 7) from results files, in Markdown")
     return parser
 
 
@@ -329,43 +150,13 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 def print_paper_table(number: str, *files: str) -> dict:
+    from paper.tables import TABLES, table_lines
     check((number in ("1", *TABLES), f"--table {number} is unknown; give one of 1, {', '.join(TABLES)}"),
           (bool(files), f"--table {number} needs at least one results file after the number"),
           *((Path(f).is_file(), f"--table: {f} is no file; give a results file of evaluate.py") for f in files))
     lines = table_lines([r for f in files for r in read_results(Path(f))], number)
     print("\n".join(lines))
     return finish({"table": number, "files": list(files)})
-
-
-def method_of(state: dict) -> str:
-    """The method that a checkpoint's training makes it, by the checkpoint's state."""
-    if state["model"]["distiller"] == "free":
-        return "prompt_tuning"
-    stages = state.get("trained_on", {})
-    # a checkpoint that is older than the flags for it was trained with their defaults
-    distils = "pretrain" in stages and stages["pretrain"].get("objective", "kl") != "clm" or \
-        "finetune" in stages and stages["finetune"].get("lam", 1) > 0
-    return "mend" if distils or not stages else "hypertuning"
-
-
-def refuse_wrong_method(methods: list[str], state: dict, path: str) -> None:
-    """Raise when a checkpoint was not trained in the way that the method's name says."""
-    own = method_of(state)
-    holds = {"prompt_tuning": "free vectors (--distiller free)", "mend": "a distiller that was trained with L_distill",
-             "hypertuning": "a distiller that was trained without L_distill"}[own]
-    check((methods in ([], [own]), (f"{path} holds {holds}; evaluate it with --methods {own}, or give a checkpoint of "
-                                    f"{' '.join(methods)} (README, Methods)")))
-
-
-def refuse_seen_tasks(trained_on: dict, tasks: Tasks, args) -> None:
-    """Raise when the checkpoint was finetuned on one of the tasks to evaluate: meta-test tasks must be unseen."""
-    stage = trained_on.get("finetune", {})
-    collections = json.loads((common.ROOT / "splits.json").read_text())
-    for name in {*stage.get("tasks", "").split()} & {*tasks.collection.split()} & collections.keys():
-        table = collections[name]["settings"][stage["split"]]
-        seen = sorted((set(table["train"]) - set(table["test"])) & set(args.only or tasks.test))
-        check((not seen, (f"the checkpoint was finetuned on {stage['split']}, whose training tasks include "
-                          f"{', '.join(seen)}; evaluate it on that --split, or on other tasks with --only")))
 
 
 def evaluate(args, llm, distiller, trained_on: dict | None, encoder: Encoder, tasks: Tasks, out: Path) -> list[dict]:
@@ -376,7 +167,7 @@ def evaluate(args, llm, distiller, trained_on: dict | None, encoder: Encoder, ta
                "distill_len": args.distill_len, "context_len": args.context_len, "template": args.template,
                "retrieval": retrieval, "perturbation": args.perturb, "limit": args.limit, "dtype": args.dtype,
                "llm_weights": args.llm_weights}
-    checkpoint = common.checkpoint_id(args.checkpoint) if args.checkpoint else None
+    checkpoint = checkpoint_id(args.checkpoint) if args.checkpoint else None
     key_fields = ("method", "checkpoint", "task", "seed", "data_hash", "swapped_with", *setting)
     lines = read_results(out)
     if out.exists() and not out.read_text(encoding="utf-8").endswith("\n"):  # a kill has cut the last line short
@@ -416,14 +207,6 @@ def evaluate(args, llm, distiller, trained_on: dict | None, encoder: Encoder, ta
                 os.fsync(file.fileno())
             records.append(done[key])
     return records
-
-
-def demonstration_set(tasks: Tasks, task: str, seed: int, k: int) -> tuple[list[dict], dict[str, list[dict]]]:
-    """The first k training examples of (task, seed), and all its files."""
-    files = tasks.files(task, seed)
-    if len(files["train"]) < k:
-        raise UserError(f"task {task} has {len(files['train'])} training examples for seed {seed}, and --k is {k}; give less")
-    return files["train"][:k], files
 
 
 def perturbable(args, tasks: Tasks) -> list[str]:
@@ -473,3 +256,95 @@ def evaluate_one(args, llm, distiller, encoder: Encoder, tasks: Tasks, task: str
 
 if __name__ == "__main__":
     run_main(main)
+
+
+
+
+def read_results(path: Path) -> list[dict]:
+    """The lines of a results file; a last line that a kill cut short is left out."""
+    if not path.exists():
+        return []
+    try:
+        *lines, last = path.read_text(encoding="utf-8").split("\n")
+        records = [json.loads(line) for line in lines]
+        with contextlib.suppress(ValueError):
+            records.append(json.loads(last))
+        if not all(isinstance(r, dict) for r in records):
+            raise ValueError("a line is no JSON object")
+        return records
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not a results file of evaluate.py ({error}); give another one") from error
+
+
+def mean_std(values: list[float]) -> tuple[float, float]:
+    """Mean and sample standard deviation over seeds (0 for one seed)."""
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+
+
+def summarise(records: list[dict], methods: list[str], metric: str = "headline") -> dict:
+    """Per task and on average: mean and standard deviation over seeds of a metric, in percent. A method that
+    was not evaluated on a task has no entry there, and its average is without it."""
+    by_task, by_seed = defaultdict(list), defaultdict(list)
+    for r in records:
+        by_task[r["task"], r["method"]].append(100 * r[metric])
+        by_seed[r["method"], r["seed"]].append(100 * r[metric])
+    table = {task: {m: mean_std(by_task[task, m]) for m in methods if (task, m) in by_task}
+             for task in sorted({r["task"] for r in records})}
+    table["average"] = {m: mean_std([np.mean(v) for (method, _), v in by_seed.items() if method == m]) for m in methods}
+    return table
+
+
+def print_summary(records: list[dict], methods: list[str]) -> None:
+    """Headlines by task and on average, average accuracy and recovered gain, as aligned text. A * says that,
+    in one of the seeds, one label was all that a method answered."""
+    table, accuracy = summarise(records, methods), summarise(records, methods, "accuracy")["average"]
+    gains, one = gains_of(records), {(r["task"], r["method"]) for r in records if r.get("n_predicted") == 1}
+    width = max(len("recovered gain"), *map(len, table)) + 2
+
+    def text(name: str, cells: Iterable[str]) -> str:
+        return name.ljust(width) + "".join(cell.rjust(17) for cell in cells)
+
+    def line(name: str, row: dict) -> str:
+        star = {m: "*" if (name, m) in one else " " for m in methods}
+        form = "{:.2f} ±{:5.2f}".format
+        return text(name, (form(*row[m]) + star[m] if m in row else "– " for m in methods))
+    print(text("task", (f"{m} " for m in methods)))
+    for task, row in table.items():
+        if task == "average":
+            print("-" * (width + 17 * len(methods)))
+        print(line(task, row))
+    print(line("accuracy", accuracy))
+    if gains:
+        print(text("recovered gain", (f"{gains[m]['gain']:.0%} " if m in gains else "– " for m in methods)))
+        print(f"recovered gain: {GAIN}, over the {gains['icl']['tasks']} tasks where icl is above zero_shot")
+
+
+GAIN = "(method - zero_shot) / (icl - zero_shot)"
+Scores = dict[tuple[str, int], tuple[float, int]]  # (task, seed): headline in percent, n
+
+
+def recovered_gain(ours: Scores, icl: Scores, zero_shot: Scores) -> dict | None:
+    """How much of what demonstrations bring a method keeps: (ours - zero_shot) / (icl - zero_shot), of means
+    over the tasks where icl, averaged over seeds, is above zero_shot; None where no shared task is so.
+
+    icl's own figures choose those tasks, so noise makes the denominator too large and the share too small.
+    """
+    means = defaultdict(list)
+    for task, seed in ours.keys() & icl.keys() & zero_shot.keys():
+        means[task].append([scores[task, seed][0] for scores in (ours, icl, zero_shot)])
+    gained = [m for m in (np.mean(rows, axis=0) for rows in means.values()) if m[1] > m[2]]
+    if not gained:
+        return None
+    method, full, none = np.mean(gained, axis=0)
+    return {"gain": float((method - none) / (full - none)), "tasks": len(gained)}
+
+
+def scores_of(records: list[dict]) -> Scores:
+    return {(r["task"], r["seed"]): (100 * r["headline"], r["n"]) for r in records}
+
+
+def gains_of(records: list[dict]) -> dict[str, dict]:
+    """recovered_gain of each method; nothing without records of both icl and zero_shot."""
+    cells = {m: scores_of([r for r in records if r["method"] == m]) for m in dict.fromkeys(r["method"] for r in records)}
+    icl, zero_shot = cells.get("icl", {}), cells.get("zero_shot", {})
+    return {m: gain for m, scores in cells.items() if (gain := recovered_gain(scores, icl, zero_shot))}

@@ -19,23 +19,12 @@ from tqdm import tqdm
 
 import common
 from common import autocast, check, finish, is_main, parse, run_main, setup, sum_over_ranks, world
-from data import MAX_INPUT, Tokenizer, collate, load_tasks, sample_row, step_rows
-from evaluate import dev_figures, make_encoder
-from model import (
-    build_distiller,
-    demo_prefix,
-    distill_loss,
-    distiller_config,
-    finetune_loss,
-    full_precision,
-    identity,
-    load_distiller,
-    load_llm,
-    loss_mask,
-    pred_loss,
-    query_states,
-    vector_prefix,
-)
+from data import MAX_INPUT, collate, sample_row, step_rows
+from loading import build_distiller, distiller_config, identity, load_distiller, load_llm, make_encoder
+from model import demo_prefix, loss_mask, query_states, vector_prefix
+from run import Run, add_training_flags, finite, load_checkpoint, make_optimizer, sync_if, training_rules
+from score import dev_figures, distill_loss, finetune_loss, full_precision, pred_loss
+from sources import Tokenizer, load_tasks
 
 PRESETS = {  # the paper's Table 5, and what two CPU cores do in minutes
     "paper": {"steps": 30000, "batch_size": 8, "grad_accum": 1, "lr": 5e-5, "queries_per_demo": 1, "context_len": 900,
@@ -49,7 +38,7 @@ PRESETS = {  # the paper's Table 5, and what two CPU cores do in minutes
 def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     common.add_shared_flags(parser)
-    common.add_training_flags(parser, "finetune-LLM-SPLIT")
+    add_training_flags(parser, "finetune-LLM-SPLIT")
     group = parser.add_argument_group("finetuning")
     group.add_argument("--lam", type=float, default=1.0, help="lambda, weight of L_distill in Eq. (4); 0 = without it")
     group.add_argument("--pred-weight", type=float, default=1.0, help="weight of L_pred in Eq. (4); 0 = without it (Tab. 4)")
@@ -66,7 +55,7 @@ def find_pretrained(llm, args) -> Path | None:
               "vector_start": args.vector_start, "template": args.template}
     found = []
     for path in sorted(common.OUT.glob("*/best.safetensors")):
-        _, state = common.load_checkpoint(path, weights=False)
+        _, state = load_checkpoint(path, weights=False)
         stages = state["trained_on"]
         own = stages.keys() == {"pretrain"} and stages["pretrain"].get("objective", "kl") == "kl"  # the pretraining of MEND
         if own and wanted.items() <= state["model"].items():
@@ -96,7 +85,7 @@ def start(args, llm):
 
 def main(argv: list[str] | None = None) -> dict:
     args = parse(get_parser(), argv, PRESETS)
-    check(*common.shared_rules(args), *common.training_rules(args),
+    check(*common.shared_rules(args), *training_rules(args),
           (args.lam >= 0, f"--lam is {args.lam}; give 0 (no distillation) or more"),
           (args.pred_weight >= 0, f"--pred-weight is {args.pred_weight}; give 0 (no prediction loss) or more"),
           (args.lam + args.pred_weight > 0, "--lam and --pred-weight are both 0, so there is no loss; give one of them"),
@@ -122,9 +111,9 @@ def main(argv: list[str] | None = None) -> dict:
 
 def train(args, device, llm, distiller, trained_on, tasks, encoder) -> dict:
     out_dir = Path(args.out_dir or common.OUT / f"finetune-{Path(args.llm).name}-{args.split}")
-    optimizer = common.make_optimizer(distiller, args.lr)
+    optimizer = make_optimizer(distiller, args.lr)
     scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "fp16")
-    run = common.Run(out_dir, args, distiller, optimizer, scaler, distiller_config(distiller, llm, args),
+    run = Run(out_dir, args, distiller, optimizer, scaler, distiller_config(distiller, llm, args),
                      trained_on | {"finetune": {"tasks": tasks.collection, "split": args.split, "lam": args.lam,
                                                 "pred_weight": args.pred_weight}})
     rank, ranks = world()
@@ -158,7 +147,7 @@ def train(args, device, llm, distiller, trained_on, tasks, encoder) -> dict:
             if args.lam:
                 with torch.no_grad():
                     teacher = query_states(llm, demo_prefix(llm, batch["demo_ids"], batch["demo_mask"], bos_id), batch)
-            with common.sync_if(ddp, micro == args.grad_accum - 1):
+            with sync_if(ddp, micro == args.grad_accum - 1):
                 with autocast(device, args.dtype):
                     vectors = ddp(batch["demo_ids"], batch["demo_mask"])                             # (B, l, d)
                 student = query_states(llm, vector_prefix(llm, vectors, bos_id), batch)
@@ -172,7 +161,7 @@ def train(args, device, llm, distiller, trained_on, tasks, encoder) -> dict:
             for name, value in losses.items():
                 totals[name] += value.item()
         totals = dict(zip(totals, sum_over_ranks(list(totals.values()), device), strict=True))
-        common.finite(sum(totals.values()), run.step)
+        finite(sum(totals.values()), run.step)
         grad_norm = run.update(args.clip)
         run.log(**totals, grad_norm=grad_norm, tokens=n_tokens, seconds=round(time.time() - started, 3))
         bar.set_postfix_str(", ".join(f"{name} {value:.3f}" for name, value in totals.items()))

@@ -20,22 +20,12 @@ from tqdm import tqdm
 
 import common
 from common import autocast, check, finish, is_main, parse, run_main, setup, sum_over_ranks, world
-from data import Corpus, Tokenizer, collate, load_tasks, step_rows
-from evaluate import dev_figures, make_encoder
-from model import (
-    build_distiller,
-    demo_prefix,
-    distill_loss,
-    distiller_config,
-    full_precision,
-    load_llm,
-    loss_mask,
-    max_positions,
-    pred_loss,
-    pretrain_loss,
-    query_states,
-    vector_prefix,
-)
+from data import Corpus, collate, step_rows
+from loading import build_distiller, distiller_config, load_llm, make_encoder, max_positions
+from model import demo_prefix, loss_mask, query_states, vector_prefix
+from run import Run, add_training_flags, finite, make_optimizer, sync_if, training_rules
+from score import dev_figures, distill_loss, evaluate_kl, full_precision, pred_loss, pretrain_loss
+from sources import Tokenizer, load_tasks
 
 PRESETS = {  # the paper's Table 5, and what two CPU cores do in minutes
     "paper": {"steps": 30000, "batch_size": 1, "grad_accum": 1, "lr": 5e-5, "window": 1024, "context_len": 900,
@@ -48,7 +38,7 @@ PRESETS = {  # the paper's Table 5, and what two CPU cores do in minutes
 def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     common.add_shared_flags(parser)
-    common.add_training_flags(parser, "pretrain-LLM")
+    add_training_flags(parser, "pretrain-LLM")
     group = parser.add_argument_group("pretraining")
     group.add_argument("--window", type=int, help="tokens taken from each document")
     group.add_argument("--beta", type=float, default=0.8, help="share of a window that is D; the rest is x")
@@ -62,40 +52,9 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-@torch.no_grad()
-def evaluate_kl(llm, distiller, corpus: Corpus, args, device, bos_id) -> dict:
-    """Held-out KL(full D || what stands in its place), nats per token, for the vectors and for two
-    references; the distiller in fp32.
-
-    The first token of x is left out of all: without context nothing predicts it. Windows are shared out over the ranks.
-    """
-    rank, ranks = world()
-    sums = dict.fromkeys(("tokens", "vectors", "no_context", "last_l"), 0.0)
-    documents = corpus.held_out[:args.eval_docs][rank::ranks]
-    distiller.eval()
-    for i in range(0, len(documents), args.batch_size):
-        batch = collate([corpus.row(d, args.beta) for d in documents[i:i + args.batch_size]], device)
-        mask = loss_mask(llm, batch) & (batch["position"] > 0)
-        demo_ids, demo_mask = batch["demo_ids"], batch["demo_mask"]
-        teacher = query_states(llm, demo_prefix(llm, demo_ids, demo_mask, bos_id), batch)[mask]
-        vectors = distiller(demo_ids, demo_mask)                                                   # (B, l, d)
-        last = slice(-args.distill_len, None)
-        prefixes = {"vectors": vector_prefix(llm, vectors, bos_id),
-                    "no_context": demo_prefix(llm, demo_ids[:, :0], demo_mask[:, :0], bos_id),
-                    "last_l": demo_prefix(llm, demo_ids[:, last], demo_mask[:, last], bos_id)}
-        sums["tokens"] += int(mask.sum())
-        for name, prefix in prefixes.items():
-            sums[name] += distill_loss(llm, query_states(llm, prefix, batch)[mask], teacher, 1).item()
-    distiller.train()
-    tokens, *kl = sum_over_ranks(list(sums.values()), device)
-    vectors, no_context, last_l = (value / tokens for value in kl)
-    return {"val_kl": vectors, "val_kl_no_context": no_context, "val_kl_last_l": last_l,
-            "recovered": 1 - vectors / no_context}
-
-
 def main(argv: list[str] | None = None) -> dict:
     args = parse(get_parser(), argv, PRESETS)
-    check(*common.shared_rules(args), *common.training_rules(args),
+    check(*common.shared_rules(args), *training_rules(args),
           (0 < args.beta < 1, f"--beta is {args.beta}; give a share above 0 and below 1 (the paper: 0.8)"),
           (args.gamma > 0, f"--gamma is {args.gamma}; give a positive number"),
           (args.gamma == 1 or args.objective == "clm+kl", "--gamma only has a meaning with --objective clm+kl; add that"),
@@ -127,9 +86,9 @@ def main(argv: list[str] | None = None) -> dict:
 
 def train(args, device, llm, distiller, corpus, tasks, encoder) -> dict:
     out_dir = Path(args.out_dir or common.OUT / f"pretrain-{Path(args.llm).name}")
-    optimizer = common.make_optimizer(distiller, args.lr)
+    optimizer = make_optimizer(distiller, args.lr)
     scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "fp16")
-    run = common.Run(out_dir, args, distiller, optimizer, scaler, distiller_config(distiller, llm, args),
+    run = Run(out_dir, args, distiller, optimizer, scaler, distiller_config(distiller, llm, args),
                      {"pretrain": {"corpus": corpus.name, "hash": corpus.hash, "objective": args.objective,
                                    "gamma": args.gamma, "beta": args.beta}})
     uses_kl, uses_clm = args.objective != "clm", args.objective != "kl"
@@ -166,7 +125,7 @@ def train(args, device, llm, distiller, corpus, tasks, encoder) -> dict:
             if uses_kl:
                 with torch.no_grad():
                     teacher = query_states(llm, demo_prefix(llm, batch["demo_ids"], batch["demo_mask"], bos_id), batch)
-            with common.sync_if(ddp, micro == args.grad_accum - 1):
+            with sync_if(ddp, micro == args.grad_accum - 1):
                 with autocast(device, args.dtype):
                     vectors = ddp(batch["demo_ids"], batch["demo_mask"])                             # (B, l, d)
                 student = query_states(llm, vector_prefix(llm, vectors, bos_id), batch)
@@ -180,7 +139,7 @@ def train(args, device, llm, distiller, corpus, tasks, encoder) -> dict:
             for name, value in losses.items():
                 totals[name] += value.item()
         totals = dict(zip(totals, sum_over_ranks(list(totals.values()), device), strict=True))
-        common.finite(sum(totals.values()), run.step)
+        finite(sum(totals.values()), run.step)
         grad_norm = run.update(args.clip)
         run.log(**totals, grad_norm=grad_norm, tokens=n_tokens, seconds=round(time.time() - started, 3))
         bar.set_postfix_str(", ".join(f"{name} {value:.3f}" for name, value in totals.items()))

@@ -41,4 +41,4 @@ for lam in ${LAMBDAS:-0.01 0.1 1 10}; do
     finetune "$name" class_to_class "$MEND" --init-from "$RUNS/pretrain-kl" --lam "$lam"
     score fig7 class_to_class --methods mend --checkpoint "$RUNS/$name-class_to_class"
 done
-for figure in fig6 fig7; do "$PYTHON" figures.py $figure --results "$RESULTS"/$figure*-"$SCALE".jsonl --out "$RESULTS/figures"; done
+for figure in fig6 fig7; do "$PYTHON" -m paper.figures $figure --results "$RESULTS"/$figure*-"$SCALE".jsonl --out "$RESULTS/figures"; done

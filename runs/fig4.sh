@@ -24,4 +24,4 @@ if [[ "${PARTS:-ab}" == *b* ]]; then
         )
     done
 fi
-"$PYTHON" figures.py fig4 --results "$RESULTS"/fig4*-"$SCALE".jsonl --out "$RESULTS/figures"
+"$PYTHON" -m paper.figures fig4 --results "$RESULTS"/fig4*-"$SCALE".jsonl --out "$RESULTS/figures"

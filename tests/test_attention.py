@@ -9,12 +9,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-import attention
-import common
-from attention import answer_attention, attend, induction_score, induction_scores, main, max_pool
+import run
 from common import UserError
-from data import Encoder, Tokenizer, load_tasks
-from model import build_distiller, distiller_config, load_llm
+from data import Encoder
+from loading import build_distiller, distiller_config, load_llm
+from paper import attention
+from paper.attention import answer_attention, attend, induction_score, induction_scores, main, max_pool
+from sources import Tokenizer, load_tasks
 
 CPU = torch.device("cpu")
 
@@ -157,7 +158,7 @@ def checkpoint(llm_folder, tmp_path_factory):
     distiller = build_distiller("layers:2", llm, 24, "matched", 0)
     flags = SimpleNamespace(distiller="layers:2", distill_len=24, vector_start="matched", template="space")
     path = tmp_path_factory.mktemp("run") / "best.safetensors"
-    common.save_checkpoint(path, distiller, {"model": distiller_config(distiller, llm, flags), "step": 7,
+    run.save_checkpoint(path, distiller, {"model": distiller_config(distiller, llm, flags), "step": 7,
                                              "trained_on": {"pretrain": {"corpus": "text"}}})
     return SimpleNamespace(path=path, llm=llm_folder, distiller=distiller.eval())
 

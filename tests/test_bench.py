@@ -11,14 +11,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import bench
-import figures
-import measure
+import data
 import plain
-import speed
+import score
 from common import UserError
-from data import Tokenizer, collate, load_tasks
-from evaluate import make_encoder
-from model import build_distiller, checkpoint_layers, load_llm
+from data import collate
+from loading import build_distiller, checkpoint_layers, load_llm, make_encoder
+from paper import figures, measure, speed
+from sources import Tokenizer, load_tasks
 
 CPU = torch.device("cpu")
 TINY = {  # every name that the code asks for, so small that a count takes no time; widths and depths all differ
@@ -292,7 +292,7 @@ def test_training_speed(llama, tasks_dir, monkeypatch):
 
 def test_the_typical_step_is_of_middle_size(llama, tasks_dir):
     *_, tasks, encoder = speed_setting(llama, tasks_dir)
-    rows_of = speed.step_rows(lambda first, n: [speed.sample_row(tasks, encoder, 100, i, 4, 1)
+    rows_of = data.step_rows(lambda first, n: [data.sample_row(tasks, encoder, 100, i, 4, 1)
                                                 for i in range(first, first + n)], 100, 2)
     sizes = sorted(sum(len(r["demo"]) for r in rows_of(step)) for step in range(64))
     assert sum(len(r["demo"]) for r in speed.typical_rows(tasks, encoder, 100, 4, 2, 1)) == sizes[32]
@@ -332,7 +332,7 @@ def test_scoring_speed_compares_equal_scores(llama, tasks_dir, monkeypatch):
     for method in ("icl", "mend"):
         assert found[method]["score_difference"] < 1e-4
         assert found[method]["seconds"] == {"plain": 20.0, "cached": 4.0} and found[method]["ratio"] == 5.0
-    real = speed.score_options
+    real = score.score_options
     monkeypatch.setattr(speed, "score_options", lambda *a: real(*a) + torch.tensor([0.0, 0.1, 0.0]))
     found = speed.scoring_speed(llm, distiller, tasks, encoder, args, n=20, n_plain=2, options=3)
     assert found["icl"]["score_difference"] > 0.09

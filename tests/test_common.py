@@ -12,9 +12,11 @@ from torch import nn
 import common
 import data
 import evaluate
+import run
 import train_finetune
 import train_pretrain
-from common import UserError, did_you_mean, load_checkpoint, lr_at, run_main, save_checkpoint
+from common import UserError, did_you_mean, run_main
+from run import load_checkpoint, lr_at, save_checkpoint
 
 SCRIPTS = [data, evaluate, train_pretrain, train_finetune]
 
@@ -167,7 +169,7 @@ def test_require_hub_gives_up_within_three_seconds(fresh_probe, monkeypatch, fau
                                            (evaluate, ["--tasks", "TASKS", "--methods", "icl"])],
                          ids=lambda v: getattr(v, "__name__", ""))
 def test_paper_preset_without_a_hub_names_the_pocket_command(script, extra, tasks_dir, capsys, monkeypatch):
-    monkeypatch.setattr("model.is_cached", lambda name: False)
+    monkeypatch.setattr("loading.is_cached", lambda name: False)
     argv = ["--preset", "paper", *(str(tasks_dir) if a == "TASKS" else a for a in extra)]
     started = time.time()
     with pytest.raises(SystemExit) as stop:
@@ -188,12 +190,12 @@ def small(seed: int) -> nn.Module:
 
 def test_checkpoint_holds_weights_moments_and_state(tmp_path):
     module = small(0)
-    optimizer = common.make_optimizer(module, 0.1)
+    optimizer = run.make_optimizer(module, 0.1)
     module(torch.ones(1, 3)).sum().backward()
     optimizer.step()
     save_checkpoint(tmp_path / "run" / "last.safetensors", module, {"step": 3, "note": "é"}, optimizer)
     tensors, state = load_checkpoint(tmp_path / "run")
-    assert state == {"step": 3, "note": "é"} == common.load_checkpoint(tmp_path / "run" / "last.safetensors", weights=False)[1]
+    assert state == {"step": 3, "note": "é"} == run.load_checkpoint(tmp_path / "run" / "last.safetensors", weights=False)[1]
     expected = {f"distiller.{n}": t for n, t in module.state_dict().items()}
     expected |= {f"optimizer.{n}.{key}": optimizer.state[p][key] for n, p in module.named_parameters()
                  for key in ("step", "exp_avg", "exp_avg_sq")}
@@ -203,7 +205,7 @@ def test_checkpoint_holds_weights_moments_and_state(tmp_path):
 
 def test_weight_decay_spares_vectors_and_frozen_weights():
     module = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3), nn.Linear(3, 3).requires_grad_(False))
-    decay, none = common.make_optimizer(module, 0.1).param_groups
+    decay, none = run.make_optimizer(module, 0.1).param_groups
     assert decay["params"] == [module[0].weight] and decay["weight_decay"] == 0.01
     assert {id(p) for p in none["params"]} == {id(p) for p in (module[0].bias, *module[1].parameters())}
     assert none["weight_decay"] == 0
@@ -236,11 +238,11 @@ def test_a_folder_gives_its_best_else_its_last_checkpoint(tmp_path, monkeypatch)
     save_checkpoint(tmp_path / "best.safetensors", small(0), {"step": 1})
     assert load_checkpoint(tmp_path)[1] == {"step": 1}
     assert load_checkpoint(tmp_path / "last.safetensors")[1] == {"step": 2}
-    name = common.checkpoint_id(tmp_path)
+    name = run.checkpoint_id(tmp_path)
     monkeypatch.chdir(tmp_path)
-    assert common.checkpoint_id("best.safetensors") == name  # however its path is typed
+    assert run.checkpoint_id("best.safetensors") == name  # however its path is typed
     save_checkpoint(tmp_path / "best.safetensors", small(1), {"step": 1})
-    assert name.startswith(f"{tmp_path.name}/best@") and common.checkpoint_id(tmp_path) != name
+    assert name.startswith(f"{tmp_path.name}/best@") and run.checkpoint_id(tmp_path) != name
 
 
 @pytest.mark.parametrize("damage", ["cut", "not safetensors", "no state", "empty"])

@@ -20,19 +20,10 @@ from transformers import PreTrainedTokenizerFast
 
 import common
 import data
+import sources
 from common import UserError
-from data import (
-    MAX_INPUT,
-    SEEDS,
-    Corpus,
-    Encoder,
-    Tokenizer,
-    collate,
-    load_tasks,
-    read_examples,
-    sample_row,
-    step_rows,
-)
+from data import MAX_INPUT, Corpus, Encoder, collate, sample_row, step_rows
+from sources import SEEDS, Tokenizer, load_tasks, read_examples
 
 # Tokenizer
 
@@ -136,7 +127,7 @@ def test_another_kind_of_tokenizer_takes_transformers_way(word_tokenizer):
                                             {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]}, "x+"),
     ({"type": "ByteLevel", "add_prefix_space": False}, True)])
 def test_only_understood_pre_tokenizers_go_through_tiktoken(pre, understood):
-    pattern = data.split_pattern(pre)
+    pattern = sources.split_pattern(pre)
     assert pattern == understood if isinstance(understood, str) else (pattern is not None) == understood
 
 
@@ -268,8 +259,8 @@ def test_limit_is_fixed_per_task_and_every_query_fits(llm_folder, tasks_dir):
     enc = encoder(llm_folder, distill_len=4, llm_positions=400, distiller_positions=200)
     tasks = load_tasks(str(tasks_dir), "class_to_class")
     for task in tasks.train:
-        limit = tasks.limit(task, enc)
-        assert limit == enc.limit(tasks.pool(task)) == enc.limit(tasks.pool(task)[::-1]) == tasks.limit(task, enc)
+        limit = tasks.limit(task, enc.limit)
+        assert limit == enc.limit(tasks.pool(task)) == enc.limit(tasks.pool(task)[::-1]) == tasks.limit(task, enc.limit)
         for seed in range(20):
             row = sample_row(tasks, enc, seed, 0, 16, 4)
             assert len(row["demo"]) + enc.distill_len <= 200
@@ -468,17 +459,17 @@ def test_jsonl_gz_and_txt_are_read(tmp_path, corpus_dir, tokenizer):
     assert np.array_equal(zipped.tokens, plain.tokens) and np.array_equal(zipped.spans, plain.spans)
     (tmp_path / "b.txt").write_text("\n\n".join(texts), encoding="utf-8")
     (tmp_path / "notes.md").write_text("not text to train on")
-    passages = list(data.read_documents(data.corpus_files([str(tmp_path / "b.txt")]), 1000))
+    passages = list(sources.read_documents(sources.corpus_files([str(tmp_path / "b.txt")]), 1000))
     assert "\n".join(passages) == "\n".join(texts)  # nothing is lost and no paragraph is split
     assert all(len(p) >= 1000 for p in passages[:-1]) and len(passages) > 2
-    assert [p.name for p in data.corpus_files([str(tmp_path)])] == ["a.jsonl.gz", "b.txt"]
+    assert [p.name for p in sources.corpus_files([str(tmp_path)])] == ["a.jsonl.gz", "b.txt"]
 
 
 def test_text_is_tokenised_once(tmp_path, corpus_dir, tokenizer, monkeypatch):
     copy = tmp_path / "part.jsonl"
     copy.write_text((corpus_dir / "part.jsonl").read_text())
     first = Corpus([str(copy)], tokenizer, 128, 64)
-    assert isinstance(first.tokens, np.memmap) and str(first.tokens.filename).startswith(str(data.CACHE))
+    assert isinstance(first.tokens, np.memmap) and str(first.tokens.filename).startswith(str(common.CACHE))
 
     def never(self, text):
         raise RuntimeError("tokenised again")
@@ -511,7 +502,7 @@ def test_an_interrupted_tokenisation_is_not_taken_for_a_whole_one(corpus_dir, to
 def test_a_file_that_cannot_be_read_is_named(tmp_path, content):
     (tmp_path / "part.jsonl.gz").write_bytes(content)
     with pytest.raises(UserError, match=r"part\.jsonl\.gz cannot be read as UTF-8 text"):
-        list(data.json_lines(tmp_path / "part.jsonl.gz", "an object"))
+        list(sources.json_lines(tmp_path / "part.jsonl.gz", "an object"))
 
 
 @pytest.mark.parametrize("content, message", [
@@ -547,7 +538,7 @@ def write_tasks(folder, train: dict, test: dict):
 
 
 def test_present_and_missing_tasks(tiny_tasks):
-    table = json.loads((data.ROOT / "splits.json").read_text())["metaicl"]["settings"]["class_to_class"]
+    table = json.loads((common.ROOT / "splits.json").read_text())["metaicl"]["settings"]["class_to_class"]
     train, test = {"emotion", "glue-sst2", "trec", "rotten_tomatoes", "sms_spam"}, {"ag_news", "emo"}
     assert (set(tiny_tasks.train), set(tiny_tasks.test), tiny_tasks.collection) == (train, test, "metaicl")
     assert set(tiny_tasks.missing_train) == set(table["train"]) - train
@@ -563,7 +554,7 @@ def test_sick_is_evaluated_and_not_trained_on(tmp_path):
 
 @pytest.mark.parametrize("split", common.SPLITS)
 def test_no_task_is_both_trained_on_and_tested(tmp_path, split):
-    setting = json.loads((data.ROOT / "splits.json").read_text())["metaicl"]["settings"][split]
+    setting = json.loads((common.ROOT / "splits.json").read_text())["metaicl"]["settings"][split]
     one = [example("a")]
     folder = write_tasks(tmp_path, dict.fromkeys(setting["train"], one), dict.fromkeys(setting["test"], one))
     tasks = load_tasks(str(folder), split)
@@ -683,11 +674,11 @@ def test_read_examples_strips_and_takes_missing_options(tmp_path):
 
 
 def test_scoring_needs_options_with_the_gold_answer():
-    data.require_options([example("a"), example("b", "sad")])
+    sources.require_options([example("a"), example("b", "sad")])
     with pytest.raises(UserError, match="task t: the example 'b' cannot be scored, as it has no options"):
-        data.require_options([example("a"), example("b", options=())])
+        sources.require_options([example("a"), example("b", options=())])
     with pytest.raises(UserError, match="its answer 'odd' is not among"):
-        data.require_options([example("b", "odd")])
+        sources.require_options([example("b", "odd")])
 
 
 # The hub, played by a stub
@@ -700,14 +691,14 @@ def hub(monkeypatch):
     found = SimpleNamespace(rows={}, asked=[])
 
     def load_dataset(name, *configuration, split, streaming, revision):
-        assert streaming and revision == data.HUB_REVISIONS[name]
+        assert streaming and revision == sources.HUB_REVISIONS[name]
         found.asked.append((name, *configuration, split))
         for row in found.rows[split]:
             if isinstance(row, BaseException):
                 raise row
             yield row
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr(data, "require_hub", lambda what: None)
+    monkeypatch.setattr(sources, "require_hub", lambda what: None)
     return found
 
 
@@ -730,7 +721,7 @@ def test_hub_tasks_are_written_once_in_metaicl_layout(hub):
         shots = [example(f"shot {s} {i}", task="emo") for s in (100, 13) for i in range(3)]
         assert tasks.retrieval_pool("emo", seed) == shots
     n = len(hub.asked)
-    assert set(hub.asked) == {(data.HUB_TASKS, split) for split in ("meta_train", "meta_eval", "meta_eval_100shot")}
+    assert set(hub.asked) == {(sources.HUB_TASKS, split) for split in ("meta_train", "meta_eval", "meta_eval_100shot")}
     assert load_tasks("metaicl", "class_to_class").train == ["emotion"] and len(hub.asked) == n
 
 
@@ -739,7 +730,7 @@ def test_c4_comes_from_the_hub_once(hub, corpus_dir, tokenizer):
     corpus = Corpus(["c4"], tokenizer, 128, 64)
     assert np.array_equal(corpus.tokens, Corpus([str(corpus_dir)], tokenizer, 128, 64).tokens) and corpus.name == "c4"
     Corpus(["c4"], tokenizer, 128, 64)
-    assert hub.asked == [(data.HUB_TEXT, "en", "validation")]
+    assert hub.asked == [(sources.HUB_TEXT, "en", "validation")]
 
 
 def write_parquet(folder, split, rows, shards=1):
@@ -754,10 +745,10 @@ def write_parquet(folder, split, rows, shards=1):
 def local_hub(monkeypatch, tmp_path):
     """The two data sets as local folders of their repositories' layout, read by the real datasets library."""
     tasks, text = tmp_path / "EvalMetaICLAll", tmp_path / "c4"
-    monkeypatch.setattr(data, "HUB_TASKS", str(tasks))
-    monkeypatch.setattr(data, "HUB_TEXT", str(text))
-    monkeypatch.setattr(data, "HUB_REVISIONS", {str(tasks): "main", str(text): "abc"})
-    monkeypatch.setattr(data, "require_hub", lambda what: None)
+    monkeypatch.setattr(sources, "HUB_TASKS", str(tasks))
+    monkeypatch.setattr(sources, "HUB_TEXT", str(text))
+    monkeypatch.setattr(sources, "HUB_REVISIONS", {str(tasks): "main", str(text): "abc"})
+    monkeypatch.setattr(sources, "require_hub", lambda what: None)
     return tasks, text
 
 
@@ -775,7 +766,7 @@ def test_metaicl_through_datasets_from_parquet(local_hub):
     for seed in (13, 100):
         assert {p: e["input"] for p, (e,) in tasks.files("emo", seed).items()} == {
             p: f"{p} {seed}" for p in ("train", "dev", "test")}
-    assert tasks.folder.parent == data.CACHE and "main" in tasks.folder.name
+    assert tasks.folder.parent == common.CACHE and "main" in tasks.folder.name
 
 
 def test_c4_through_datasets_from_its_own_layout(local_hub, corpus_dir, tokenizer):
@@ -792,7 +783,7 @@ def test_c4_through_datasets_from_its_own_layout(local_hub, corpus_dir, tokenize
 def test_another_revision_of_c4_is_tokenised_anew(hub, corpus_dir, tokenizer, monkeypatch):
     hub.rows = {"validation": [{"text": text} for text in texts_of(corpus_dir)]}
     first = Corpus(["c4"], tokenizer, 128, 64)
-    monkeypatch.setattr(data, "HUB_REVISIONS", data.HUB_REVISIONS | {data.HUB_TEXT: "0" * 40})
+    monkeypatch.setattr(sources, "HUB_REVISIONS", sources.HUB_REVISIONS | {sources.HUB_TEXT: "0" * 40})
     assert Corpus(["c4"], tokenizer, 128, 64).hash != first.hash and len(hub.asked) == 2
 
 
@@ -804,14 +795,14 @@ def test_hub_errors_name_the_offline_way(hub, local_hub, tokenizer):
         with pytest.raises(UserError, match=f"--corpus c4: .*c4, revision abc, split validation cannot be read.*{message}.*"
                                             + offline.format("c4")):
             Corpus(["c4"], tokenizer, 128, 64)
-        assert not list(data.CACHE.glob("corpus-*/ends.npy"))
+        assert not list(common.CACHE.glob("corpus-*/ends.npy"))
 
 
 def test_a_data_set_that_is_not_there_names_the_offline_way(local_hub):
     with pytest.raises(UserError, match="--tasks metaicl: .*EvalMetaICLAll, revision main, split meta_train cannot be read.*"
                                         "give a local folder in place of metaicl"):
         load_tasks("metaicl", "class_to_class")
-    assert not [path for path in data.CACHE.glob("metaicl*") if path.suffix != ".tmp"]
+    assert not [path for path in common.CACHE.glob("metaicl*") if path.suffix != ".tmp"]
 
 
 # Tokenizers that put a space of their own before a text, as SentencePiece's do
@@ -864,7 +855,7 @@ def test_a_bos_is_taken_where_the_tokenizer_adds_one(tmp_path, corpus_dir, token
 def test_table_1_against_a_direct_count(llama, tasks_dir, capsys):
     figures = data.main(["--preset", "pocket", "--llm", str(llama), "--tasks", str(tasks_dir), "--split", "class_to_class"])
     backend = Tokenizer(str(llama))
-    table = json.loads((data.ROOT / "splits.json").read_text())["metaicl"]["settings"]["class_to_class"]
+    table = json.loads((common.ROOT / "splits.json").read_text())["metaicl"]["settings"]["class_to_class"]
     out = capsys.readouterr().out
     for part, stem in (("train", "16384_100_train"), ("test", f"16_{SEEDS[0]}_test")):
         means, n = [], 0

@@ -13,8 +13,9 @@ from conftest import sentence
 from transformers import AutoModel
 
 from common import UserError
-from data import MAX_INPUT, Tokenizer
-from demos import (
+from data import MAX_INPUT
+from loading import load_llm
+from paper.demos import (
     PERTURBATIONS,
     SentenceEncoder,
     bm25_neighbours,
@@ -23,7 +24,7 @@ from demos import (
     perturb,
     retrieve,
 )
-from model import load_llm
+from sources import Tokenizer
 
 # Perturbation
 

@@ -12,9 +12,11 @@ from safetensors.torch import load_file
 import common
 import distill
 import plain
-from data import Encoder, Tokenizer
+import run
+from data import Encoder
 from evaluate import main as evaluate_main
-from model import build_distiller, distiller_config, load_distiller, load_llm
+from loading import build_distiller, distiller_config, load_distiller, load_llm
+from sources import Tokenizer
 
 CPU = torch.device("cpu")
 DEMOS = [("the boat is green", "happy"), ("war and trade", "sad"), ("bread and music", "happy"), ("rain past hills", "sad")]
@@ -33,7 +35,7 @@ def checkpoint(llm_name, tmp_path):
     module = build_distiller("layers:2", llm, 4, "matched", 1)
     model = distiller_config(module, llm, SimpleNamespace(distiller="layers:2", distill_len=4, vector_start="matched", template="space"))
     state = {"model": model, "trained_on": {}, "step": 3, "figures": {}, "commit": "abc", "flags": {"out_dir": "/home/me/run"}}
-    common.save_checkpoint(tmp_path / "run" / "best.safetensors", module, state)
+    run.save_checkpoint(tmp_path / "run" / "best.safetensors", module, state)
     return tmp_path / "run"
 
 
@@ -78,9 +80,9 @@ def test_labels_answers_and_vectors_equal_plain_ones(llm_name, checkpoint, demos
 
 def test_vectors_are_called_by_the_method_that_trained_them(llm_name, checkpoint, demos, tmp_path):
     _, distiller, _ = parts(llm_name, checkpoint)
-    _, state = common.load_checkpoint(checkpoint, weights=False)
+    _, state = run.load_checkpoint(checkpoint, weights=False)
     state["trained_on"] = {"pretrain": {"objective": "clm"}, "finetune": {"lam": 0.0}}
-    common.save_checkpoint(tmp_path / "hypertuning" / "best.safetensors", distiller, state)
+    run.save_checkpoint(tmp_path / "hypertuning" / "best.safetensors", distiller, state)
     result = distill.main(["--llm", llm_name, "--checkpoint", str(tmp_path / "hypertuning"), "--demos", demos(DEMOS), "--device", "cpu",
                            "--out", str(tmp_path / "v.safetensors"), "--ask", *ASKED])
     assert list(result["answers"]) == ["zero_shot", "icl", "hypertuning"]
@@ -169,11 +171,11 @@ def test_export_is_small_says_no_path_and_can_be_evaluated(llama, tasks_dir, tmp
     model = distiller_config(module, llm, SimpleNamespace(distiller="layers:2", distill_len=4, vector_start="residual", template="space"))
     state = {"model": model, "trained_on": {"pretrain": {"objective": "kl"}}, "step": 3, "figures": {}, "commit": "abc",
              "flags": {"out_dir": "/home/me/run", "lr": 0.1}}
-    common.save_checkpoint(tmp_path / "run" / "best.safetensors", module, state)
+    run.save_checkpoint(tmp_path / "run" / "best.safetensors", module, state)
     target = tmp_path / "out" / "x.safetensors"
     distill.main(["--checkpoint", str(tmp_path / "run"), "--export", str(target)])
     assert b"/home/me" not in target.read_bytes()
-    tensors, kept = common.load_checkpoint(target)
+    tensors, kept = run.load_checkpoint(target)
     assert {t.dtype for t in tensors.values()} == {torch.bfloat16} and kept["flags"] == {"lr": 0.1}
     for name, p in module.state_dict().items():
         torch.testing.assert_close(tensors[f"distiller.{name}"].float(), p.float(), atol=1e-2, rtol=1e-2)
@@ -234,9 +236,9 @@ def test_vectors_of_another_llm_and_no_vectors_are_refused(gpt2, llama, tmp_path
 
 def test_the_published_checkpoint_is_small_and_names_its_data():
     size = distill.PUBLISHED.stat().st_size
-    _, state = common.load_checkpoint(distill.PUBLISHED, weights=False)
+    _, state = run.load_checkpoint(distill.PUBLISHED, weights=False)
     assert size <= 45e6 and state["trained_on"]["finetune"]["tasks"] == "metaicl"
     assert state["trained_on"].keys() == {"pretrain", "finetune"} and "bigbench" not in json.dumps(state)
     assert state["model"]["llm"]["name"] == "SmolLM2-135M-Instruct" and "flags" not in state
     card = (distill.PUBLISHED.parent / "README.md").read_text()
-    assert distill.PUBLISHED.name in card and common.checkpoint_id(distill.PUBLISHED).split("@")[1] in card
+    assert distill.PUBLISHED.name in card and run.checkpoint_id(distill.PUBLISHED).split("@")[1] in card

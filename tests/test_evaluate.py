@@ -14,11 +14,18 @@ from sklearn.metrics import accuracy_score, f1_score
 
 import common
 import evaluate
+import loading
+import model
+import run
+import score
+import sources
 from common import UserError
-from data import SEEDS, TEMPLATES, Encoder, Tasks, Tokenizer, load_tasks
-from demos import PERTURBATIONS, bm25_neighbours, perturb
-from evaluate import macro_f1, majority, one_prefix, predict, predict_each, task_figures
-from model import build_distiller, demo_prefix, distiller_config, load_llm
+from data import TEMPLATES, Encoder
+from loading import build_distiller, distiller_config, load_llm
+from model import demo_prefix
+from paper.demos import PERTURBATIONS, bm25_neighbours, perturb
+from score import macro_f1, majority, one_prefix, predict, predict_each, task_figures
+from sources import SEEDS, Tasks, Tokenizer, load_tasks
 
 CPU = torch.device("cpu")
 METHODS = ["zero_shot", "icl", "icl_budget", "last_l", "mend"]
@@ -37,7 +44,7 @@ def test_metrics_against_scikit_learn(seed):
     f1 = f1_score(golds, predictions, labels=sorted(set(golds)), average="macro", zero_division=0)
     acc = accuracy_score(golds, predictions)
     assert macro_f1(predictions, golds) == pytest.approx(f1)
-    assert evaluate.accuracy(predictions, golds) == pytest.approx(acc)
+    assert score.accuracy(predictions, golds) == pytest.approx(acc)
     for task_type, headline in (("classification", f1), ("multi-choice", acc), ("QA", acc)):
         assert task_figures(predictions, golds, task_type) == pytest.approx(
             {"macro_f1": f1, "accuracy": acc, "headline": headline})
@@ -46,7 +53,7 @@ def test_metrics_against_scikit_learn(seed):
 def test_metrics_by_hand():
     predictions, golds = ["a", "a", "b", "c"], ["a", "b", "b", "b"]
     assert macro_f1(predictions, golds) == pytest.approx((2 / 3 + 1 / 2) / 2)  # a: P 1/2, R 1; b: P 1, R 1/3; c not gold
-    assert evaluate.accuracy(predictions, golds) == 0.5
+    assert score.accuracy(predictions, golds) == 0.5
 
 
 def shots(*labels: str, options=("a", "b", "c")) -> list[dict]:
@@ -88,10 +95,10 @@ def test_packed_queries_are_answered_like_single_ones(tiny, files, monkeypatch, 
     queries = [q | {"options": q["options"][:2 + i % 2]} for i, q in enumerate(files["test"])]
     prefix = one_prefix(method, files["train"], 400, tiny.llm, tiny.distiller, tiny.encoder, tiny.args)
     one_by_one = [predict(tiny.llm, prefix, tiny.encoder, [q], prefix.state is None)[0] for q in queries]
-    sizes, score = [], evaluate.score_options
-    monkeypatch.setattr(evaluate, "score_options", lambda llm, prefix, batch: (
-        sizes.append(int(batch["query_mask"].sum())), score(llm, prefix, batch))[1])
-    monkeypatch.setattr(evaluate, "PASS_TOKENS", {"cpu": pass_tokens, "cuda": pass_tokens})
+    sizes, scoring = [], score.score_options
+    monkeypatch.setattr(score, "score_options", lambda llm, prefix, batch: (
+        sizes.append(int(batch["query_mask"].sum())), scoring(llm, prefix, batch))[1])
+    monkeypatch.setattr(score, "PASS_TOKENS", {"cpu": pass_tokens, "cuda": pass_tokens})
     assert predict(tiny.llm, prefix, tiny.encoder, queries, prefix.state is None) == one_by_one
     assert len(set(one_by_one)) > 1  # else an LLM that always says the same would pass
     assert {1: len(sizes) == len(queries), 60: max(sizes) <= 60 and 1 < len(sizes) < 24, 100_000: len(sizes) == 1}[pass_tokens]
@@ -107,10 +114,10 @@ def test_a_demonstration_set_for_each_query_is_read_like_that_set_alone(tiny, fi
     sets = [rng.sample(files["train"], rng.randint(1, 12)) for _ in queries]
     alone = [predict(tiny.llm, one_prefix(method, demos, 200, tiny.llm, tiny.distiller, tiny.encoder, tiny.args), tiny.encoder, [q])[0]
              for demos, q in zip(sets, queries, strict=True)]
-    sizes, score = [], evaluate.score_options
-    monkeypatch.setattr(evaluate, "score_options", lambda llm, prefix, batch: (
-        sizes.append(len(batch["query_mask"])), score(llm, prefix, batch))[1])
-    monkeypatch.setattr(evaluate, "SET_TOKENS", set_tokens)
+    sizes, scoring = [], score.score_options
+    monkeypatch.setattr(score, "score_options", lambda llm, prefix, batch: (
+        sizes.append(len(batch["query_mask"])), scoring(llm, prefix, batch))[1])
+    monkeypatch.setattr(score, "SET_TOKENS", set_tokens)
     assert predict_each(method, sets, 200, tiny.llm, tiny.distiller, tiny.encoder, queries, tiny.args) == alone
     assert len(set(alone)) > 1 and sum(sizes) == 24
     assert {1: len(sizes) == 24, 700: 24 > len(sizes) > 1, 100_000: len(sizes) == 1}[set_tokens]
@@ -138,9 +145,9 @@ def test_only_zero_shot_ignores_the_demonstrations(tiny, tasks_dir, tmp_path, mo
         shutil.copy(tasks_dir / "emo" / f"emo_16_13_{part}.jsonl", tmp_path / "tasks" / "emo" / f"emo_16_21_{part}.jsonl")
     tasks = load_tasks(str(tmp_path / "tasks"), "class_to_class")
     args = SimpleNamespace(k=16, limit=0, distill_len=24, dtype="fp32", retrieve=None, perturb=None)
-    scores, score = [], evaluate.score_options
-    monkeypatch.setattr(evaluate, "score_options", lambda *a: scores.append(score(*a)) or scores[-1])
-    monkeypatch.setattr(evaluate, "PASS_TOKENS", {"cpu": 100_000, "cuda": 100_000})
+    scores, scoring = [], score.score_options
+    monkeypatch.setattr(score, "score_options", lambda *a: scores.append(scoring(*a)) or scores[-1])
+    monkeypatch.setattr(score, "PASS_TOKENS", {"cpu": 100_000, "cuda": 100_000})
     figures = [evaluate.evaluate_one(args, tiny.llm, tiny.distiller, tiny.encoder, tasks, "emo", seed, method) for seed in (13, 21)]
     assert torch.equal(*scores) == (method == "zero_shot")
     if method == "zero_shot":
@@ -151,7 +158,7 @@ def test_dev_figures_against_one_query_at_a_time(tiny, tasks_dir, llama):
     tasks = load_tasks(str(tasks_dir), "class_to_class")
     args = SimpleNamespace(seed=13, k=3, distill_len=4, dtype="fp32")
     tiny.distiller.train()
-    whole = evaluate.dev_figures(tiny.llm, tiny.distiller, tasks, tiny.encoder, args, CPU)
+    whole = score.dev_figures(tiny.llm, tiny.distiller, tasks, tiny.encoder, args, CPU)
     assert tiny.distiller.training  # left as the training loop needs it
     embed, distiller = tiny.llm.get_input_embeddings(), tiny.distiller.eval()
     kl, clm, pred, headlines, option_ce = [], [], [], [], []
@@ -192,8 +199,8 @@ def test_dev_figures_are_taken_without_dropout(gpt2, tasks_dir):
     encoder = Encoder(Tokenizer(str(gpt2)), "space", 300, 4, 640, 640)
     args = SimpleNamespace(seed=13, k=3, distill_len=4, dtype="fp32")
     tasks = load_tasks(str(tasks_dir), "class_to_class")
-    first = evaluate.dev_figures(llm, distiller, tasks, encoder, args, CPU)
-    assert evaluate.dev_figures(llm, distiller, tasks, encoder, args, CPU) == first and distiller.training
+    first = score.dev_figures(llm, distiller, tasks, encoder, args, CPU)
+    assert score.dev_figures(llm, distiller, tasks, encoder, args, CPU) == first and distiller.training
 
 
 # The script
@@ -210,7 +217,7 @@ def write_run(folder: Path, llama: Path, distiller: str = "layers:2", **stages) 
     module = build_distiller(distiller, llm, 4, "matched", 0)
     args = SimpleNamespace(distiller=distiller, distill_len=4, vector_start="matched", template="space")
     state = {"model": distiller_config(module, llm, args), "trained_on": stages}
-    common.save_checkpoint(folder / "best.safetensors", module, state)
+    run.save_checkpoint(folder / "best.safetensors", module, state)
     return folder
 
 
@@ -258,10 +265,10 @@ def test_one_line_for_each_method_task_and_seed(argv, tmp_path, llama, tasks_dir
 def test_the_vectors_of_the_checkpoint_are_used(argv, tmp_path, checkpoint, llama, monkeypatch):
     llm = load_llm(str(llama), CPU, torch.float32)
     seen = []
-    monkeypatch.setattr(evaluate, "vector_prefix", lambda llm, vectors, bos: seen.append(vectors) or demo_prefix(
+    monkeypatch.setattr(score, "vector_prefix", lambda llm, vectors, bos: seen.append(vectors) or demo_prefix(
         llm, torch.tensor([[1]]), torch.ones(1, 1, dtype=torch.bool)))
     evaluate.main([*argv, "--methods", "mend", "--only", "emo", "--seeds", "13"])
-    saved = common.load_checkpoint(checkpoint)[0]
+    saved = run.load_checkpoint(checkpoint)[0]
     other = build_distiller("layers:2", llm, 4, "matched", 77)
     other.load_state_dict({k.removeprefix("distiller."): t for k, t in saved.items()})
     demo = Encoder(Tokenizer(str(llama)), "space", 900).demonstrations(
@@ -300,9 +307,9 @@ def test_another_checkpoint_is_not_taken_from_the_results_file(argv, tmp_path, c
     argv = [*argv, "--methods", "icl", "mend", "--only", "emo", "--seeds", "13"]
     evaluate.main(argv)
     llm = load_llm(str(llama), CPU, torch.float32)
-    state = common.load_checkpoint(checkpoint / "best.safetensors")[1]
+    state = run.load_checkpoint(checkpoint / "best.safetensors")[1]
     other = tmp_path / "finetune-tiny"  # the same folder name, other weights
-    common.save_checkpoint(other / "best.safetensors", build_distiller("layers:2", llm, 4, "matched", 5), state)
+    run.save_checkpoint(other / "best.safetensors", build_distiller("layers:2", llm, 4, "matched", 5), state)
     evaluate.main([*argv, "--checkpoint", str(other)])
     methods = Counter(r["method"] for r in lines(tmp_path / "results.jsonl"))
     assert methods == {"icl": 1, "mend": 2}  # the checkpoint has no part in icl
@@ -387,9 +394,10 @@ def test_partners_are_a_derangement_of_the_evaluated_tasks():
 
 
 def test_controls_read_vectors_of_other_tasks_and_say_whose(argv, tmp_path, three_tasks, llama, monkeypatch):
-    seen, prefix = [], evaluate.vector_prefix
-    monkeypatch.setattr(evaluate, "vector_prefix", lambda llm, vectors, bos: (
+    seen, prefix = [], model.vector_prefix
+    monkeypatch.setattr(score, "vector_prefix", lambda llm, vectors, bos: (
         seen.append(vectors), prefix(llm, vectors, bos))[1])
+    monkeypatch.setattr(evaluate, "vector_prefix", score.vector_prefix)
     evaluate.main([*argv, "--tasks", str(three_tasks), "--methods", "mend_swapped", "mend_constant", "mend",
                    "--seeds", "13"])
     llm, tasks = load_llm(str(llama), CPU, torch.float32), load_tasks(str(three_tasks), "class_to_class")
@@ -422,7 +430,7 @@ def test_a_control_of_other_tasks_is_not_taken_from_the_results_file(argv, tmp_p
 
 def test_permuted_labels_are_wrong_alike_and_of_classification(argv, llama, three_tasks, monkeypatch, capsys):
     _, by_distiller = read_by(monkeypatch)
-    load = evaluate.load_tasks
+    load = sources.load_tasks
 
     def with_a_choice(*a):
         tasks = load(*a)
@@ -448,7 +456,7 @@ def test_permuted_labels_are_wrong_alike_and_of_classification(argv, llama, thre
 
 def read_by(monkeypatch) -> tuple[list[list[int]], list[list[int]]]:
     """The demonstration tokens, row by row, that the LLM and the distiller are given from now on."""
-    by_llm, by_distiller, prefix, load = [], [], evaluate.demo_prefix, evaluate.load_distiller
+    by_llm, by_distiller, prefix, load = [], [], model.demo_prefix, loading.load_distiller
 
     def record(seen, ids, mask):
         seen += [row[m].tolist() for row, m in zip(ids, mask, strict=True)]
@@ -457,7 +465,7 @@ def read_by(monkeypatch) -> tuple[list[list[int]], list[list[int]]]:
         distiller, state = load(path, llm)
         distiller.register_forward_pre_hook(lambda module, batch: record(by_distiller, *batch))
         return distiller, state
-    monkeypatch.setattr(evaluate, "demo_prefix", lambda llm, ids, mask, bos: (
+    monkeypatch.setattr(score, "demo_prefix", lambda llm, ids, mask, bos: (
         record(by_llm, ids, mask), prefix(llm, ids, mask, bos))[1])
     monkeypatch.setattr(evaluate, "load_distiller", load_and_watch)
     return by_llm, by_distiller
@@ -592,9 +600,9 @@ KL, CLM, UNSEEN = {"objective": "kl"}, {"objective": "clm"}, {"tasks": "metaicl"
 def test_a_checkpoint_is_not_taken_for_another_methods(tmp_path, llama, method, distiller, stages, message):
     state = {"model": {"distiller": distiller}, "trained_on": stages}
     if message is None:
-        return evaluate.refuse_wrong_method([method], state, "run")
+        return loading.refuse_wrong_method([method], state, "run")
     with pytest.raises(UserError, match=f"run {message}"):
-        evaluate.refuse_wrong_method([method], state, "run")
+        loading.refuse_wrong_method([method], state, "run")
 
 
 def test_main_refuses_a_checkpoint_of_another_method(argv):
@@ -664,10 +672,10 @@ def test_examples_without_options_cannot_be_scored(argv, tasks_dir, tmp_path):
 
 def test_tasks_that_the_checkpoint_was_finetuned_on_are_refused(tasks_dir):
     tasks, args = load_tasks(str(tasks_dir), "class_to_class"), SimpleNamespace(only=None)
-    evaluate.refuse_seen_tasks({"finetune": {"tasks": "metaicl", "split": "class_to_class"}}, tasks, args)
-    evaluate.refuse_seen_tasks({"finetune": {"tasks": "bigbench", "split": "hr_to_lr"}}, tasks, args)
+    loading.refuse_seen_tasks({"finetune": {"tasks": "metaicl", "split": "class_to_class"}}, tasks, args)
+    loading.refuse_seen_tasks({"finetune": {"tasks": "bigbench", "split": "hr_to_lr"}}, tasks, args)
     with pytest.raises(UserError, match="training tasks include ag_news, emo"):
-        evaluate.refuse_seen_tasks({"finetune": {"tasks": "metaicl", "split": "hr_to_lr"}}, tasks, args)
+        loading.refuse_seen_tasks({"finetune": {"tasks": "metaicl", "split": "hr_to_lr"}}, tasks, args)
 
 
 def test_functions_are_evaluated_by_accuracy(argv, tmp_path, tasks_dir):

@@ -31,25 +31,12 @@ from transformers import (
 )
 
 import plain
-from common import UserError, make_optimizer, save_checkpoint
+from common import UserError
 from data import collate
-from model import (
-    build_distiller,
-    demo_prefix,
-    distill_loss,
-    distiller_config,
-    finetune_loss,
-    first_layers,
-    head_logits,
-    load_distiller,
-    load_llm,
-    loss_mask,
-    max_positions,
-    pred_loss,
-    query_states,
-    score_options,
-    vector_prefix,
-)
+from loading import build_distiller, distiller_config, first_layers, load_distiller, load_llm, max_positions
+from model import demo_prefix, head_logits, loss_mask, query_states, vector_prefix
+from run import make_optimizer, save_checkpoint
+from score import distill_loss, finetune_loss, pred_loss, score_options
 
 CPU, VOCAB, WINDOW = torch.device("cpu"), 320, 5
 
@@ -326,7 +313,7 @@ def test_a_step_trains_all_of_the_distiller_and_nothing_of_the_llm(llm, kind, fa
 
 def make_distiller(llm, kind: str, family: str, tmp_path, monkeypatch):
     """The LLM's first two layers, or a sibling of another width."""
-    monkeypatch.setattr("model.check_same_tokens", lambda *_: None)  # these models have no tokenizers
+    monkeypatch.setattr("loading.check_same_tokens", lambda *_: None)  # these models have no tokenizers
     narrow = {"gpt2": {"n_embd": 16}, "opt": {"hidden_size": 16, "word_embed_proj_dim": 16},
               "opt-350m": {"word_embed_proj_dim": 8}, "t5": {"d_model": 16}, "flan-t5": {"d_model": 16}}.get(family, {"hidden_size": 16})
     spec = "layers:2"

@@ -10,10 +10,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.patches import FancyArrowPatch
 from PIL import Image
 
-import common
-import figures
+import evaluate
 from common import UserError
-from figures import averages, main
+from paper import figures
+from paper.figures import averages, main
+from run import save_checkpoint
 
 
 def record(method="mend", task="ag_news", seed=100, headline=0.5, k=16, distill_len=8, **more) -> dict:
@@ -56,7 +57,7 @@ def drawn_lines(ax) -> dict:
 def draw(name: str, *argv: str):
     """A figure's drawing function, on flags: (figure, what it draws)."""
     args = figures.get_parser().parse_args([name, *argv])
-    args.command = "python figures.py " + name
+    args.command = "python -m paper.figures " + name
     return figures.FIGURES[name](args)
 
 
@@ -127,7 +128,7 @@ def test_fig4_draws_the_means_and_deviations(tmp_path):
         np.testing.assert_allclose(y, MEAN + np.array(shifts))
         np.testing.assert_allclose(half, [STD] * len(xs))
     text = fig.texts[0].get_text().replace("\n", " ")
-    assert "2 tasks × 2 seeds, 40 queries a point" in text and "runs/fig4.sh" in text and "python figures.py fig4" in text
+    assert "2 tasks × 2 seeds, 40 queries a point" in text and "runs/fig4.sh" in text and "python -m paper.figures fig4" in text
     assert "($l$ = 8)" in fig.axes[0].get_xlabel() and "($K$ = 16)" in fig.axes[1].get_xlabel()
     out = main(["fig4", "--results", path, "--out", str(tmp_path / "out")])
     check_files(out, tmp_path / "out", "fig4")
@@ -177,16 +178,16 @@ def test_a_line_that_is_being_written_is_left_alone(tmp_path):
     write(path, fig4_records())
     whole = path.read_text()
     path.write_text(whole + '{"method": "me')
-    assert figures.read_results(path) == fig4_records() and path.read_text() == whole + '{"method": "me'
+    assert evaluate.read_results(path) == fig4_records() and path.read_text() == whole + '{"method": "me'
     path.write_text("no json\n")
     with pytest.raises(UserError, match="not a results file"):
-        figures.read_results(path)
+        evaluate.read_results(path)
 
 
 # Figs. 5 and 8
 
 
-ABOUT = {"llm": "tiny", "seed": 100, "dtype": "fp32", "commit": "abc", "command": "python attention.py"}
+ABOUT = {"llm": "tiny", "seed": 100, "dtype": "fp32", "commit": "abc", "command": "python -m paper.attention"}
 
 
 def test_fig8_draws_the_scores(tmp_path):
@@ -225,12 +226,12 @@ def test_fig5_draws_the_weights(tmp_path):
 
 @pytest.mark.parametrize("name", ["fig5", "fig8"])
 def test_what_was_not_measured_names_its_script(tmp_path, name):
-    with pytest.raises(UserError, match=r"does not hold what fig. draws .*python attention\.py"):
+    with pytest.raises(UserError, match=r"does not hold what fig. draws .*python -m paper\.attention"):
         main([name, "--results", str(tmp_path / "absent.json"), "--out", str(tmp_path)])
 
 
 @pytest.mark.parametrize(("argv", "message"), [
-    (["fig3", "--results", "F"], "it lacks settings, scaling.*bench.py"), (["fig8", "--results", "F"], "it lacks scores, heads.*attention.py"),
+    (["fig3", "--results", "F"], "it lacks settings, scaling.*bench.py"), (["fig8", "--results", "F"], "it lacks scores, heads.*paper.attention"),
     (["fig4", "--results", "F"], "the results lack checkpoint, .*lines that evaluate.py wrote"),
     (["fig8", "--results", "F", "F"], "fig8 takes one file"), (["method", "--out", "F/x"], "stands under a file")])
 def test_files_of_another_kind_are_named(tmp_path, argv, message):
@@ -246,7 +247,7 @@ def test_files_of_another_kind_are_named(tmp_path, argv, message):
 def write_run(folder, trained_on: dict, lines: list[dict]) -> str:
     folder.mkdir()
     write(folder / "metrics.jsonl", lines)
-    common.save_checkpoint(folder / "last.safetensors", torch.nn.Linear(1, 1),
+    save_checkpoint(folder / "last.safetensors", torch.nn.Linear(1, 1),
                            {"trained_on": trained_on, "flags": {"steps": 160, "eval_docs": 64}, "commit": "abc"})
     return str(folder)
 

@@ -25,7 +25,7 @@ from transformers import (
 import evaluate
 import train_finetune
 import train_pretrain
-from data import ROOT
+from common import ROOT
 
 K = 8
 NOISE = ["cold", "small", "slow", "past", "green", "while", "rain", "law"]

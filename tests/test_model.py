@@ -25,32 +25,37 @@ from transformers import (
 )
 
 import plain
-from common import UserError, make_optimizer, save_checkpoint
+from common import UserError
 from data import collate
+from loading import (
+    build_distiller,
+    distiller_config,
+    embedding_rms,
+    first_layers,
+    fuse_gelu,
+    load_distiller,
+    load_llm,
+    max_positions,
+)
 from model import (
     Distiller,
     Prefix,
     attention_mask,
-    build_distiller,
     demo_prefix,
-    distill_loss,
-    distiller_config,
-    embedding_rms,
-    finetune_loss,
-    first_layers,
-    full_precision,
-    fuse_gelu,
     head_logits,
-    load_distiller,
-    load_llm,
-    max_positions,
-    pred_loss,
-    pretrain_loss,
     query_states,
-    score_options,
-    sum_in_chunks,
     vector_prefix,
     with_bos,
+)
+from run import make_optimizer, save_checkpoint
+from score import (
+    distill_loss,
+    finetune_loss,
+    full_precision,
+    pred_loss,
+    pretrain_loss,
+    score_options,
+    sum_in_chunks,
 )
 
 CPU, BOS = torch.device("cpu"), 7

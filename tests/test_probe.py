@@ -6,11 +6,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import common
-import probe
+import run
 from common import UserError
-from data import Encoder, Tokenizer, load_tasks
-from model import build_distiller, distiller_config, load_llm
+from data import Encoder
+from loading import build_distiller, distiller_config, load_llm
+from paper import probe
+from sources import Tokenizer, load_tasks
 
 CPU = torch.device("cpu")
 
@@ -25,24 +26,24 @@ def test_figures_by_hand():
 
 
 @pytest.fixture
-def run(llama, tasks_dir, tmp_path):
+def probed(llama, tasks_dir, tmp_path):
     """Probes a distiller that `change` was applied to: (spec, start, change) -> final figures."""
     llm = load_llm(str(llama), CPU, torch.float32)
 
-    def run(spec, start, change=lambda distiller: None):
+    def probed(spec, start, change=lambda distiller: None):
         distiller = build_distiller(spec, llm, 4, start, 0)
         with torch.no_grad():
             change(distiller)
         flags = SimpleNamespace(distiller=spec, distill_len=4, vector_start=start, template="space")
         path = tmp_path / "run" / "best.safetensors"
-        common.save_checkpoint(path, distiller, {"model": distiller_config(distiller, llm, flags)})
+        run.save_checkpoint(path, distiller, {"model": distiller_config(distiller, llm, flags)})
         return probe.main(["--preset", "pocket", "--llm", str(llama), "--tasks", str(tasks_dir), "--device", "cpu",
                            "--k", "4", "--checkpoint", str(path)])
-    return run
+    return probed
 
 
-def test_a_distiller_without_gain_has_no_correction(run, llama, tasks_dir, capsys):
-    found = run("layers:2", "residual", lambda distiller: distiller.gain.fill_(0))
+def test_a_distiller_without_gain_has_no_correction(probed, llama, tasks_dir, capsys):
+    found = probed("layers:2", "residual", lambda distiller: distiller.gain.fill_(0))
     assert (found["rms_correction"], found["shared_energy"], found["most_change"]) == (0, None, None)
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == found and found["tasks"] == 2
     tasks, encoder = load_tasks(str(tasks_dir), "class_to_class"), Encoder(Tokenizer(str(llama)), "space", 900)
@@ -51,14 +52,14 @@ def test_a_distiller_without_gain_has_no_correction(run, llama, tasks_dir, capsy
     assert found["rms_start"] == pytest.approx(embed[last].pow(2).mean().sqrt().item(), rel=1e-5)
 
 
-def test_free_vectors_are_the_same_correction_for_all(run):
-    found = run("free", "matched")
+def test_free_vectors_are_the_same_correction_for_all(probed):
+    found = probed("free", "matched")
     assert (found["shared_energy"], found["mean_cosine"]) == pytest.approx((1, 1))
     assert found["most_change"] == 0 and found["rms_start"] == 0 < found["rms_correction"]
 
 
-def test_an_untrained_distiller_corrects_each_task_in_its_own_way(run):
-    found = run("layers:2", "residual", lambda distiller: distiller.gain.mul_(3))
+def test_an_untrained_distiller_corrects_each_task_in_its_own_way(probed):
+    found = probed("layers:2", "residual", lambda distiller: distiller.gain.mul_(3))
     assert 0.5 < found["shared_energy"] < 0.999 and -1 < found["mean_cosine"] < 0.999
     assert 0.01 < found["least_change"] <= found["most_change"]
 

@@ -5,35 +5,34 @@ import shlex
 
 import pytest
 
-import assets
-import attention
 import bench
 import common
 import data
 import distill
 import evaluate
-import figures
-import probe
-import tables
 import train_finetune
 import train_pretrain
+from paper import attention, figures, probe, tables
+from pocket import assets
 
 SCRIPTS = {m.__name__: m for m in (assets, attention, bench, data, distill, evaluate, figures, probe,
                                    train_finetune, train_pretrain)}
-PLACES = ["README.md", "results/LOG.md", "results/SPEED.md", "checkpoints/README.md", "Makefile", *(f"{name}.py" for name in SCRIPTS)]
+PLACES = ["README.md", "results/LOG.md", "results/SPEED.md", "checkpoints/README.md", "Makefile",
+          *(f"{name.replace('.', '/')}.py" for name in SCRIPTS)]
+CALLED = {f"-m {name}" if "." in name else f"{name}.py": script for name, script in SCRIPTS.items()}
 
 
 def commands() -> list[str]:
     found = []
     for place in PLACES:
         text = (common.ROOT / place).read_text().replace("\\\n", " ")
-        found += re.findall(r"((?:python|nproc_per_node \d+) (?:" + "|".join(SCRIPTS) + r")\.py[^\n`#|]*)", text)
+        found += re.findall(rf"((?:python|nproc_per_node \d+) (?:{'|'.join(map(re.escape, CALLED))})(?![.\w])[^\n`#|]*)", text)
     return sorted(set(found))
 
 
 def test_commands_are_found():
     text = " ".join(commands())
-    assert all(f"{name}.py" in text for name in SCRIPTS) and len(commands()) > 12
+    assert all(called in text for called in CALLED) and len(commands()) > 12
 
 
 def test_the_tests_that_the_readme_names_are_there():
@@ -45,16 +44,16 @@ def test_the_tests_that_the_readme_names_are_there():
 
 @pytest.mark.parametrize("command", commands())
 def test_command_parses(command):
-    script, flags = re.search(r"(\w+)\.py(.*)", command).groups()
-    args = SCRIPTS[script].get_parser().parse_args(shlex.split(flags.replace("$(DEMO)", "out/demo").replace("$(PUBLISHED)", "x.safetensors").replace("$", "")))
-    if script not in ("assets", "distill"):
+    called, flags = re.search(rf"({'|'.join(map(re.escape, CALLED))})(.*)", command).groups()
+    args = CALLED[called].get_parser().parse_args(shlex.split(flags.replace("$(DEMO)", "out/demo").replace("$(PUBLISHED)", "x.safetensors").replace("$(if $(filter gemma,$(LLM)),--only gemma)", "").replace("$", "")))
+    if "split" in args:
         assert args.split in (*common.SPLITS, "S")
 
 
 @pytest.mark.parametrize("file", sorted((common.ROOT / "results").glob("table2-*.jsonl")), ids=lambda path: path.stem)
 def test_the_readme_has_the_figures_of_the_committed_results(file):
     text = (common.ROOT / "README.md").read_text(encoding="utf-8")
-    records = tables.read_results(file)
+    records = evaluate.read_results(file)
     for method in {r["method"] for r in records} - {"majority"}:
         mine = {(r["task"], r["seed"]): (100 * r["headline"], r["n"]) for r in records if r["method"] == method}
         found = tables.summary(mine)

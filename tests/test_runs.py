@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from common import load_checkpoint
+from run import load_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 import data
-import synthetic
+import sources
 from common import UserError
-from synthetic import DOMAINS, HELD_OUT, Early, Functions, Recall, answers, example, inputs, parts_of
+from pocket import synthetic
+from pocket.synthetic import DOMAINS, HELD_OUT, Early, Functions, Recall, answers, example, inputs, parts_of
 
 
 @pytest.mark.parametrize(("domain", "name", "x", "y"), [
@@ -122,7 +123,7 @@ def test_recall_says_when_the_vocabulary_is_too_small():
 
 
 def test_a_training_row_of_functions_has_k_demonstrations_of_the_query_s_function(llama):
-    tasks, encoder = Functions(), data.Encoder(data.Tokenizer(str(llama)), "newline", 900)
+    tasks, encoder = Functions(), data.Encoder(sources.Tokenizer(str(llama)), "newline", 900)
     rows, again = ([data.sample_row(tasks, encoder, 1, i, k=4, queries=2) for i in range(3)] for _ in range(2))
     assert rows == again and rows[0] != rows[1]
     assert all(len(row["queries"]) == 2 and row["demo"] for row in rows)
@@ -130,7 +131,7 @@ def test_a_training_row_of_functions_has_k_demonstrations_of_the_query_s_functio
 
 def test_a_mixture_draws_from_each_collection_and_passes_on_to_it():
     functions, early = Functions(), Early()
-    tasks = data.load_tasks(["functions", "early"], "class_to_class")
+    tasks = sources.load_tasks(["functions", "early"], "class_to_class")
     assert tasks.collection == "functions early" and tasks.test == functions.test + early.test
     drawn = [tasks.draw(np.random.default_rng(i), 4, 2)[0] for i in range(20)]
     assert set(drawn) <= set(functions.train) and len(set(drawn)) > 5

@@ -12,13 +12,19 @@ import torch
 from test_train_pretrain import assert_same, furthest, interrupt_after, log_softmaxes, metrics
 
 import common
+import data
 import evaluate
+import loading
 import model
+import run
+import score
 import train_finetune
 import train_pretrain
-from common import UserError, load_checkpoint, save_checkpoint
-from data import Encoder, Tokenizer, load_tasks, sample_row, step_rows
-from model import build_distiller, distiller_config, load_llm
+from common import UserError
+from data import Encoder, sample_row, step_rows
+from loading import build_distiller, distiller_config, load_llm
+from run import load_checkpoint, save_checkpoint
+from sources import Tokenizer, load_tasks
 
 CPU = torch.device("cpu")
 
@@ -127,7 +133,7 @@ def test_checkpointing_the_llm_changes_no_step(argv, quick_dev, tmp_path):
 
 
 def test_llm_weights_overrule_dtype_for_the_llm_alone(argv, quick_dev, tmp_path, monkeypatch):
-    loaded, load = [], train_finetune.load_llm
+    loaded, load = [], loading.load_llm
     monkeypatch.setattr(train_finetune, "load_llm", lambda *a: (loaded.append(load(*a)), loaded[-1])[1])
     for flags in ([], ["--llm-weights", "bf16"], ["--dtype", "bf16"], ["--dtype", "bf16", "--llm-weights", "fp32"]):
         train_finetune.main([*argv, "--steps", "1", *flags, "--out-dir", str(tmp_path / "-".join(["run", *flags]))])
@@ -138,10 +144,10 @@ def test_llm_weights_overrule_dtype_for_the_llm_alone(argv, quick_dev, tmp_path,
 
 
 def test_every_step_draws_new_samples(argv, quick_dev, tmp_path, monkeypatch):
-    drawn, sample = [], train_finetune.sample_row
+    drawn, sample = [], data.sample_row
     monkeypatch.setattr(train_finetune, "sample_row", lambda tasks, encoder, seed, number, k, queries: (
         drawn.append((seed, number, k, queries)), sample(tasks, encoder, seed, number, k, queries))[1])
-    read, collate = [], train_finetune.collate
+    read, collate = [], data.collate
     monkeypatch.setattr(train_finetune, "collate", lambda rows, device: (read.extend(rows), collate(rows, device))[1])
     train_finetune.main([*argv, "--out-dir", str(tmp_path / "run")])
     assert drawn == [(100, number, 4, 2) for number in range(256)]  # of 64 steps, sorted by length together
@@ -149,7 +155,7 @@ def test_every_step_draws_new_samples(argv, quick_dev, tmp_path, monkeypatch):
 
 
 def test_without_lambda_the_distillation_loss_has_no_part(argv, quick_dev, tmp_path, monkeypatch):
-    loss = train_finetune.distill_loss
+    loss = score.distill_loss
     for factor in (1, 7):
         monkeypatch.setattr(train_finetune, "distill_loss", lambda *a, factor=factor: factor * loss(*a))
         for lam in ("0", "1"):
@@ -167,7 +173,7 @@ def test_finetuning_lowers_the_answer_loss(argv, quick_dev, tmp_path):
 
 
 def test_without_lambda_the_teacher_does_not_run(argv, quick_dev, tmp_path, monkeypatch):
-    calls, prefix = [], train_finetune.demo_prefix
+    calls, prefix = [], model.demo_prefix
     monkeypatch.setattr(train_finetune, "demo_prefix", lambda *a: calls.append(1) or prefix(*a))
     counts = {}
     for lam in ("0", "1"):
@@ -274,7 +280,7 @@ def test_the_start_is_evaluated_once(argv, flags, corpus_dir, quick_dev, monkeyp
     monkeypatch.setattr(script, "dev_figures", dev)
     argv = [*argv, "--eval-every", "9", "--out-dir", str(tmp_path / "run")]
     with monkeypatch.context() as patch:
-        patch.setattr(common.Run, "begin_step", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+        patch.setattr(run.Run, "begin_step", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             script.main([*argv, "--steps", "2"])
     assert len(calls) == 1 and list(metrics(tmp_path / "run", "val_kl")) == [0]
@@ -313,14 +319,14 @@ def test_a_bf16_run_is_evaluated_in_fp32(argv, flags, corpus_dir, rounded_llm, m
 def test_identical_prefixes_have_no_kl_in_a_bf16_run(argv, monkeypatch, tmp_path):
     """The student reads the demonstrations too, but as embeddings in a padded prefix, as rounding would
     tell."""
-    prefix = evaluate.one_prefix
+    prefix = score.one_prefix
 
     def padded(method, demos, limit, llm, distiller, encoder, args):
         if method == "icl":
             return prefix(method, demos, limit, llm, distiller, encoder, args)
         ids = torch.tensor([[0] * 7 + encoder.demonstrations(demos, limit)])
         return model.demo_prefix(llm, ids, torch.arange(ids.shape[1])[None] >= 7)
-    monkeypatch.setattr(evaluate, "one_prefix", padded)
+    monkeypatch.setattr(score, "one_prefix", padded)
     train_finetune.main([*argv, "--steps", "1", "--dtype", "bf16", "--out-dir", str(tmp_path / "run")])
     assert max(map(abs, metrics(tmp_path / "run", "val_kl").values())) < 1e-6
 
@@ -343,7 +349,7 @@ def start_of(argv, tmp_path, monkeypatch, capsys) -> tuple[dict, str]:
     def stop(run, args):
         weights.update({name: t.clone() for name, t in run.distiller.state_dict().items()})
         raise KeyboardInterrupt
-    monkeypatch.setattr(common.Run, "begin_step", stop)
+    monkeypatch.setattr(run.Run, "begin_step", stop)
     stub_dev(monkeypatch, [1.0], [])
     with pytest.raises(KeyboardInterrupt):
         train_finetune.main([*argv, "--out-dir", str(tmp_path / "run")])
@@ -461,7 +467,7 @@ def test_flag_faults_come_together(argv):
     (["--init-from", "/nowhere"], "no checkpoint at /nowhere"), (["--split", "qa_to_qa"], "of qa_to_qa"),
     (["--tasks", "/nowhere"], "--tasks /nowhere"), (["--distiller", "layers:x"], "whole number N")])
 def test_user_errors_come_before_the_first_step(argv, monkeypatch, change, message):
-    monkeypatch.setattr(common.Run, "begin_step", lambda *_: pytest.fail("a step was made"))
+    monkeypatch.setattr(run.Run, "begin_step", lambda *_: pytest.fail("a step was made"))
     with pytest.raises(UserError, match=message):
         train_finetune.main([*argv, *change])
 

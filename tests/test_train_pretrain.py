@@ -14,10 +14,16 @@ import torch
 import torch.nn.functional as F
 
 import common
+import data
+import model
+import run
+import score
 import train_pretrain
-from common import UserError, load_checkpoint
-from data import Corpus, Tokenizer, step_rows
-from model import build_distiller, load_llm
+from common import UserError
+from data import Corpus, step_rows
+from loading import build_distiller, load_llm
+from run import load_checkpoint
+from sources import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -64,13 +70,13 @@ def furthest(a: dict, b: dict, kind: str) -> float:
 
 def interrupt_after(monkeypatch, step: int) -> None:
     """A Ctrl-C right after the record of optimiser step `step` was written, so before its checkpoint."""
-    log = common.Run.log
+    log = run.Run.log
 
     def stop(run, **record):
         log(run, **record)
         if run.step == step and "grad_norm" in record:
             raise KeyboardInterrupt
-    monkeypatch.setattr(common.Run, "log", stop)
+    monkeypatch.setattr(run.Run, "log", stop)
 
 
 def test_end_to_end(argv, tmp_path, capsys, llama, corpus_dir):
@@ -158,7 +164,7 @@ def test_the_first_step_of_the_other_objectives(argv, quick_dev, tmp_path, llama
 
 @pytest.mark.parametrize("objective, passes", [("kl", 8), ("clm", 0), ("clm+kl", 8)])
 def test_clm_does_not_run_the_teacher(argv, quick_dev, tmp_path, monkeypatch, objective, passes):
-    calls, prefix = [], train_pretrain.demo_prefix
+    calls, prefix = [], model.demo_prefix
     monkeypatch.setattr(train_pretrain, "demo_prefix", lambda *a: calls.append(1) or prefix(*a))
     monkeypatch.setattr(train_pretrain, "evaluate_kl", lambda *_: {"val_kl": 1.0, "val_kl_no_context": 1.0, "val_kl_last_l": 1.0,
                                                                    "recovered": 0.0})
@@ -203,8 +209,8 @@ def test_held_out_kl_and_its_references_against_one_window_at_a_time(argv, quick
 
 
 def test_learning_rate_rises_and_falls_over_all_steps(argv, quick_dev, tmp_path, monkeypatch):
-    rates, update = [], common.Run.update
-    monkeypatch.setattr(common.Run, "update", lambda run, clip: (
+    rates, update = [], run.Run.update
+    monkeypatch.setattr(run.Run, "update", lambda run, clip: (
         rates.append([group["lr"] for group in run.optimizer.param_groups]), update(run, clip))[1])
     argv = [*argv, "--steps", "6", "--warmup", "0.34", "--lr", "0.01", "--eval-every", "6", "--out-dir", str(tmp_path / "run")]
     train_pretrain.main(argv)
@@ -241,7 +247,7 @@ def test_every_sample_is_read_once(argv, quick_dev, tmp_path, monkeypatch):
     monkeypatch.setattr(Corpus, "training_rows", lambda corpus, seed, first, count, beta: (
         asked.append((seed, first, count)),
         [row | {"sample": first + i} for i, row in enumerate(rows(corpus, seed, first, count, beta))])[1])
-    read, collate = [], train_pretrain.collate
+    read, collate = [], data.collate
     monkeypatch.setattr(train_pretrain, "collate", lambda rows, device: (read.extend(rows), collate(rows, device))[1])
     train_pretrain.main([*argv, "--steps", "66", "--eval-every", "66", "--eval-docs", "1", "--out-dir", str(tmp_path / "run")])
     assert asked == [(100, 0, 256), (100, 256, 256)]  # 64 steps at a time, sorted by length together
@@ -275,14 +281,14 @@ def test_a_run_that_was_interrupted_equals_one_that_was_not(argv, request, tmp_p
 def test_an_evaluation_cut_off_before_its_checkpoint_is_logged_once(argv, tmp_path, monkeypatch, where):
     stub_dev(monkeypatch, [4.0, 3.0, 2.0, 1.0], [])
     argv = [*argv, "--save-every", "1", "--out-dir", str(tmp_path / "run")]
-    save = common.save_checkpoint
+    save = run.save_checkpoint
 
     def crash(path, distiller, state, optimizer=None):
         if path.name == where and state["evaluated"] == 2:
             raise KeyboardInterrupt
         save(path, distiller, state, optimizer)
     with monkeypatch.context() as patch:
-        patch.setattr(common, "save_checkpoint", crash)
+        patch.setattr(run, "save_checkpoint", crash)
         with pytest.raises(KeyboardInterrupt):
             train_pretrain.main(argv)
     train_pretrain.main([*argv, "--resume"])
@@ -378,7 +384,7 @@ def test_flag_faults_come_together(argv):
     (["--distiller", "layers:9"], "give layers:1 to layers:3"), (["--corpus", "/nowhere"], "--corpus /nowhere"),
     (["--min-doc-len", "5000"], "0 of 60 documents"), (["--tasks", "/nowhere"], "--tasks /nowhere")])
 def test_user_errors_come_before_the_first_step(argv, tmp_path, monkeypatch, change, message):
-    monkeypatch.setattr(common.Run, "begin_step", lambda *_: pytest.fail("a step was made"))
+    monkeypatch.setattr(run.Run, "begin_step", lambda *_: pytest.fail("a step was made"))
     with pytest.raises(UserError, match=message):
         train_pretrain.main([*argv, *change])
 
@@ -395,7 +401,7 @@ def test_window_longer_than_the_llm_reads(argv, gpt2):
 
 
 def test_a_loss_that_is_not_finite_stops_and_names_the_step(argv, quick_dev, tmp_path, monkeypatch):
-    loss, calls = train_pretrain.distill_loss, []
+    loss, calls = score.distill_loss, []
 
     def breaks(*a):
         calls.extend([1] * torch.is_grad_enabled())  # not in evaluation
@@ -419,11 +425,11 @@ DRIVER = """
 import sys, time
 sys.path.insert(0, {root!r})
 from pathlib import Path
-import torch, common, data, train_pretrain
+import torch, common, run, train_pretrain
 torch.set_num_threads(1)
-data.CACHE, common.OUT = Path({folder!r}) / "cache", Path({folder!r}) / "out"
-begin = common.Run.begin_step
-common.Run.begin_step = lambda run, args: (time.sleep({pause}), begin(run, args))
+common.CACHE, common.OUT = Path({folder!r}) / "cache", Path({folder!r}) / "out"
+begin = run.Run.begin_step
+run.Run.begin_step = lambda own, args: (time.sleep({pause}), begin(own, args))
 common.run_main(train_pretrain.main)
 """
 

@@ -1,8 +1,8 @@
 """Fetch the public pieces that a run without a model hub needs, and convert each of them once.
 
-    python assets.py              # all three: 455 MB of downloads and under a minute of conversion
-    python assets.py --only llm   # only the language model (93 MB)
-    python assets.py --only gemma # a second one (238 MB), under the Gemma terms; never made unless asked for
+    python -m pocket.assets              # all three: 455 MB of downloads and under a minute of conversion
+    python -m pocket.assets --only llm   # only the language model (93 MB)
+    python -m pocket.assets --only gemma # a second one (238 MB), under the Gemma terms; never made unless asked for
 
     llm     assets/SmolLM2-135M-Instruct/   a folder for AutoModelForCausalLM and AutoTokenizer
     corpus  assets/sotu/                    the State of the Union addresses as .txt files, for pretraining
@@ -28,7 +28,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parent.parent
 SEEDS = (100, 13, 21, 42, 87)  # MetaICL's five draws of demonstrations
 SHOTS, MAX_TEST, MIN_TEST, MAX_POOL, MIN_POOL = 16, 400, 40, 2000, 32  # examples
 MAX_EXAMPLES, MAX_QUERIES, MIN_QUERIES, MIN_DEV = 500, 100, 8, 2  # examples of a function, test, dev
@@ -45,7 +45,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dir", default=str(HERE / "assets"), help="folder to write to; downloads go to its downloads/")
     parser.add_argument("--only", choices=tuple(TARGETS), help="make this one asset (default: all but gemma)")
     tables = parser.add_argument_group("tables beside this file")
-    tables.add_argument("--pins", default=str(HERE / "assets.txt"), help="file of requirements with hashes")
+    tables.add_argument("--pins", default=str(HERE / "pocket" / "assets.txt"), help="file of requirements with hashes")
     tables.add_argument("--splits", default=str(HERE / "splits.json"), help="file of BIG-bench families")
     return parser
 

@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from common import UserError
-from data import Encoder, Tasks, Tokenizer
+from sources import Tasks, Tokenizer
 
 NOUNS = """apple river stone bread horse window garden letter doctor island teacher kitchen mountain
 bridge village candle farmer pencil basket bottle button camera carpet castle cheese church circle cloud
@@ -389,8 +389,8 @@ class Recall(Tasks):
         pairs = self.pairs(self.words[0], rng)
         return "recall", pairs, [pairs[i] for i in rng.choice(self.k, queries, replace=queries > self.k)]
 
-    def limit(self, task: str, encoder: Encoder) -> int:
-        return encoder.context_len
+    def limit(self, task: str, limit_of: Callable[[list[dict]], int]) -> int:
+        return limit_of(self.files(self.test[0], 100)["train"])
 
     def files(self, task: str, seed: int) -> dict[str, list[dict]]:
         """Demonstrations are all k pairs; dev asks for every other one, test for the rest."""

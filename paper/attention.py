@@ -1,9 +1,9 @@
 """What the LLM's induction heads look at, with demonstrations and with distilled vectors (Sec. 5.3, App. C).
 
-    python attention.py                                             # the induction score of every head, for Fig. 8
-    python attention.py --tasks FOLDER --checkpoint DIR             # and where the top four look, for Fig. 5
-    python figures.py fig5                                          # draws the latter
-    python figures.py fig8                                          # draws the former
+    python -m paper.attention                                             # the induction score of every head, for Fig. 8
+    python -m paper.attention --tasks FOLDER --checkpoint DIR             # and where the top four look, for Fig. 5
+    python -m paper.figures fig5                                          # draws the latter
+    python -m paper.figures fig8                                          # draws the former
 
 Writes results/induction.json and results/attention.json.
 """
@@ -21,9 +21,17 @@ from torch import Tensor
 
 import common
 from common import autocast, check, finish, parse, run_main, setup
-from data import Tokenizer, load_tasks
-from evaluate import make_encoder, refuse_seen_tasks, refuse_wrong_method
-from model import causal_mask, load_distiller, load_llm, max_positions, positions_of, run_backbone, with_bos
+from loading import (
+    load_distiller,
+    load_llm,
+    make_encoder,
+    max_positions,
+    refuse_seen_tasks,
+    refuse_wrong_method,
+)
+from model import causal_mask, positions_of, run_backbone, with_bos
+from run import checkpoint_id
+from sources import Tokenizer, load_tasks
 
 SEQUENCES, COPY_LEN = 10, 500  # the induction test: random sequences, tokens in each before it is doubled (App. C)
 TOP, COLUMNS = 4, 20           # heads looked at; columns that demonstrations or vectors are pooled to (Sec. 5.3)
@@ -126,7 +134,7 @@ def look(args, llm, tokenizer: Tokenizer, heads: list[tuple[int, int]]) -> dict:
     rows = {method: {part: values.round(4).tolist() for part, values in
                      answer_attention(llm, prefix, query_ids, heads, tokenizer.bos_id).items()}
             for method, prefix in prefixes.items()}
-    return {"checkpoint": common.checkpoint_id(args.checkpoint), "trained_on": state["trained_on"], "step": state["step"],
+    return {"checkpoint": checkpoint_id(args.checkpoint), "trained_on": state["trained_on"], "step": state["step"],
             "task": task, "data_hash": tasks.data_hash(task, args.seed), "example": args.example, "k": args.k,
             "demo_tokens": demo_ids.shape[1], "distill_len": args.distill_len, "heads": heads,
             "query_tokens": [tokenizer.hf.decode([i]).strip() for i in query_ids], **rows}
@@ -159,7 +167,7 @@ def main(argv: list[str] | None = None) -> dict:
     folder = "$METAICL_DIR" if Path(args.tasks[0]).is_dir() else args.tasks[0]  # a machine's path would help nobody
     words = [f'"{folder}"' if word == args.tasks[0] else shlex.quote(word) for word in (sys.argv[1:] if argv is None else argv)]
     about = {"llm": Path(args.llm).name, "seed": args.seed, "dtype": args.dtype, "commit": common.commit(),
-             "command": " ".join(["python", "attention.py", *words])}
+             "command": " ".join(["python", "-m", "paper.attention", *words])}
     records = {"induction": about | {"sequences": SEQUENCES, "length": COPY_LEN, "heads": heads,
                                      "scores": [[round(s, 4) for s in row] for row in scores.tolist()]}}
     if args.checkpoint:

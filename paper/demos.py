@@ -17,8 +17,9 @@ from torch import Tensor
 from transformers import AutoModel
 
 from common import UserError, require_hub
-from data import MAX_INPUT, Tokenizer, require_options
-from model import is_cached
+from data import MAX_INPUT
+from loading import is_cached
+from sources import Tokenizer, require_options
 
 PERTURBATIONS = ("no_label", "no_input", "random_label", "wrong_label")
 

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from common import torch_dtype
-from model import build_distiller, fuse_gelu, load_distiller, load_llm
+from loading import build_distiller, fuse_gelu, load_distiller, load_llm
 
 # ---------------------------------------------------------------------------------------------------------------------
 # FLOPs, time, memory

@@ -18,9 +18,10 @@ from transformers.pytorch_utils import Conv1D
 
 import plain
 from common import UserError, autocast, torch_dtype
-from data import Encoder, Tasks, Tokenizer, collate, load_tasks, sample_row, step_rows
-from evaluate import make_encoder, one_prefix, passes
-from measure import (
+from data import Encoder, collate, sample_row, step_rows
+from loading import checkpoint_layers, make_encoder
+from model import Prefix, demo_prefix, loss_mask, query_states, vector_prefix
+from paper.measure import (
     PAIRS,
     T5_PAIRS,
     Count,
@@ -33,18 +34,8 @@ from measure import (
     weight_bytes,
     with_flags,
 )
-from model import (
-    Prefix,
-    checkpoint_layers,
-    demo_prefix,
-    distill_loss,
-    finetune_loss,
-    loss_mask,
-    pred_loss,
-    query_states,
-    score_options,
-    vector_prefix,
-)
+from score import distill_loss, finetune_loss, one_prefix, passes, pred_loss, score_options
+from sources import Tasks, Tokenizer, load_tasks
 
 CARDS = (16, 24, 40, 80)  # GB of memory
 GB = 1e9

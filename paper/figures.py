@@ -1,14 +1,14 @@
 """The figures: drawn from results/ as PNG and SVG, each with a caption that says n and the command.
 
-    python figures.py method                                        # our own: Figs. 1 and 2 in one
-    python figures.py fig3                                          # what each method costs at inference (Sec. 4.3)
-    python figures.py scaling                                       # our own: FLOPs over demonstration length and over l
-    python figures.py fig4                                          # over K and over l (Sec. 5.1)
-    python figures.py fig6                                          # over beta and gamma (App. B)
-    python figures.py fig7                                          # over lambda (App. B)
-    python figures.py fig5                                          # attention of the induction heads (Sec. 5.3)
-    python figures.py fig8                                          # which heads these are (App. C)
-    python figures.py curves out/pretrain out/finetune              # what training runs logged
+    python -m paper.figures method                                        # our own: Figs. 1 and 2 in one
+    python -m paper.figures fig3                                          # what each method costs at inference (Sec. 4.3)
+    python -m paper.figures scaling                                       # our own: FLOPs over demonstration length and over l
+    python -m paper.figures fig4                                          # over K and over l (Sec. 5.1)
+    python -m paper.figures fig6                                          # over beta and gamma (App. B)
+    python -m paper.figures fig7                                          # over lambda (App. B)
+    python -m paper.figures fig5                                          # attention of the induction heads (Sec. 5.3)
+    python -m paper.figures fig8                                          # which heads these are (App. C)
+    python -m paper.figures curves out/pretrain out/finetune              # what training runs logged
 
 Each function that draws returns the figure and the numbers in it. An average is a mean over tasks for each seed, then
 mean and sample standard deviation over seeds; error bars are that deviation.
@@ -33,7 +33,9 @@ from matplotlib.transforms import offset_copy
 
 import common
 from common import UserError, check, finish, run_main
-from tables import latest, read_results, require_fields, summarise
+from evaluate import read_results, summarise
+from paper.tables import latest, require_fields
+from run import load_checkpoint
 
 # Okabe and Ito's palette, which stays distinct for colour-blind readers: colour, marker, label
 METHODS = {"mend": ("#0072B2", "o", "MEND"), "icl": ("#D55E00", "s", "Vanilla ICL"),
@@ -384,7 +386,7 @@ def fig7(args) -> tuple[Figure, dict]:
 
 def fig8(args) -> tuple[Figure, dict]:
     """Fig. 8: the induction score of each layer and head, the top four outlined."""
-    record = load_json(args, "induction.json", ("scores", "heads"), "`python attention.py`")
+    record = load_json(args, "induction.json", ("scores", "heads"), "`python -m paper.attention`")
     scores = np.array(record["scores"])                                                              # (layers, heads)
     fig = Figure(figsize=(8, 1.6 + 0.22 * scores.shape[1]), layout="constrained")
     ax = fig.subplots()
@@ -404,7 +406,7 @@ def fig8(args) -> tuple[Figure, dict]:
 
 def fig5(args) -> tuple[Figure, dict]:
     """Fig. 5: attention of the top four induction heads from where the answer is predicted, ICL above MEND."""
-    record = load_json(args, "attention.json", ("icl", "mend", "heads"), "`python attention.py --checkpoint DIR`")
+    record = load_json(args, "attention.json", ("icl", "mend", "heads"), "`python -m paper.attention --checkpoint DIR`")
     columns, n = max(len(record[m]["prefix"][0]) for m in ("icl", "mend")), len(record["query_tokens"])
     fig = Figure(figsize=(8, 5), layout="constrained")
     axes = fig.subplots(2, 1, sharex=True)
@@ -449,7 +451,7 @@ def draw_run(ax: Axes, share_ax: Axes, run: Path) -> tuple[dict, str]:
     records = read_results(run / "metrics.jsonl")
     steps, evaluations = ([r for r in records if ("val_kl" in r) == wanted] for wanted in (False, True))
     check((steps, f"{run / 'metrics.jsonl'} has no training step; give the folder of a training run"))
-    _, state = common.load_checkpoint(run, weights=False)
+    _, state = load_checkpoint(run, weights=False)
     pretraining = "finetune" not in state["trained_on"]
     loss, held_out, share, name, share_name = ("kl", "val_kl", "recovered", "KL, nats a token", "recovered, %") \
         if pretraining else ("pred", "val_pred", "dev_headline", "answer loss, nats a token", "dev headline, %")
@@ -514,8 +516,8 @@ def main(argv: list[str] | None = None) -> dict:
     args = get_parser().parse_args(argv)
     check((args.split in common.SPLITS, f"--split {args.split} is unknown; {common.did_you_mean(args.split, common.SPLITS)}"),
           (bool(args.runs) == (args.name == "curves"), (f"{args.name} with run folders {args.runs}: curves needs some, as in "
-           "`python figures.py curves out/pretrain`, and the others take none")))
-    args.command = shlex.join(["python", "figures.py", *(sys.argv[1:] if argv is None else argv)])
+           "`python -m paper.figures curves out/pretrain`, and the others take none")))
+    args.command = shlex.join(["python", "-m", "paper.figures", *(sys.argv[1:] if argv is None else argv)])
     out = Path(args.out)
     check((not out.is_file(), f"--out {out} is a file; give a folder"), common.place_rule("--out", args.out))
     out.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
 """Does a distiller distil? How far its correction of the vectors depends on the demonstrations.
 
-    python probe.py --checkpoint out/finetune-LLM --tasks FOLDER --split class_to_class
+    python -m paper.probe --checkpoint out/finetune-LLM --tasks FOLDER --split class_to_class
 
 The correction is what the distiller adds to where its vectors start: the embeddings of D's last l tokens with
 `--vector-start residual`, else nothing. A distiller that passes on what demonstrations say corrects the vectors of
@@ -16,9 +16,9 @@ from tqdm import tqdm
 
 import common
 from common import check, finish, parse, run_main, setup
-from data import SEEDS, Tokenizer, load_tasks
-from evaluate import demonstration_set, make_encoder, partners
-from model import load_distiller, load_llm
+from evaluate import partners
+from loading import load_distiller, load_llm, make_encoder
+from sources import SEEDS, Tokenizer, demonstration_set, load_tasks
 
 PRESETS = {"paper": {}, "pocket": {}}
 

@@ -6,40 +6,15 @@ A results file holds one JSON line a (method, task, seed), as evaluate.py writes
 own LLMs, stand in results/paper.json.
 """
 
-import contextlib
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Iterable
-from pathlib import Path
 
 import numpy as np
 from scipy.stats import t
 
 from common import ROOT, SPLITS, UserError, check
-
-CONTROLS = ("mend_swapped", "mend_permuted", "mend_constant")  # MEND's vectors of other demonstrations
-METHODS = ("zero_shot", "majority", "icl", "icl_budget", "last_l", "prompt_tuning", "hypertuning", "mend",
-           *CONTROLS)
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Results files
-
-
-def read_results(path: Path) -> list[dict]:
-    """The lines of a results file; a last line that a kill cut short is left out."""
-    if not path.exists():
-        return []
-    try:
-        *lines, last = path.read_text(encoding="utf-8").split("\n")
-        records = [json.loads(line) for line in lines]
-        with contextlib.suppress(ValueError):
-            records.append(json.loads(last))
-        if not all(isinstance(r, dict) for r in records):
-            raise ValueError("a line is no JSON object")
-        return records
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not a results file of evaluate.py ({error}); give another one") from error
+from evaluate import GAIN, METHODS, Scores, mean_std, recovered_gain, scores_of
 
 
 def require_fields(records: list[dict], taker: str) -> None:
@@ -51,53 +26,6 @@ def require_fields(records: list[dict], taker: str) -> None:
 def read_paper(number: str) -> dict:
     """The paper's own table `number`."""
     return json.loads((ROOT / "results" / "paper.json").read_text())["tables"][number]
-
-
-def mean_std(values: list[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation over seeds (0 for one seed)."""
-    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
-
-
-def summarise(records: list[dict], methods: list[str], metric: str = "headline") -> dict:
-    """Per task and on average: mean and standard deviation over seeds of a metric, in percent. A method that
-    was not evaluated on a task has no entry there, and its average is without it."""
-    by_task, by_seed = defaultdict(list), defaultdict(list)
-    for r in records:
-        by_task[r["task"], r["method"]].append(100 * r[metric])
-        by_seed[r["method"], r["seed"]].append(100 * r[metric])
-    table = {task: {m: mean_std(by_task[task, m]) for m in methods if (task, m) in by_task}
-             for task in sorted({r["task"] for r in records})}
-    table["average"] = {m: mean_std([np.mean(v) for (method, _), v in by_seed.items() if method == m]) for m in methods}
-    return table
-
-
-def print_summary(records: list[dict], methods: list[str]) -> None:
-    """Headlines by task and on average, average accuracy and recovered gain, as aligned text. A * says that,
-    in one of the seeds, one label was all that a method answered."""
-    table, accuracy = summarise(records, methods), summarise(records, methods, "accuracy")["average"]
-    gains, one = gains_of(records), {(r["task"], r["method"]) for r in records if r.get("n_predicted") == 1}
-    width = max(len("recovered gain"), *map(len, table)) + 2
-
-    def text(name: str, cells: Iterable[str]) -> str:
-        return name.ljust(width) + "".join(cell.rjust(17) for cell in cells)
-
-    def line(name: str, row: dict) -> str:
-        star = {m: "*" if (name, m) in one else " " for m in methods}
-        form = "{:.2f} ±{:5.2f}".format
-        return text(name, (form(*row[m]) + star[m] if m in row else "– " for m in methods))
-    print(text("task", (f"{m} " for m in methods)))
-    for task, row in table.items():
-        if task == "average":
-            print("-" * (width + 17 * len(methods)))
-        print(line(task, row))
-    print(line("accuracy", accuracy))
-    if gains:
-        print(text("recovered gain", (f"{gains[m]['gain']:.0%} " if m in gains else "– " for m in methods)))
-        print(f"recovered gain: {GAIN}, over the {gains['icl']['tasks']} tasks where icl is above zero_shot")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The paper's tables: what is a row, what is a column
 
 
 def variant_of(record: dict) -> str:
@@ -133,9 +61,6 @@ TABLES = {  # number: (what makes a row, what makes a column, rows, columns)
 FIXED = ("tasks", "split", "k", "context_len", "template", "limit")  # one value in a table, unless it makes the columns
 SHOWN = (*FIXED, "distill_len", "dtype", "llm_weights", "commit")
 NEEDED = {*FIXED, "distill_len", "dtype", "commit", "data_hash", "llm", "method", "checkpoint", "trained_on", "retrieval", "perturbation", "task", "seed", "headline", "n"}
-
-GAIN = "(method - zero_shot) / (icl - zero_shot)"
-Scores = dict[tuple[str, int], tuple[float, int]]  # (task, seed): headline in percent, n
 
 
 def latest(records: list[dict]) -> list[dict]:
@@ -188,33 +113,6 @@ def summary(scores: Scores) -> dict:
             "queries": sum(scores[t, seeds[0]][1] for t in tasks)}
 
 
-def recovered_gain(ours: Scores, icl: Scores, zero_shot: Scores) -> dict | None:
-    """How much of what demonstrations bring a method keeps: (ours - zero_shot) / (icl - zero_shot), of means
-    over the tasks where icl, averaged over seeds, is above zero_shot; None where no shared task is so.
-
-    icl's own figures choose those tasks, so noise makes the denominator too large and the share too small.
-    """
-    means = defaultdict(list)
-    for task, seed in ours.keys() & icl.keys() & zero_shot.keys():
-        means[task].append([scores[task, seed][0] for scores in (ours, icl, zero_shot)])
-    gained = [m for m in (np.mean(rows, axis=0) for rows in means.values()) if m[1] > m[2]]
-    if not gained:
-        return None
-    method, full, none = np.mean(gained, axis=0)
-    return {"gain": float((method - none) / (full - none)), "tasks": len(gained)}
-
-
-def scores_of(records: list[dict]) -> Scores:
-    return {(r["task"], r["seed"]): (100 * r["headline"], r["n"]) for r in records}
-
-
-def gains_of(records: list[dict]) -> dict[str, dict]:
-    """recovered_gain of each method; nothing without records of both icl and zero_shot."""
-    cells = {m: scores_of([r for r in records if r["method"] == m]) for m in {r["method"] for r in records}}
-    icl, zero_shot = cells.get("icl", {}), cells.get("zero_shot", {})
-    return {m: gain for m, scores in cells.items() if (gain := recovered_gain(scores, icl, zero_shot))}
-
-
 def paired_interval(ours: Scores, base: Scores, clusters: list[list[str]]) -> dict | None:
     """Ours minus a baseline over the tasks that both have, with a 95% interval; None where they share none.
 
@@ -245,10 +143,6 @@ def paired_interval(ours: Scores, base: Scores, clusters: list[list[str]]) -> di
     return {"gap": mean, "low": mean - half, "high": mean + half, "tasks": n}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Printing
-
-
 def table1_lines(records: list[dict], paper: dict) -> list[str]:
     """Table 1 in Markdown from data.py's last lines: tasks here of tasks in all, and average lengths in tokens."""
     check((all({"split", "train", "test"} <= r.keys() for r in records),
@@ -262,7 +156,6 @@ def table1_lines(records: list[dict], paper: dict) -> list[str]:
 
 
 Row = dict[str, tuple[float, float] | None]  # column: mean and std, None where nothing is known
-
 DERIVED = {"2": ("AVG", lambda *means: float(np.mean(means))), "4": ("AVG", lambda *means: float(np.mean(means))),
            "7": ("difference", lambda space, newline: newline - space)}
 

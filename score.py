@@ -1,0 +1,338 @@
+"""From states to numbers: losses, option scores, predictions, metrics, and the figures that training looks at.
+
+Covers Eq. (1) to (4) of the paper: score_options, distill_loss, pred_loss and finetune_loss.
+"""
+
+import argparse
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from common import autocast, sum_over_ranks, world
+from data import Corpus, Encoder, collate
+from model import Prefix, demo_prefix, head_logits, loss_mask, query_states, vector_prefix
+from sources import SEEDS, Tasks, demonstration_set, require_options
+
+
+@contextlib.contextmanager
+def full_precision(llm: PreTrainedModel) -> Iterator[None]:
+    """The frozen LLM in fp32 inside, and each tensor as it was behind it: a KL in bf16 has a floor of 0.0015
+    nats. Weights in 8 bit stay."""
+    tensors = [] if getattr(llm, "is_loaded_in_8bit", False) else [*llm.parameters(), *llm.buffers()]
+    dtypes = [t.dtype for t in tensors]
+    try:
+        for t in tensors:
+            t.data = t.data.float() if t.is_floating_point() else t.data
+        yield
+    finally:
+        for t, dtype in zip(tensors, dtypes, strict=True):
+            t.data = t.data.to(dtype)
+
+
+# micro-batches on several ranks passes the count of the whole step, so the result is one mean over all its tokens.
+def sum_in_chunks(loss: Callable[..., Tensor], states: Tensor, *others: Tensor, chunk: int | None = None) -> Tensor:
+    """sum over rows of loss(states, *others) without ever holding logits for more than `chunk` positions (128; on a GPU,
+    which small pieces of work leave idle, 1,024).
+
+    The gradient with respect to `states` is taken chunk by chunk while the logits are there, so that they are made only
+    once. It is exact, to first order.
+
+    Args:
+        loss: (n, d) and n rows of each of `others` -> scalar sum. states: (N, d).
+    Returns:
+        scalar, fp32, differentiable in `states`.
+    """
+    chunk = chunk or (128 if states.device.type == "cpu" else 1024)
+    total, gradients = states.new_zeros((), dtype=torch.float32), []
+    with_grad = torch.is_grad_enabled() and states.requires_grad
+    for i in range(0, states.shape[0], chunk):
+        part = states[i:i + chunk].detach().requires_grad_(with_grad)
+        value = loss(part, *(other[i:i + chunk] for other in others))
+        if with_grad:
+            gradients.append(torch.autograd.grad(value, part)[0])
+        total = total + value.detach()
+    if not gradients:
+        return total
+    # adds zero to the value, and the stored gradient to the derivative
+    return total + ((states - states.detach()).float() * torch.cat(gradients).float()).sum()
+
+
+def distill_loss(llm: PreTrainedModel, student_states: Tensor, teacher_states: Tensor,
+                 denominator: int | None = None) -> Tensor:
+    """L_distill = KL(P_LLM(x | E_D) || P_LLM(x | MEND(E^_D))), Eq. (3), Sec. 3.1: forward KL, temperature 1.
+
+    Args:
+        student_states, teacher_states: (N, d), the states that predict the same N tokens with either prefix.
+        denominator: tokens to average over; N when not given.
+    Returns:
+        scalar, nats per token, fp32.
+    """
+    if student_states.shape != teacher_states.shape:
+        raise ValueError(f"student states have shape {tuple(student_states.shape)}, teacher states "
+                         f"{tuple(teacher_states.shape)}: select the same positions from both")
+
+    def kl(student: Tensor, teacher: Tensor) -> Tensor:
+        with torch.no_grad():
+            target = F.log_softmax(head_logits(llm, teacher), dim=1)                                 # (n, V)
+        return F.kl_div(F.log_softmax(head_logits(llm, student), dim=1), target, reduction="sum", log_target=True)
+
+    with torch.autocast(student_states.device.type, enabled=False):
+        total = sum_in_chunks(kl, student_states, teacher_states.detach())
+    return total / (student_states.shape[0] if denominator is None else denominator)
+
+
+def pred_loss(llm: PreTrainedModel, student_states: Tensor, target_ids: Tensor, denominator: int | None = None) -> Tensor:
+    """L_pred = -log P_LLM(y | concat(S_D, E_x)), Eq. (4), Sec. 3.2, over answer tokens; over all of x it is CLM.
+
+    DEVIATION: Eq. (4) is printed without the minus sign and as a sum; this is the mean negative log-likelihood a token.
+
+    Args:
+        student_states: (N, d), the states that predict the tokens target_ids: (N,) long. denominator: as above.
+    Returns:
+        scalar, nats per token, fp32.
+    """
+    def cross_entropy(student: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(head_logits(llm, student), target, reduction="sum")
+
+    with torch.autocast(student_states.device.type, enabled=False):
+        total = sum_in_chunks(cross_entropy, student_states, target_ids)
+    return total / (student_states.shape[0] if denominator is None else denominator)
+
+
+def pretrain_loss(clm: Tensor, distill: Tensor, gamma: float) -> Tensor:
+    """L = L_CLM + gamma L_distill, App. B: the ablation's pretraining objective; MEND's own is L_distill alone."""
+    return clm + gamma * distill
+
+
+def finetune_loss(pred: Tensor, distill: Tensor, lam: float, pred_weight: float = 1.0) -> Tensor:
+    """L_finetune = L_pred + lambda L_distill, Eq. (4), Sec. 3.2; pred_weight 0 is Table 4's row without L_pred."""
+    return pred_weight * pred + lam * distill
+
+
+@torch.no_grad()
+def score_options(llm: PreTrainedModel, prefix: Prefix, batch: dict[str, Tensor]) -> Tensor:
+    """Eq. (1) and (2), Sec. 2: the log-likelihood of every answer option behind its query, mean over its tokens.
+
+    The label is the argmax over a query's options. One pass scores every option of every packed query.
+
+    Args:
+        prefix: of demonstrations, Eq. (1), or of vectors, Eq. (2). batch: from data.collate; branch o >= 1 of a
+            segment holds option o - 1.
+    Returns:
+        (B, segments, options) fp32, nats per token; -inf where a query has fewer options.
+    """
+    states = query_states(llm, prefix, batch)                                                        # (B, T, d)
+    rows, columns = torch.nonzero(batch["query_mask"] & (batch["branch"] > 0), as_tuple=True)        # (N,)
+    log_p = torch.cat([
+        -F.cross_entropy(head_logits(llm, states[r, c]), batch["query_ids"][r, c], reduction="none")
+        for r, c in zip(rows.split(128), columns.split(128))])                                       # (N,)
+    shape = (states.shape[0], int(batch["segment"].max()) + 1, int(batch["branch"].max()))
+    where = (rows, batch["segment"][rows, columns], batch["branch"][rows, columns] - 1)
+    total = log_p.new_zeros(shape).index_put(where, log_p, accumulate=True)
+    count = log_p.new_zeros(shape).index_put(where, torch.ones_like(log_p), accumulate=True)
+    return (total / count.clamp(min=1)).masked_fill(count == 0, float("-inf"))
+
+
+PASS_TOKENS = {"cpu": 512, "cuda": 2048}  # query and option tokens scored in one pass
+SET_TOKENS = 4096  # tokens of demonstrations, queries and options in one pass where each query has its own demonstrations
+CONTROLS = ("mend_swapped", "mend_permuted", "mend_constant")  # MEND's vectors of other demonstrations
+VECTOR_METHODS = ("prompt_tuning", "hypertuning", "mend", *CONTROLS)  # the LLM reads vectors of a checkpoint
+
+
+def demo_tokens(method: str, demos: list[dict], limit: int, encoder: Encoder) -> list[int]:
+    """What one method reads of the demonstrations. zero_shot: nothing. icl_budget: those that fit into l tokens, the
+    honest baseline of equal length. icl and the methods of vectors: all that fit into `limit` tokens.
+    last_l: the last l tokens of these, which is where `--vector-start residual` starts from."""
+    if method == "zero_shot":
+        return []
+    if method == "icl_budget":
+        return encoder.budget(demos, encoder.distill_len)
+    return encoder.demonstrations(demos, limit)[-encoder.distill_len if method == "last_l" else 0:]
+
+
+def make_prefix(method: str, demo_ids: torch.Tensor, demo_mask: torch.Tensor, llm, distiller, bos_id, args) -> Prefix:
+    """What the LLM reads before the queries: the demonstrations, Eq. (1), or their vectors, Eq. (2). ids, mask: (B, T_d)."""
+    if method in VECTOR_METHODS:
+        with autocast(llm.device, args.dtype):
+            vectors = distiller(demo_ids, demo_mask)                                               # (B, l, d)
+        return vector_prefix(llm, vectors, bos_id)
+    return demo_prefix(llm, demo_ids, demo_mask, bos_id)
+
+
+def one_prefix(method: str, demos: list[dict], limit: int, llm, distiller, encoder: Encoder, args) -> Prefix:
+    """The prefix, B = 1, of one demonstration set, read once for all queries behind it."""
+    demo_ids = torch.tensor([demo_tokens(method, demos, limit, encoder)], dtype=torch.long, device=llm.device)  # (1, T_d)
+    return make_prefix(method, demo_ids, torch.ones_like(demo_ids, dtype=torch.bool), llm, distiller,
+                       encoder.tokenizer.bos_id, args)
+
+
+def passes(queries: list[tuple], device) -> Iterator[dict]:
+    """Batches of one row that hold `queries`, (x ids, [option ids, ...]) each, in order, PASS_TOKENS or so at a time."""
+    pending, size, most = [], 0, PASS_TOKENS[torch.device(device).type]
+    for query in queries:
+        tokens = len(query[0]) + sum(map(len, query[1]))
+        if pending and size + tokens > most:
+            yield collate([{"demo": [], "queries": pending}], device)
+            pending, size = [], 0
+        pending.append(query)
+        size += tokens
+    if pending:
+        yield collate([{"demo": [], "queries": pending}], device)
+
+
+@torch.no_grad()
+def option_scores(llm, prefix: Prefix, encoder: Encoder, queries: list[dict],
+                  first: bool = False) -> list[torch.Tensor]:
+    """score_options of each query behind one prefix of B = 1: (options,) each, perhaps with -inf behind
+    them."""
+    encoded = [encoder.scoring_query(q, first=first) for q in queries]
+    return [row for batch in passes(encoded, llm.device) for row in score_options(llm, prefix, batch)[0]]
+
+
+@torch.no_grad()
+def predict(llm, prefix: Prefix, encoder: Encoder, queries: list[dict], first: bool = False) -> list[str]:
+    """The chosen option of each query, Eq. (1) and (2); all queries are read behind one prefix of B = 1.
+
+    first: no demonstrations or vectors stand before the queries (zero_shot).
+
+    DEVIATION: Eq. (1) takes the labels seen among the demonstrations; MetaICL and the original code score the task's
+    whole option list, and so does this.
+    """
+    scores = option_scores(llm, prefix, encoder, queries, first)
+    return [q["options"][int(row.argmax())] for q, row in zip(queries, scores, strict=True)]
+
+
+@torch.no_grad()
+def predict_each(method: str, sets: list[list[dict]], limit: int, llm, distiller, encoder: Encoder, queries: list[dict],
+                 args) -> list[str]:
+    """As `predict`, but with a demonstration set for each query, sets[i] for queries[i]: rows of similar length are read
+    together, SET_TOKENS or so at a time."""
+    rows = [{"demo": demo_tokens(method, demos, limit, encoder), "queries": [encoder.scoring_query(q)]}
+            for demos, q in zip(sets, queries, strict=True)]
+    lengths = [len(row["demo"]) + len(x) + sum(map(len, options)) for row in rows for x, options in row["queries"]]
+    order, chosen = sorted(range(len(rows)), key=lambda i: lengths[i]), [""] * len(rows)
+    while order:
+        n = max(1, min(len(order), SET_TOKENS // lengths[order[-1]]))
+        group, order = order[-n:], order[:-n]
+        batch = collate([rows[i] for i in group], llm.device)
+        prefix = make_prefix(method, batch["demo_ids"], batch["demo_mask"], llm, distiller, encoder.tokenizer.bos_id, args)
+        for i, option in zip(group, score_options(llm, prefix, batch)[:, 0].argmax(dim=1).tolist(), strict=True):
+            chosen[i] = queries[i]["options"][option]
+    return chosen
+
+
+def majority(demos: list[dict], queries: list[dict]) -> list[str]:
+    """The most frequent label of the demonstrations (of equally frequent ones the first), without any LLM. Where it is
+    none of a query's options, as in multiple choice, the option at the position that was right most often."""
+    labels = Counter(d["output"] for d in demos).most_common(1)
+    places = Counter(d["options"].index(d["output"]) for d in demos if d["output"] in d["options"]).most_common(1)
+    label, place = labels[0][0], places[0][0] if places else 0
+    return [label if label in q["options"] else q["options"][min(place, len(q["options"]) - 1)] for q in queries]
+
+
+def accuracy(predictions: list[str], golds: list[str]) -> float:
+    return float(np.mean([p == g for p, g in zip(predictions, golds, strict=True)]))
+
+
+def macro_f1(predictions: list[str], golds: list[str]) -> float:
+    """F1 averaged over the labels that occur among the gold answers, as in MetaICL."""
+    scores = []
+    for label in sorted(set(golds)):
+        hits = sum(p == g == label for p, g in zip(predictions, golds, strict=True))
+        scores.append(2 * hits / (predictions.count(label) + golds.count(label)))
+    return float(np.mean(scores))
+
+
+def task_figures(predictions: list[str], golds: list[str], task_type: str) -> dict:
+    """Both metrics and the headline.
+
+    DEVIATION: the paper's text says accuracy for classification and macro-F1 otherwise; its zero-shot figures equal
+    MetaICL's, which are macro-F1 for classification and accuracy otherwise. The headline follows the figures.
+    """
+    f1, acc = macro_f1(predictions, golds), accuracy(predictions, golds)
+    return {"macro_f1": f1, "accuracy": acc, "headline": f1 if task_type == "classification" else acc}
+
+
+@torch.no_grad()
+def dev_figures(llm, distiller, tasks: Tasks, encoder: Encoder, args, device) -> dict:
+    """Both terms of Eq. (4), choice and headline on the meta-test tasks' dev examples, tasks shared out over
+    the ranks; the distiller in fp32, the LLM as it is (see `full_precision`).
+
+    DEVIATION: the paper names the dev data that select a checkpoint, not the quantity. Here it is
+    val_option_ce, what evaluation looks at in a form that moves smoothly: the cross-entropy of the right
+    option under a softmax over the scores of a query's options.
+
+    Returns:
+        val_option_ce (nats a query, mean over each task's queries, then over tasks), val_pred (nats per
+        answer token), val_kl and val_clm (negative log-likelihood), both in nats per query and answer token,
+        dev_headline (mean over tasks).
+    """
+    rank, ranks = world()
+    seed = args.seed if args.seed in SEEDS else SEEDS[0]
+    sums = dict.fromkeys(("pred", "answers", "kl", "clm", "tokens", "headline", "option_ce", "tasks"), 0.0)
+    exact = argparse.Namespace(dtype="fp32")
+    distiller.eval()
+    for task in tasks.test[rank::ranks]:
+        demos, files = demonstration_set(tasks, task, seed, args.k)
+        queries = files["dev"]
+        require_options(queries)
+        limit = encoder.limit(demos + queries)
+        teacher_prefix = one_prefix("icl", demos, limit, llm, distiller, encoder, exact)
+        student_prefix = one_prefix("mend", demos, limit, llm, distiller, encoder, exact)
+        for batch in passes([encoder.training_query(q) for q in queries], device):
+            student, teacher = query_states(llm, student_prefix, batch), query_states(llm, teacher_prefix, batch)
+            mask, answers = loss_mask(llm, batch), batch["query_mask"] & (batch["branch"] > 0)
+            sums["kl"] += distill_loss(llm, student[mask], teacher[mask], 1).item()
+            sums["pred"] += pred_loss(llm, student[answers], batch["query_ids"][answers], 1).item()
+            sums["clm"] += pred_loss(llm, student[mask], batch["query_ids"][mask], 1).item()
+            sums["tokens"] += int(mask.sum())
+            sums["answers"] += int(answers.sum())
+        scores = option_scores(llm, student_prefix, encoder, queries)
+        chosen = [q["options"][int(row.argmax())] for q, row in zip(queries, scores, strict=True)]
+        sums["headline"] += task_figures(chosen, [q["output"] for q in queries], tasks.types[task])["headline"]
+        sums["option_ce"] += float(np.mean([-row.log_softmax(dim=0)[q["options"].index(q["output"])].item()
+                                            for q, row in zip(queries, scores, strict=True)]))
+        sums["tasks"] += 1
+    distiller.train()
+    pred, answers, kl, clm, tokens, headline, option_ce, n_tasks = sum_over_ranks(list(sums.values()), device)
+    return {"val_option_ce": option_ce / n_tasks, "val_pred": pred / answers, "val_kl": kl / tokens,
+            "val_clm": clm / tokens, "dev_headline": headline / n_tasks}
+
+
+@torch.no_grad()
+def evaluate_kl(llm, distiller, corpus: Corpus, args, device, bos_id) -> dict:
+    """Held-out KL(full D || what stands in its place), nats per token, for the vectors and for two
+    references; the distiller in fp32.
+
+    The first token of x is left out of all: without context nothing predicts it. Windows are shared out over the ranks.
+    """
+    rank, ranks = world()
+    sums = dict.fromkeys(("tokens", "vectors", "no_context", "last_l"), 0.0)
+    documents = corpus.held_out[:args.eval_docs][rank::ranks]
+    distiller.eval()
+    for i in range(0, len(documents), args.batch_size):
+        batch = collate([corpus.row(d, args.beta) for d in documents[i:i + args.batch_size]], device)
+        mask = loss_mask(llm, batch) & (batch["position"] > 0)
+        demo_ids, demo_mask = batch["demo_ids"], batch["demo_mask"]
+        teacher = query_states(llm, demo_prefix(llm, demo_ids, demo_mask, bos_id), batch)[mask]
+        vectors = distiller(demo_ids, demo_mask)                                                   # (B, l, d)
+        last = slice(-args.distill_len, None)
+        prefixes = {"vectors": vector_prefix(llm, vectors, bos_id),
+                    "no_context": demo_prefix(llm, demo_ids[:, :0], demo_mask[:, :0], bos_id),
+                    "last_l": demo_prefix(llm, demo_ids[:, last], demo_mask[:, last], bos_id)}
+        sums["tokens"] += int(mask.sum())
+        for name, prefix in prefixes.items():
+            sums[name] += distill_loss(llm, query_states(llm, prefix, batch)[mask], teacher, 1).item()
+    distiller.train()
+    tokens, *kl = sum_over_ranks(list(sums.values()), device)
+    vectors, no_context, last_l = (value / tokens for value in kl)
+    return {"val_kl": vectors, "val_kl_no_context": no_context, "val_kl_last_l": last_l,
+            "recovered": 1 - vectors / no_context}
+
+
