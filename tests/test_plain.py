@@ -6,6 +6,7 @@ import math
 import random
 import runpy
 import sys
+import time
 
 import pytest
 import torch
@@ -176,12 +177,13 @@ def test_short_run_prints_its_figures_and_repeats_them(capsys, same_threads):
 
 @pytest.mark.slow
 def test_mend_passes_on_what_unseen_demonstrations_say(same_threads):
+    start = time.process_time()  # not the clock: other work may share the cores
     figures = plain.main()
+    assert time.process_time() - start < 180
     assert figures["icl"] > 0.9 and figures["mend"] > 0.9 * figures["icl"], figures
     assert figures["mend"] - figures["truncation"] > 0.2, figures
     assert figures["mend"] - figures["swapped"] > 0.3, figures
     assert figures["swapped"] < 0.35 and figures["zero_shot"] < 0.35, figures  # chance is 0.25
-    assert figures["seconds"] < 180, figures
 
 
 # ------------------------------------------------------------------------------------------------------------
