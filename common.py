@@ -106,8 +106,8 @@ def add_training_flags(parser: argparse.ArgumentParser, run_name: str) -> None:
     group.add_argument("--out-dir", help=f"folder of this run; default out/{run_name}")
     group.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out-dir, if any")
     group.add_argument("--save-every", type=int, default=25, help="steps between checkpoints")
-    group.add_argument("--eval-every", type=int, help="steps between evaluations; the start and the last step "
-                       "are always evaluated")
+    group.add_argument("--eval-every", type=int, help="steps between evaluations; the start and the last "
+                       "step are always evaluated")
     group.add_argument("--patience", type=int, help="stop after this many evaluations without a better one; 0 = never")
 
 

@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 
 def test_figures_by_hand():
-    corrections = torch.tensor([[[3.0, 4.0]], [[3.0, -4.0]]])  # mean (3, 0): 2 * 9 of 50; cosine (9 - 16) / 25
+    corrections = torch.tensor([[[3.0, 4.0]], [[3.0, -4.0]]])  # mean (3, 0): 2 * 9 of 50; cosine -7 / 25
     swapped = torch.tensor([[[3.0, 4.0]], [[3.0, 1.0]]])       # changed by 0, and by 5 of 5
     starts = torch.tensor([[[1.0, 7.0]], [[5.0, 5.0]]])        # sum of squares 100 over 4 numbers
     assert probe.figures_of(starts, corrections, swapped) == pytest.approx(
@@ -36,8 +36,8 @@ def run(llama, tasks_dir, tmp_path):
         flags = SimpleNamespace(distiller=spec, distill_len=4, vector_start=start, template="space")
         path = tmp_path / "run" / "best.safetensors"
         common.save_checkpoint(path, distiller, {"model": distiller_config(distiller, llm, flags)})
-        return probe.main(["--preset", "pocket", "--llm", str(llama), "--tasks", str(tasks_dir), "--device", "cpu",
-                           "--k", "4", "--checkpoint", str(path)])
+        return probe.main(["--preset", "pocket", "--llm", str(llama), "--tasks", str(tasks_dir), "--k", "4",
+                           "--device", "cpu", "--checkpoint", str(path)])
     return run
 
 
@@ -45,7 +45,8 @@ def test_a_distiller_without_gain_has_no_correction(run, llama, tasks_dir, capsy
     found = run("layers:2", "residual", lambda distiller: distiller.gain.fill_(0))
     assert (found["rms_correction"], found["shared_energy"], found["most_change"]) == (0, None, None)
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == found and found["tasks"] == 2
-    tasks, encoder = load_tasks(str(tasks_dir), "class_to_class"), Encoder(Tokenizer(str(llama)), "space", 900)
+    tasks = load_tasks(str(tasks_dir), "class_to_class")
+    encoder = Encoder(Tokenizer(str(llama)), "space", 900)
     embed = load_llm(str(llama), CPU, torch.float32).get_input_embeddings().weight
     last = [i for t in tasks.test for i in encoder.demonstrations(tasks.files(t, 100)["train"][:4], 900)[-4:]]
     assert found["rms_start"] == pytest.approx(embed[last].pow(2).mean().sqrt().item(), rel=1e-5)
@@ -65,7 +66,8 @@ def test_an_untrained_distiller_corrects_each_task_in_its_own_way(run):
 
 def test_user_errors(llama, tasks_dir):
     with pytest.raises(UserError, match="--seed 7: MetaICL's are.*--context-len is 0"):
-        probe.main(["--preset", "pocket", "--llm", str(llama), "--checkpoint", "x", "--seed", "7", "--context-len", "0"])
+        probe.main(["--preset", "pocket", "--llm", str(llama), "--checkpoint", "x", "--seed", "7",
+                    "--context-len", "0"])
     with pytest.raises(UserError, match="no checkpoint at /nowhere"):
         probe.main(["--preset", "pocket", "--llm", str(llama), "--tasks", str(tasks_dir),
                     "--checkpoint", "/nowhere"])
