@@ -254,9 +254,6 @@ def evaluate_one(args, llm, distiller, encoder: Encoder, tasks: Tasks, task: str
     return {"n": len(queries), "n_predicted": len(set(chosen))} | figures
 
 
-if __name__ == "__main__":
-    run_main(main)
-
 
 
 
@@ -348,3 +345,7 @@ def gains_of(records: list[dict]) -> dict[str, dict]:
     cells = {m: scores_of([r for r in records if r["method"] == m]) for m in dict.fromkeys(r["method"] for r in records)}
     icl, zero_shot = cells.get("icl", {}), cells.get("zero_shot", {})
     return {m: gain for m, scores in cells.items() if (gain := recovered_gain(scores, icl, zero_shot))}
+
+
+if __name__ == "__main__":
+    run_main(main)

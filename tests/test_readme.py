@@ -1,7 +1,9 @@
 """Every command that the README and the scripts' own help show is understood by the script it calls."""
 
+import ast
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 
@@ -58,3 +60,9 @@ def test_the_readme_has_the_figures_of_the_committed_results(file):
         mine = {(r["task"], r["seed"]): (100 * r["headline"], r["n"]) for r in records if r["method"] == method}
         found = tables.summary(mine)
         assert f"| {found['mean']:.2f}" + (f" ±{found['std']:.2f}" if found["std"] else "") in text, method
+
+
+@pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
+def test_a_script_calls_its_main_after_all_it_needs_is_defined(script):
+    last = ast.parse(Path(script.__file__).read_text()).body[-1]
+    assert isinstance(last, ast.If) and ast.unparse(last.test) == "__name__ == '__main__'"
