@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 import common
 import sources
-from common import UserError, add_shared_flags, check, finish, parse, run_main, shared_rules
+from common import UserError, at_least, check, finish, parse, run_main, shared_rules
 from sources import (
     SEEDS,
     Tasks,
@@ -325,16 +325,15 @@ def show(tasks: Tasks, encoder: Encoder, k: int) -> None:
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_shared_flags(parser)
+    parser = common.make_parser(__doc__, "preset", "llm", "tasks", "split", "template")
     parser.add_argument("--show", type=int, metavar="K", help="show one example with K demonstrations instead of Table 1")
     return parser
 
 
 def main(argv: list[str] | None = None) -> dict:
-    args = parse(get_parser(), argv, {"paper": {}, "pocket": {}})
-    check(*shared_rules(args), (args.show is None or args.show >= 1, f"--show is {args.show}; give at least 1"))
-    tasks = load_tasks(args.tasks, args.split, args.llm, args.k)
+    args = parse(get_parser(), argv)
+    check(*shared_rules(args), *at_least(args, 1, "show"))
+    tasks = load_tasks(args.tasks, args.split, args.llm)
     encoder = Encoder(Tokenizer(args.llm), args.template, context_len=900)
     if args.show:
         check((bool(tasks.train), f"--show needs a meta-training task, and {args.split} has none"))

@@ -74,8 +74,8 @@ def task_vectors(task: str, seed: int, llm, distiller, encoder: Encoder, tasks: 
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    common.add_shared_flags(parser)
+    parser = common.make_parser(__doc__, "preset", "llm", "distill-len", "tasks", "split", "k", "template",
+                                "device", "dtype", "llm-weights")
     group = parser.add_argument_group("evaluation")
     group.add_argument("--methods", nargs="+", choices=METHODS, help="what stands before the query")
     group.add_argument("--checkpoint", help="run folder or checkpoint file; needed for mend, its controls, "
@@ -104,8 +104,7 @@ def main(argv: list[str] | None = None) -> dict:
     own = dict.fromkeys("mend" if m in CONTROLS else m for m in vector_methods)  # whose checkpoint they take
     blind = [m for m in args.methods if m in (*SEEDLESS, "majority", *CONTROLS)]
     check(*common.shared_rules(args),
-          (args.limit >= 0, f"--limit is {args.limit}; give 0 (all) or more"),
-          (args.context_len >= 1, f"--context-len is {args.context_len}; give at least 1 token"),
+          *common.at_least(args, 0, "limit"), *common.at_least(args, 1, "context_len"),
           (not vector_methods or args.checkpoint is not None, (f"--methods {' '.join(vector_methods)} needs --checkpoint DIR, "
            "the folder of a train_pretrain.py or train_finetune.py run")),
           (len(own) <= 1, (f"--methods {' '.join(own)} take a checkpoint each; give one of them a call, "
@@ -115,7 +114,6 @@ def main(argv: list[str] | None = None) -> dict:
            f"{' '.join(blind)} has no part in --retrieve and --perturb; leave it out of --methods"),
           (args.dense_model is None or args.retrieve == "dense", "--dense-model needs --retrieve dense"),
           common.place_rule("--out", args.out),
-          (args.seed == SEEDS[0], f"--seed {args.seed} has no part in evaluation; --seeds names the demonstration sets"),
           *((seed in SEEDS, f"--seeds {seed} is unknown; MetaICL's are {sorted(SEEDS)}") for seed in args.seeds))
     for name in ("seeds", "methods", "only"):  # each once
         setattr(args, name, getattr(args, name) and list(dict.fromkeys(getattr(args, name))))

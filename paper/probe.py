@@ -20,12 +20,10 @@ from evaluate import partners
 from loading import load_distiller, load_llm, make_encoder
 from sources import SEEDS, Tokenizer, demonstration_set, load_tasks
 
-PRESETS = {"paper": {}, "pocket": {}}
-
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    common.add_shared_flags(parser)
+    parser = common.make_parser(__doc__, "preset", "llm", "tasks", "split", "k", "template", "seed", "device")
+    parser.set_defaults(dtype="fp32")
     group = parser.add_argument_group("probe")
     group.add_argument("--checkpoint", required=True, help="run folder or checkpoint file")
     group.add_argument("--context-len", type=int, default=900, help="demonstration tokens at most")
@@ -68,9 +66,9 @@ def figures_of(starts: Tensor, corrections: Tensor, swapped: Tensor) -> dict:
 
 
 def main(argv: list[str] | None = None) -> dict:
-    args = parse(get_parser(), argv, PRESETS)
+    args = parse(get_parser(), argv)
     check(*common.shared_rules(args), (args.seed in SEEDS, f"--seed {args.seed}: MetaICL's are {sorted(SEEDS)}"),
-          (args.context_len >= 1, f"--context-len is {args.context_len}; give at least 1 token"))
+          *common.at_least(args, 1, "context_len"))
     device = setup(args, training=False)
     tasks = load_tasks(args.tasks, args.split, args.llm, args.k)
     check((len(tasks.test) > 1, f"--tasks {' '.join(args.tasks)} has one meta-test task of {args.split}, and tasks are compared"))
