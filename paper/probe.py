@@ -17,8 +17,8 @@ from tqdm import tqdm
 import common
 from common import check, finish, parse, run_main, setup
 from evaluate import partners
-from loading import load_distiller, load_llm, make_encoder
-from sources import SEEDS, Tokenizer, demonstration_set, load_tasks
+from loading import load_all
+from sources import SEEDS, demonstration_set, load_tasks
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -72,11 +72,7 @@ def main(argv: list[str] | None = None) -> dict:
     device = setup(args, training=False)
     tasks = load_tasks(args.tasks, args.split, args.llm, args.k)
     check((len(tasks.test) > 1, f"--tasks {' '.join(args.tasks)} has one meta-test task of {args.split}, and tasks are compared"))
-    llm = load_llm(args.llm, device, torch.float32)
-    distiller, state = load_distiller(args.checkpoint, llm)
-    distiller.eval()
-    args.distill_len = state["model"]["distill_len"]
-    encoder = make_encoder(args, Tokenizer(args.llm), llm, distiller)
+    _, distiller, _, encoder = load_all(args, device)
     demos = {}
     for task in tasks.test:
         examples, files = demonstration_set(tasks, task, args.seed, args.k)

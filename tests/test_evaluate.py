@@ -467,7 +467,7 @@ def read_by(monkeypatch) -> tuple[list[list[int]], list[list[int]]]:
         return distiller, state
     monkeypatch.setattr(score, "demo_prefix", lambda llm, ids, mask, bos: (
         record(by_llm, ids, mask), prefix(llm, ids, mask, bos))[1])
-    monkeypatch.setattr(evaluate, "load_distiller", load_and_watch)
+    monkeypatch.setattr(loading, "load_distiller", load_and_watch)
     return by_llm, by_distiller
 
 
