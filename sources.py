@@ -137,7 +137,8 @@ def json_lines(path: Path, expected: str) -> Iterator[tuple[str, dict]]:
                         raise TypeError(f"found a {type(row).__name__}")
                     yield f"{path}, line {number}", row
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as UTF-8 text ({error}); save or fetch it again") from error
+        raise UserError(f"{path} cannot be read as UTF-8 text ({error}); save it so, or "
+                        "fetch it again") from error
     except (TypeError, ValueError, RecursionError) as error:
         what = f"{type(error).__name__}: {error}"
         raise UserError(f"{path}, line {number}: expected {expected} ({what})") from error
