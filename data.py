@@ -6,18 +6,18 @@
 
 Covers Sec. 3.2 (what is sampled in either stage), Sec. 4.1 (Table 1) and App. A (lengths) of the paper.
 
-A batch, the same in both stages and in scoring, is a dictionary of tensors; a row is one demonstration set with the
-queries that share it, packed side by side:
+A batch, the same in both stages and in scoring, is a dictionary of tensors; a row is one demonstration set
+with the queries that share it, packed side by side:
 
     demo_ids    (B, T_d) long   demonstration tokens, padded on the left
     demo_mask   (B, T_d) bool   True at demonstration tokens
     query_ids   (B, T)   long   query and answer tokens, padded on the right
     query_mask  (B, T)   bool   True at query and answer tokens
     segment     (B, T)   long   which of the row's queries a token belongs to: 0, 1, ...
-    branch      (B, T)   long   0 in the query x; o + 1 in its answer option o (in training: 1 in the answer y; in
-                                pretraining 1 in all of x, which is what the LLM predicts there)
+    branch      (B, T)   long   0 in the query x; o + 1 in its answer option o (in training: 1 in the answer
+                                y; in pretraining 1 in all of x, which is what the LLM predicts there)
     position    (B, T)   long   position behind the prefix: 0, 1, ...; every option starts where x ends
-    predictor   (B, T)   long   the column whose state predicts this token: 0 = the last prefix token, 1 + c = column c
+    predictor   (B, T)   long   whose state predicts this token: 0 = the last prefix token, 1 + c = column c
 """
 
 import argparse
@@ -35,28 +35,21 @@ from tqdm import tqdm
 
 import common
 import sources
-from common import UserError, add_shared_flags, check, finish, parse, run_main, shared_rules
-from sources import (
-    SEEDS,
-    Tasks,
-    Tokenizer,
-    corpus_files,
-    hub_documents,
-    load_tasks,
-    read_documents,
-)
+from common import UserError, at_least, check, finish, parse, run_main, shared_rules
+from sources import SEEDS, Tasks, Tokenizer, corpus_files, hub_documents, load_tasks, read_documents
 
 MAX_INPUT = 256          # tokens of an input x; longer ones are cut at the end (App. A)
-TEMPLATES = {  # before an answer; between demonstrations (before the first one without its leading white space)
+TOGETHER = 64            # steps whose samples are dealt out by length
+TEMPLATES = {  # before an answer; between demonstrations (before the first, without leading white space)
     "space": (" ", " "), "newline": ("\n", "\n\n\n"),
     "input-output": ("\nOutput: ", "\nInput: ")}
 
 
 class Corpus:
-    """Windows of pretraining text: the first `window` tokens of each document, tokenised once into a memory-mapped file.
+    """Windows of pretraining text: the first `window` tokens of each document, tokenised once, into a file.
 
-    DEVIATION: the paper both "extracts sequences of 1024 tokens" and "truncates each passage to 1024"; here a shorter
-    document, of at least min_doc_len tokens, stays and is split at beta of its own length.
+    DEVIATION: the paper both "extracts sequences of 1024 tokens" and "truncates each passage to 1024"; here a
+    shorter document, of at least min_doc_len tokens, stays and is split at beta of its own length.
 
     Every 20th usable document is held out from training. Raises UserError when no document is long enough.
     """
@@ -81,8 +74,9 @@ class Corpus:
         usable = np.flatnonzero(ends - starts >= min_doc_len)
         if len(usable) < 20:
             longest = int((ends - starts).max()) if len(ends) else 0
-            raise UserError(f"--corpus {self.name}: {len(usable)} of {len(ends)} documents have at least {min_doc_len} "
-                            f"tokens (the longest has {longest}), and 20 are needed; lower --min-doc-len or give more text")
+            raise UserError(f"--corpus {self.name}: {len(usable)} of {len(ends)} documents have at least "
+                            f"{min_doc_len} tokens (the longest has {longest}), and 20 are needed; lower "
+                            "--min-doc-len, or give more text")
         self.spans = np.stack([starts[usable], np.minimum(ends[usable], starts[usable] + window)], axis=1)
         held_out = np.arange(len(usable)) % 20 == 0
         self.train, self.held_out = np.flatnonzero(~held_out), np.flatnonzero(held_out)
@@ -90,8 +84,8 @@ class Corpus:
     def row(self, document: int, beta: float) -> dict:
         """The first beta of a window as demonstrations D, the rest as x (Sec. 3.2), for `collate`.
 
-        x takes the place of an answer behind an empty query: like an answer it is what the LLM predicts (and what an
-        encoder-decoder writes), from its first token on.
+        x takes the place of an answer behind an empty query: like an answer it is what the LLM predicts (and
+        what an encoder-decoder writes), from its first token on.
         """
         start, end = self.spans[document]
         ids = self.tokens[start:end].tolist()
@@ -99,7 +93,7 @@ class Corpus:
         return {"demo": ids[:cut], "queries": [([], [ids[cut:]])]}
 
     def training_rows(self, seed: int, first: int, count: int, beta: float) -> list[dict]:
-        """Samples number first, first + 1, ... of an endless pass over shuffled documents: a function of the seed."""
+        """Samples number first, first + 1, ... of endless passes over shuffled documents, by the seed."""
         n, rows = len(self.train), []
         for sample in range(first, first + count):
             order = np.random.default_rng((seed, sample // n)).permutation(n)
@@ -122,7 +116,7 @@ def write_tokens(folder: Path, documents: Iterator[str], tokenizer: Tokenizer) -
         raise UserError('the corpus holds no text at all; give .jsonl lines with a "text", or .txt files')
     os.replace(temporary, folder / "tokens.bin")
     np.save(folder / f"ends.{os.getpid()}.tmp.npy", np.asarray(ends, dtype=np.int64))
-    os.replace(folder / f"ends.{os.getpid()}.tmp.npy", folder / "ends.npy")  # last: its presence says "complete"
+    os.replace(folder / f"ends.{os.getpid()}.tmp.npy", folder / "ends.npy")  # last: it says "complete"
 
 
 @dataclass
@@ -133,18 +127,18 @@ class Encoder:
     template: str
     context_len: int                        # demonstration tokens at most (App. A: 900)
     distill_len: int = 0
-    llm_positions: int | None = None        # longest input of either model; None where it has no absolute limit
+    llm_positions: int | None = None        # longest input of either model; None: no absolute limit
     distiller_positions: int | None = None
 
     def __post_init__(self):
         newline = "\n" in TEMPLATES[self.template][0]
         if newline and self.tokenizer.encode("a\nb") in map(self.tokenizer.encode, ("a b", "ab")):
-            raise UserError(f"--template {self.template}, but the tokenizer of {self.tokenizer.name} drops newlines, as T5's do; use "
-                            "--template space")
+            raise UserError(f"--template {self.template}, but the tokenizer of {self.tokenizer.name} drops "
+                            "newlines, as T5's do; use --template space")
 
     def limit(self, examples: list[dict]) -> int:
-        """Tokens that a task's demonstrations may take: `context_len`, but never so many that one of its queries would
-        not fit behind them. It looks at all of a task's labels, so that demonstrations never depend on the query.
+        """Tokens that a task's demonstrations may take: `context_len`, but never so many that a query would
+        not fit behind them. By all of a task's labels, so that demonstrations never depend on the query.
 
         DEVIATION: the paper says 900, which GPT-2's 1,024 positions cannot hold.
 
@@ -158,29 +152,30 @@ class Encoder:
             labels = {label for e in examples for label in [e["output"], *e["options"]]}
             longest = max(len(self.answer(label)) for label in labels)
             limits.append(self.llm_positions - MAX_INPUT - longest - (self.tokenizer.bos_id is not None))
-            check((self.distill_len <= limits[-1], (f"--distill-len is {self.distill_len}, and the LLM's {self.llm_positions} "
-                   f"positions leave {limits[-1]} beside a query; give less")))
-        check((min(limits) >= 1, f"--distill-len {self.distill_len} leaves no position for demonstrations; give less"))
+            check((self.distill_len <= limits[-1], f"--distill-len is {self.distill_len}, and the LLM's "
+                   f"{self.llm_positions} positions leave {limits[-1]} beside a query; give less"))
+        check((min(limits) >= 1, f"--distill-len {self.distill_len} leaves no position for D; give less"))
         return min(limits)
 
     def query(self, example: dict, first: bool = False) -> list[int]:
-        """x, with the separator that joins it to what stands before (unless `first`); cut at its end to MAX_INPUT."""
+        """x, with the separator that joins it to what stands before (unless `first`); its first MAX_INPUT."""
         separator = TEMPLATES[self.template][1]
-        return self.tokenizer.encode((separator.lstrip() if first else separator) + example["input"])[:MAX_INPUT]
+        text = (separator.lstrip() if first else separator) + example["input"]
+        return self.tokenizer.encode(text)[:MAX_INPUT]
 
     def answer(self, text: str) -> list[int]:
-        """y, with the separator before it; never cut. Nothing at all for an empty text (a label that was taken away)."""
+        """y, with the separator before it; never cut. Nothing at all for a label that was taken away."""
         return self.tokenizer.encode(TEMPLATES[self.template][0] + text) if text else []
 
     def demonstration(self, example: dict, first: bool) -> list[int]:
-        """(x_i, y_i); without an input its answer stands alone, behind what separates demonstrations (unless `first`)."""
+        """(x_i, y_i); without an input its answer alone, behind what separates demonstrations."""
         if example["input"]:
             return self.query(example, first) + self.answer(example["output"])
         return self.tokenizer.encode(("" if first else TEMPLATES[self.template][1]) + example["output"])
 
     def pieces(self, examples: list[dict], limit: int) -> list[tuple[dict, list[int]]]:
-        """Whole demonstrations with their ids: the first that would pass `limit` tokens and all after it are left out
-        (one that is too long even alone is skipped)."""
+        """Whole demonstrations with their ids, up to the first that would pass `limit` tokens (one that is
+        too long even alone is skipped)."""
         kept, size = [], 0
         for example in examples:
             piece = self.demonstration(example, first=not kept)
@@ -190,8 +185,8 @@ class Encoder:
             elif kept:
                 break
         if not kept:
-            raise UserError(f"task {examples[0]['task']}: not one of {len(examples)} demonstrations fits into {limit} "
-                            "tokens; raise --context-len, or shorten the demonstrations")
+            raise UserError(f"task {examples[0]['task']}: not one of {len(examples)} demonstrations fits "
+                            f"into {limit} tokens; raise --context-len, or shorten the demonstrations")
         return kept
 
     def fitting(self, examples: list[dict], limit: int) -> list[dict]:
@@ -203,10 +198,8 @@ class Encoder:
         return [token for _, piece in self.pieces(examples, limit) for token in piece]
 
     def budget(self, examples: list[dict], limit: int) -> list[int]:
-        """The baseline of equal length: as many of the K demonstrations, in order, as fit into `limit` = l tokens.
-
-        Where none fits, the shortest one with its input cut at the end, so that its label still stands.
-        """
+        """The baseline of equal length: those of the K demonstrations, in order, that fit into `limit` = l
+        tokens; where none does, the shortest with its input cut at the end, so that its label stands."""
         ids: list[int] = []
         for example in examples:
             piece = self.demonstration(example, first=not ids)
@@ -238,10 +231,10 @@ def sample_row(tasks: Tasks, encoder: Encoder, seed: int, sample: int, k: int, q
 
 
 def batches_by_length(rows: list[dict], batch_size: int, rng: np.random.Generator) -> list[list[dict]]:
-    """Deal rows out into batches of similar length, in random order: by the length of their demonstrations and then,
-    within groups of four batches, by that of their queries. Padding falls from some 40% of a batch to under 10%.
+    """Deal rows out into batches of similar length, in random order: by the length of their demonstrations
+    and, within groups of four batches, by that of their queries. Padding falls from some 40% to under 10%.
 
-    DEVIATION: the paper's batches are drawn at random. Here the samples are, and those of similar length meet.
+    DEVIATION: the paper's batches are drawn at random. Here the samples are, and similar lengths meet.
     """
     def query_len(row: dict) -> int:
         return sum(len(x) + sum(map(len, options)) for x, options in row["queries"])
@@ -253,18 +246,18 @@ def batches_by_length(rows: list[dict], batch_size: int, rng: np.random.Generato
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
-def step_rows(draw: Callable[[int, int], list[dict]], seed: int, per_step: int, steps: int = 64) -> Callable[[int], list[dict]]:
+def step_rows(draw: Callable[[int, int], list], seed: int, per_step: int) -> Callable[[int], list[dict]]:
     """What gives the `per_step` rows of a training step, as a function of (seed, step).
 
-    draw(first, count) returns samples number first, first + 1, ...; those of `steps` steps are drawn together and dealt
-    out by length, so each sample is still seen exactly once.
+    draw(first, count) returns samples number first, first + 1, ...; those of TOGETHER steps are drawn at once
+    and dealt out by length, so each sample is still seen exactly once.
     """
     @functools.lru_cache(maxsize=1)
     def bucket(number: int) -> list[list[dict]]:
-        rows = draw(number * steps * per_step, steps * per_step)
+        rows = draw(number * TOGETHER * per_step, TOGETHER * per_step)
         return batches_by_length(rows, per_step, np.random.default_rng((seed, number, 1)))
 
-    return lambda step: bucket(step // steps)[step % steps]
+    return lambda step: bucket(step // TOGETHER)[step % TOGETHER]
 
 
 def collate(rows: list[dict], device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
@@ -282,12 +275,13 @@ def collate(rows: list[dict], device: torch.device | str = "cpu") -> dict[str, t
             end_of_x = len(tokens)
             for o, option in enumerate(options):
                 start = len(tokens)
-                tokens += [(t, s, o + 1, len(x) + i, start + i if i else end_of_x if x else 0) for i, t in enumerate(option)]
+                tokens += [(t, s, o + 1, len(x) + i, start + i if i else end_of_x if x else 0)
+                           for i, t in enumerate(option)]
         columns.append(torch.tensor(tokens, dtype=torch.long).view(-1, 5))
-    T = max(len(c) for c in columns)
-    packed = torch.stack([torch.nn.functional.pad(c, (0, 0, 0, T - len(c))) for c in columns])        # (B, T, 5)
+    packed = torch.nn.utils.rnn.pad_sequence(columns, batch_first=True)                           # (B, T, 5)
     lengths = torch.tensor([len(c) for c in columns])
-    batch = {"demo_ids": demo_ids, "demo_mask": demo_mask, "query_mask": torch.arange(T)[None] < lengths[:, None]}
+    query_mask = torch.arange(packed.shape[1])[None] < lengths[:, None]                              # (B, T)
+    batch = {"demo_ids": demo_ids, "demo_mask": demo_mask, "query_mask": query_mask}
     batch |= {name: packed[:, :, i].contiguous()
               for i, name in enumerate(("query_ids", "segment", "branch", "position", "predictor"))}
     if torch.device(device).type == "cuda":
@@ -296,14 +290,15 @@ def collate(rows: list[dict], device: torch.device | str = "cpu") -> dict[str, t
 
 
 def table1(tasks: Tasks, encoder: Encoder) -> dict:
-    """Table 1: tasks, examples and the average length of a demonstration (of each task's first 200), for what is here."""
+    """Table 1 for what is here: tasks, examples, mean length of a demonstration (each task's first 200)."""
     figures = {}
-    for part, names, missing in (("train", tasks.train, tasks.missing_train), ("test", tasks.test, tasks.missing_test)):
+    for part in ("train", "test"):
+        names, missing = getattr(tasks, part), getattr(tasks, f"missing_{part}")
         lengths, examples = [], 0
         for task in tqdm(names, desc=f"meta-{part} tasks"):
             pool = tasks.pool(task) if part == "train" else tasks.files(task, SEEDS[0])["test"]
             examples += len(pool)
-            lengths.append(np.mean([len(encoder.query(e)) + len(encoder.answer(e["output"])) for e in pool[:200]]))
+            lengths.append(np.mean([len(encoder.demonstration(e, first=False)) for e in pool[:200]]))
         figures[part] = {"tasks": len(names), "of": len(names) + len(missing), "examples": examples,
                          "avg_len": round(float(np.mean(lengths)), 2) if lengths else 0.0, "missing": missing}
     return figures
@@ -314,7 +309,8 @@ def show(tasks: Tasks, encoder: Encoder, k: int) -> None:
     task = tasks.train[0]
     pool = tasks.pool(task)
     check((len(pool) > k, f"task {task} has {len(pool)} examples, and --show {k} needs {k + 1}"))
-    row = {"demo": encoder.demonstrations(pool[:k], encoder.limit(pool)), "queries": [encoder.training_query(pool[k])]}
+    row = {"demo": encoder.demonstrations(pool[:k], encoder.limit(pool)),
+           "queries": [encoder.training_query(pool[k])]}
     x, (y,) = row["queries"][0]
     decode = encoder.tokenizer.hf.decode
     print(f"line of the file:\n  {json.dumps(pool[k])}")
@@ -325,16 +321,16 @@ def show(tasks: Tasks, encoder: Encoder, k: int) -> None:
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_shared_flags(parser)
-    parser.add_argument("--show", type=int, metavar="K", help="show one example with K demonstrations instead of Table 1")
+    parser = common.make_parser(__doc__, "preset", "llm", "tasks", "split", "template")
+    parser.add_argument("--show", type=int, metavar="K", 
+                        help="show one example with K demonstrations instead of Table 1")
     return parser
 
 
 def main(argv: list[str] | None = None) -> dict:
-    args = parse(get_parser(), argv, {"paper": {}, "pocket": {}})
-    check(*shared_rules(args), (args.show is None or args.show >= 1, f"--show is {args.show}; give at least 1"))
-    tasks = load_tasks(args.tasks, args.split, args.llm, args.k)
+    args = parse(get_parser(), argv)
+    check(*shared_rules(args), *at_least(args, 1, "show"))
+    tasks = load_tasks(args.tasks, args.split, args.llm)
     encoder = Encoder(Tokenizer(args.llm), args.template, context_len=900)
     if args.show:
         check((bool(tasks.train), f"--show needs a meta-training task, and {args.split} has none"))
@@ -343,8 +339,9 @@ def main(argv: list[str] | None = None) -> dict:
     figures = table1(tasks, encoder)
     for part in ("train", "test"):
         f = figures[part]
-        print(f"meta-{part}: {f['tasks']:3d} of {f['of']:3d} tasks · {f['examples']:7d} examples · average length "
-              f"{f['avg_len']:.2f} tokens" + (f" · missing: {', '.join(f['missing'])}" if f["missing"] else ""))
+        missing = f" · missing: {', '.join(f['missing'])}" if f["missing"] else ""
+        print(f"meta-{part}: {f['tasks']:3d} of {f['of']:3d} tasks · {f['examples']:7d} examples · average "
+              f"length {f['avg_len']:.2f} tokens{missing}")
     return finish({"split": args.split, "collection": tasks.collection, **figures})
 
 

@@ -34,7 +34,7 @@ PUBLISHED = common.ROOT / "checkpoints" / "smollm2-135m-class_to_class.safetenso
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.make_parser(__doc__, "device", "dtype")
     parser.add_argument("--demos", metavar="FILE", help="demonstrations, one JSON object a line")
     parser.add_argument("--vectors", metavar="FILE", help="vectors that --out wrote, in place of --demos")
     parser.add_argument("--ask", nargs="+", default=[], metavar="TEXT", help="inputs to answer")
@@ -47,8 +47,6 @@ def get_parser() -> argparse.ArgumentParser:
                         "default: SmolLM2-135M-Instruct, from `make assets`")
     parser.add_argument("--context-len", type=int, default=900, help="demonstration tokens at most")
     parser.add_argument("--answer-tokens", type=int, default=16, help="tokens of a written answer at most")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    parser.add_argument("--dtype", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="as in evaluate.py")
     return parser
 
 
@@ -136,7 +134,7 @@ def answer(llm, encoder: Encoder, prefix: Tensor, queries: list[dict], tokens: i
 
 def main(argv: list[str] | None = None) -> dict:
     args = get_parser().parse_args(argv)
-    args.seed, asks = 0, bool(args.ask or args.queries)
+    asks = bool(args.ask or args.queries)
     flag, path = ("--export", args.export) if args.export else ("--out", args.out)
     others = [name for name in ("demos", "vectors", "ask", "queries", "out") if getattr(args, name)]
     check((not (args.export and others), f"--export only copies a checkpoint; leave out --{' and --'.join(others)}"),
@@ -147,8 +145,7 @@ def main(argv: list[str] | None = None) -> dict:
            f"{flag} {path} is there already and holds something else; give another name"),
           common.place_rule(flag, path or "."),
           *common.device_rules(args),
-          (args.answer_tokens >= 1, f"--answer-tokens is {args.answer_tokens}; give at least 1"),
-          (args.context_len >= 1, f"--context-len is {args.context_len}; give at least 1 token"))
+          *common.at_least(args, 1, "answer_tokens", "context_len"))
     if args.export:
         export_checkpoint(args.checkpoint, Path(args.export))
         return finish({"checkpoint": checkpoint_id(args.export), "bytes": Path(args.export).stat().st_size})

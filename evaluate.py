@@ -24,7 +24,7 @@ from tqdm import tqdm
 import common
 from common import UserError, autocast, check, finish, parse, run_main, setup
 from data import Encoder
-from loading import load_distiller, load_llm, make_encoder, refuse_seen_tasks, refuse_wrong_method
+from loading import load_all, refuse_seen_tasks, refuse_wrong_method
 from model import vector_prefix
 from paper.demos import PERTURBATIONS, SentenceEncoder, has_labels, permute_labels, perturb, retrieve
 from run import checkpoint_id
@@ -37,7 +37,7 @@ from score import (
     predict_each,
     task_figures,
 )
-from sources import SEEDS, Tasks, Tokenizer, demonstration_set, load_tasks, require_options
+from sources import SEEDS, Tasks, demonstration_set, load_tasks, require_options
 
 METHODS = ("zero_shot", "majority", "icl", "icl_budget", "last_l", "prompt_tuning", "hypertuning", "mend",
            *CONTROLS)
@@ -74,8 +74,8 @@ def task_vectors(task: str, seed: int, llm, distiller, encoder: Encoder, tasks: 
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    common.add_shared_flags(parser)
+    parser = common.make_parser(__doc__, "preset", "llm", "distill-len", "tasks", "split", "k", "template",
+                                "device", "dtype", "llm-weights")
     group = parser.add_argument_group("evaluation")
     group.add_argument("--methods", nargs="+", choices=METHODS, help="what stands before the query")
     group.add_argument("--checkpoint", help="run folder or checkpoint file; needed for mend, its controls, "
@@ -104,8 +104,7 @@ def main(argv: list[str] | None = None) -> dict:
     own = dict.fromkeys("mend" if m in CONTROLS else m for m in vector_methods)  # whose checkpoint they take
     blind = [m for m in args.methods if m in (*SEEDLESS, "majority", *CONTROLS)]
     check(*common.shared_rules(args),
-          (args.limit >= 0, f"--limit is {args.limit}; give 0 (all) or more"),
-          (args.context_len >= 1, f"--context-len is {args.context_len}; give at least 1 token"),
+          *common.at_least(args, 0, "limit"), *common.at_least(args, 1, "context_len"),
           (not vector_methods or args.checkpoint is not None, (f"--methods {' '.join(vector_methods)} needs --checkpoint DIR, "
            "the folder of a train_pretrain.py or train_finetune.py run")),
           (len(own) <= 1, (f"--methods {' '.join(own)} take a checkpoint each; give one of them a call, "
@@ -115,7 +114,6 @@ def main(argv: list[str] | None = None) -> dict:
            f"{' '.join(blind)} has no part in --retrieve and --perturb; leave it out of --methods"),
           (args.dense_model is None or args.retrieve == "dense", "--dense-model needs --retrieve dense"),
           common.place_rule("--out", args.out),
-          (args.seed == SEEDS[0], f"--seed {args.seed} has no part in evaluation; --seeds names the demonstration sets"),
           *((seed in SEEDS, f"--seeds {seed} is unknown; MetaICL's are {sorted(SEEDS)}") for seed in args.seeds))
     for name in ("seeds", "methods", "only"):  # each once
         setattr(args, name, getattr(args, name) and list(dict.fromkeys(getattr(args, name))))
@@ -124,17 +122,13 @@ def main(argv: list[str] | None = None) -> dict:
     for name in args.only or []:
         nearest = common.did_you_mean(name, tasks.test)
         check((name in tasks.test, f"--only {name} is no meta-test task of {args.split} here; {nearest}"))
-    llm = load_llm(args.llm, device, common.torch_dtype(args.dtype), args.llm_weights)
-    distiller, trained_on = None, None
+    llm, distiller, state, encoder = load_all(args, device)
+    trained_on = state.get("trained_on", {}) if args.checkpoint else None
     if args.checkpoint:
-        distiller, state = load_distiller(args.checkpoint, llm)
-        distiller.eval()
-        args.distill_len, trained_on = state["model"]["distill_len"], state.get("trained_on", {})
         refuse_wrong_method(list(own), state, args.checkpoint)
         refuse_seen_tasks(trained_on, tasks, args)
         if state["model"]["template"] != args.template:
             print(f"note: trained on --template {state['model']['template']}, evaluated on {args.template} (Tab. 7)")
-    encoder = make_encoder(args, Tokenizer(args.llm), llm, distiller)
     out = Path(args.out or common.OUT / f"eval-{args.split}.jsonl")
     records = evaluate(args, llm, distiller, trained_on, encoder, tasks, out)
     averages = {m: summarise(records, args.methods, m)["average"] for m in ("headline", "accuracy")}

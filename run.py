@@ -46,8 +46,8 @@ def add_training_flags(parser: argparse.ArgumentParser, run_name: str) -> None:
 def training_rules(args: argparse.Namespace) -> list[tuple[bool, str]]:
     """Rules on the training flags, for `check`."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    counts = ("steps", "batch_size", "grad_accum", "eval_every", "save_every")
-    return [(getattr(args, c) >= 1, f"--{c.replace('_', '-')} is {getattr(args, c)}; give at least 1") for c in counts] + [
+    return [
+        *common.at_least(args, 1, "steps", "batch_size", "grad_accum", "eval_every", "save_every"),
         (args.lr > 0, f"--lr is {args.lr}; give a positive number"),
         place_rule("--out-dir", f"{args.out_dir or common.OUT}/last.safetensors"),
         (0 <= args.warmup <= 1, f"--warmup is {args.warmup}; give a share between 0 and 1"),

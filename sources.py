@@ -1,5 +1,4 @@
-"""Where tokens come from: tokenizers, text and tasks, from files or the hub. No tensors.
-"""
+"""Where tokens come from: tokenizers, text and tasks, from files or the hub (Sec. 4.1). No tensors."""
 
 import gzip
 import hashlib
@@ -8,7 +7,7 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,7 +27,7 @@ HUB_REVISIONS = {  # of the data sets' repositories, so that a run reads what an
 
 
 class Tokenizer:
-    """A hub or local tokenizer that never adds special tokens and reads text such as <|im_end|> as plain text.
+    """A hub or local tokenizer that adds no special tokens and reads text such as <|im_end|> as plain text.
 
     Byte-level BPE goes through tiktoken, which is faster; `reference` is always transformers' own way.
     """
@@ -37,9 +36,9 @@ class Tokenizer:
         try:
             self.hf = AutoTokenizer.from_pretrained(name)
         except (OSError, ValueError) as error:
-            raise UserError(f"no tokenizer at {name}: {str(error).splitlines()[0]} Give the hub name or the folder of a "
-                            "model; the pocket preset's comes from `make assets`, and T5's needs the packages sentencepiece "
-                            "and protobuf") from error
+            raise UserError(f"no tokenizer at {name}: {str(error).splitlines()[0]} Give the hub name or the "
+                            "folder of a model; the pocket preset's comes from `make assets`, and T5's needs "
+                            "the packages sentencepiece and protobuf") from error
         self.name = name
         first = self.hf("a")["input_ids"][:1]
         self.bos_id = first[0] if first and first[0] == self.hf.bos_token_id else None
@@ -52,25 +51,25 @@ class Tokenizer:
         return self.hf.backend_tokenizer.encode(text, add_special_tokens=False).ids
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, without special tokens; a text that starts with white space is one that goes on."""
+        """Token ids of a text, without special tokens; one that starts with white space goes on another."""
         if self.encoding is None and text[:1].isspace():
             # behind a letter, where SentencePiece does not put a space of its own before the text's
             return self.reference("a" + text)[len(self.lead):]
         if self.encoding is None:
             return self.reference(text)
         ids = self.to_id[self.encoding.encode_ordinary(text)] if text else ()
-        return [int(i) for i in ids if i >= 0]  # a byte that the vocabulary lacks is dropped, as transformers does
+        return [int(i) for i in ids if i >= 0]  # transformers too drops a byte that the vocabulary lacks
 
 
 def tiktoken_encoding(tokenizer_json: str):
-    """A tiktoken Encoding from a byte-level BPE tokenizer's own vocabulary, and the array tiktoken rank -> token id.
+    """A tiktoken Encoding from a byte-level BPE tokenizer's vocabulary, and the array from its ranks to ids.
 
     (None, None) where the tokenizer is of another kind. Ranks are the bytes, then the merges in their order.
     """
     import tiktoken
     spec = json.loads(tokenizer_json)
     pattern = split_pattern(spec.get("pre_tokenizer") or {})
-    plain_added = [t for t in spec.get("added_tokens", []) if not t["special"]]  # transformers would match these first
+    plain_added = [t for t in spec.get("added_tokens", []) if not t["special"]]  # matched before all others
     if spec["model"].get("type") != "BPE" or spec.get("normalizer") or pattern is None or plain_added:
         return None, None
     vocab, merges = spec["model"]["vocab"], spec["model"]["merges"]
@@ -88,7 +87,7 @@ def tiktoken_encoding(tokenizer_json: str):
         if as_bytes not in ranks:
             ranks[as_bytes] = 256 + i
             to_id[256 + i] = vocab[token]
-    return tiktoken.Encoding("own-vocabulary", pat_str=pattern, mergeable_ranks=ranks, special_tokens={}), to_id
+    return tiktoken.Encoding("own", pat_str=pattern, mergeable_ranks=ranks, special_tokens={}), to_id
 
 
 def split_pattern(pre: dict) -> str | None:
@@ -99,13 +98,12 @@ def split_pattern(pre: dict) -> str | None:
     kinds = [step.get("type") for step in steps]
     if not steps or kinds[-1] != "ByteLevel" or steps[-1].get("add_prefix_space"):
         return None
-    if kinds == ["ByteLevel"] and steps[0].get("use_regex", True):
+    own_regex = steps[-1].get("use_regex", True)
+    if kinds == ["ByteLevel"] and own_regex:
         return gpt2
-    if kinds == ["Digits", "ByteLevel"] and steps[0]["individual_digits"] and steps[1].get("use_regex", True):
+    if kinds == ["Digits", "ByteLevel"] and steps[0]["individual_digits"] and own_regex:
         return single_digits
-    if kinds == ["Split", "ByteLevel"] and not steps[1].get("use_regex", True) and "Regex" in steps[0]["pattern"]:
-        return steps[0]["pattern"]["Regex"]
-    return None
+    return steps[0]["pattern"].get("Regex") if kinds == ["Split", "ByteLevel"] and not own_regex else None
 
 
 def corpus_files(corpus: list[str]) -> list[Path]:
@@ -114,24 +112,24 @@ def corpus_files(corpus: list[str]) -> list[Path]:
     for name in corpus:
         path = common.ASSETS / "sotu" if name == "sotu" else Path(name)
         if not path.exists():
-            fix = "run `make assets`" if name == "sotu" else "give c4, sotu, a folder or files (.jsonl, .jsonl.gz, .txt)"
+            fix = "run `make assets`" if name == "sotu" else "give c4, sotu, a folder, .jsonl[.gz] or .txt"
             raise UserError(f"--corpus {name}: {path} does not exist; {fix}")
         found = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
         files += [p for p in found if p.name.endswith((".jsonl", ".jsonl.gz", ".json.gz", ".txt"))]
-    if not files:
-        raise UserError(f"--corpus {' '.join(corpus)} holds no .jsonl, .jsonl.gz or .txt file")
+    check((bool(files), f"--corpus {' '.join(corpus)} holds no .jsonl, .jsonl.gz or .txt file"))
     return files
 
 
 def json_lines(path: Path, expected: str) -> Iterator[tuple[str, dict]]:
-    """(file and line, as an error names them; object) of each line of a .jsonl or .jsonl.gz file that is not blank.
+    """(file and line, as an error names them; object) of each line of a .jsonl[.gz] file that is not blank.
 
     Raises:
         UserError: the file cannot be read as UTF-8; a line is not the object that was `expected` there.
     """
     number = 0
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig", newline="\n") as file:
+        opened = gzip.open if path.suffix == ".gz" else open
+        with opened(path, "rt", encoding="utf-8-sig", newline="\n") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     row = json.loads(line)
@@ -139,9 +137,11 @@ def json_lines(path: Path, expected: str) -> Iterator[tuple[str, dict]]:
                         raise TypeError(f"found a {type(row).__name__}")
                     yield f"{path}, line {number}", row
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as UTF-8 text ({error}); save it as UTF-8, or fetch it again") from error
+        raise UserError(f"{path} cannot be read as UTF-8 text ({error}); save it so, or "
+                        "fetch it again") from error
     except (TypeError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}, line {number}: expected {expected} ({type(error).__name__}: {error})") from error
+        what = f"{type(error).__name__}: {error}"
+        raise UserError(f"{path}, line {number}: expected {expected} ({what})") from error
 
 
 def read_documents(files: list[Path], characters: int) -> Iterator[str]:
@@ -152,7 +152,7 @@ def read_documents(files: list[Path], characters: int) -> Iterator[str]:
             try:
                 text = path.read_text(encoding="utf-8")
             except UnicodeDecodeError as error:
-                raise UserError(f"{path} cannot be read as UTF-8 text ({error}); save it as UTF-8") from error
+                raise UserError(f"{path} cannot be read as UTF-8 text ({error}); save it so") from error
             for paragraph in re.split(r"\n\s*\n|\n", text):
                 passage = f"{passage}\n{paragraph}".strip()
                 if len(passage) >= characters:
@@ -166,25 +166,25 @@ def read_documents(files: list[Path], characters: int) -> Iterator[str]:
             yield row["text"]
 
 
-def hub_rows(flag: str, name: str, *configuration: str, split: str, columns: tuple[str, ...]) -> Iterator[dict]:
+def hub_rows(flag: str, name: str, *subset: str, split: str, columns: tuple[str, ...]) -> Iterator[dict]:
     """Rows of one split of a data set on the hub, streamed, at its revision in HUB_REVISIONS.
 
-    Raises UserError, naming the offline way, for whatever goes wrong on the way: no hub, no such revision, a broken
-    connection, other columns than expected.
+    Raises:
+        UserError, naming the offline way: no hub, no such revision, a broken connection, other columns.
     """
     import datasets
     require_hub(flag)
-    offline = f"give a local folder in place of {flag.split()[1]}, or add --preset pocket after `make assets`"
+    revision, given = HUB_REVISIONS[name], flag.split()[1]
     try:
-        for row in datasets.load_dataset(name, *configuration, split=split, streaming=True, revision=HUB_REVISIONS[name]):
-            missing = [column for column in columns if column not in row]
-            if missing:
+        for row in datasets.load_dataset(name, *subset, split=split, streaming=True, revision=revision):
+            if missing := [column for column in columns if column not in row]:
                 raise KeyError(f"no column {missing[0]} among {sorted(row)}")
             yield row
     except Exception as error:  # each of the libraries below has errors of its own
         what = str(error).partition("\n")[0]
-        raise UserError(f"{flag}: {name}, revision {HUB_REVISIONS[name]}, split {split} cannot be read from the hub "
-                        f"({type(error).__name__}: {what}); try again, or without the hub {offline}") from error
+        raise UserError(f"{flag}: {name}, revision {revision}, split {split} cannot be read from the hub "
+                        f"({type(error).__name__}: {what}); try again, or without the hub give a local "
+                        f"folder in place of {given}, or add --preset pocket after `make assets`") from error
 
 
 def hub_documents() -> Iterator[str]:
@@ -193,9 +193,14 @@ def hub_documents() -> Iterator[str]:
         yield row["text"]
 
 
+def different(examples: Iterable[dict]) -> list[dict]:
+    """The examples without exact duplicates."""
+    return list({(e["input"], e["output"]): e for e in examples}.values())
+
+
 @dataclass
 class Tasks:
-    """The tasks of one split that are on disk. `collection` is metaicl or bigbench, the table of splits.json in use."""
+    """The tasks of one split on disk. `collection`: metaicl or bigbench, whose table in splits.json holds."""
 
     folder: Path
     collection: str
@@ -211,8 +216,7 @@ class Tasks:
     def pool(self, task: str) -> list[dict]:
         """A meta-training task's examples, exact duplicates dropped."""
         if task not in self.pools:
-            examples = read_examples(self.folder / task / f"{task}_16384_100_train.jsonl")
-            self.pools[task] = list({(e["input"], e["output"]): e for e in examples}.values())
+            self.pools[task] = different(read_examples(self.folder / task / f"{task}_16384_100_train.jsonl"))
         return self.pools[task]
 
     def draw(self, rng: np.random.Generator, k: int, queries: int) -> tuple[str, list[dict], list[dict]]:
@@ -223,7 +227,7 @@ class Tasks:
         return task, chosen[:k], chosen[k:]
 
     def partner(self, task: str, among: list[str]) -> str:
-        """Whose demonstrations are swapped in for a task's: half the list further on, as families stand together."""
+        """Whose demonstrations are swapped in for a task's: half the list on, as families stand together."""
         return among[(among.index(task) + len(among) // 2) % len(among)]
 
     def limit(self, task: str, limit_of: Callable[[list[dict]], int]) -> int:
@@ -232,13 +236,15 @@ class Tasks:
             self.limits[task] = limit_of(self.pool(task))
         return self.limits[task]
 
+    def paths(self, task: str, seed: int) -> dict[str, Path]:
+        folder = self.folder / task
+        return {part: folder / f"{task}_16_{seed}_{part}.jsonl" for part in ("train", "dev", "test")}
+
     def files(self, task: str, seed: int) -> dict[str, list[dict]]:
-        """The train (demonstrations), dev and test examples of a meta-test task for one of MetaICL's seeds."""
-        if not (self.folder / task / f"{task}_16_{seed}_test.jsonl").exists():
-            raise UserError(f"{self.folder / task} has no files of seed {seed}; MetaICL's seeds are "
-                            f"{', '.join(map(str, sorted(SEEDS)))}")
-        return {part: read_examples(self.folder / task / f"{task}_16_{seed}_{part}.jsonl")
-                for part in ("train", "dev", "test")}
+        """The train (demonstrations), dev and test examples of a meta-test task for a seed of MetaICL's."""
+        check((self.paths(task, seed)["test"].exists(), f"{self.folder / task} has no files of seed {seed}; "
+               f"MetaICL's seeds are {', '.join(map(str, sorted(SEEDS)))}"))
+        return {part: read_examples(path) for part, path in self.paths(task, seed).items()}
 
     def retrieval_files(self, task: str) -> list[Path]:
         """Where demonstrations are retrieved from: the 100-shot training files, else those of all seeds."""
@@ -246,19 +252,16 @@ class Tasks:
             sorted((self.folder / task).glob(f"{task}_16_*_train.jsonl"))
 
     def retrieval_pool(self, task: str, seed: int) -> list[dict]:
-        """Different examples to retrieve demonstrations from; none is in the seed's dev file or asks a test question."""
+        """Different examples to retrieve demonstrations from; none asks what the dev or test file asks."""
         files = self.files(task, seed)
-        banned = {e["input"] for e in files["test"]} | {e["input"] for e in files["dev"]}
-        examples = [e for path in self.retrieval_files(task) for e in read_examples(path) if e["input"] not in banned]
-        return list({(e["input"], e["output"]): e for e in examples}.values())
+        banned = {e["input"] for e in files["test"] + files["dev"]}
+        return different(e for path in self.retrieval_files(task) for e in read_examples(path)
+                         if e["input"] not in banned)
 
     def data_hash(self, task: str, seed: int, retrieval: bool = False) -> str:
         """Content hash of the files that an evaluation of (task, seed) reads."""
-        files = [self.folder / task / f"{task}_16_{seed}_{part}.jsonl" for part in ("train", "dev", "test")]
-        digest = hashlib.sha256()
-        for path in files + (self.retrieval_files(task) if retrieval else []):
-            digest.update(path.read_bytes())
-        return digest.hexdigest()[:12]
+        files = [*self.paths(task, seed).values(), *(self.retrieval_files(task) if retrieval else [])]
+        return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
 
 
 @dataclass
@@ -289,16 +292,13 @@ class Mixture(Tasks):
     def retrieval_files(self, task: str) -> list[Path]:
         return self.part_of(task).retrieval_files(task)
 
-    def retrieval_pool(self, task: str, seed: int) -> list[dict]:
-        return self.part_of(task).retrieval_pool(task, seed)
-
     def data_hash(self, task: str, seed: int, retrieval: bool = False) -> str:
         return self.part_of(task).data_hash(task, seed, retrieval)
 
 
 def load_tasks(spec: str | list[str], split: str, llm: str = "", k: int = 16) -> Tasks:
-    """Find the tasks of a split: from the assets (bigbench), the hub (metaicl), a folder in MetaICL's layout, or made
-    ones (functions, early, recall; recall makes its sets of k pairs from words of `llm`'s vocabulary); or of several.
+    """Find the tasks of a split: from the assets (bigbench), the hub (metaicl), a folder in MetaICL's layout,
+    made ones (functions, early, recall: sets of k pairs of words of `llm`'s vocabulary), or several of these.
 
     The split `functions` has no meta-training tasks; its meta-test tasks are the folders FAMILY-FUNCTION here
     of the families that splits.json names for it.
@@ -309,7 +309,8 @@ def load_tasks(spec: str | list[str], split: str, llm: str = "", k: int = 16) ->
         lists = {name: [task for part in parts for task in getattr(part, name)]
                  for name in ("train", "test", "missing_train", "missing_test")}
         types = {task: kind for part in parts for task, kind in part.types.items()}
-        return Mixture(Path(), " ".join(p.collection for p in parts), split, **lists, types=types, parts=parts)
+        return Mixture(Path(), " ".join(p.collection for p in parts), split, **lists, types=types,
+                       parts=parts)
     spec = names[0]
     if spec in ("functions", "early", "recall"):
         from pocket import synthetic
@@ -317,13 +318,12 @@ def load_tasks(spec: str | list[str], split: str, llm: str = "", k: int = 16) ->
                 "recall": lambda: synthetic.Recall(Tokenizer(llm), k)}
         return made[spec]()
     table = json.loads((ROOT / "splits.json").read_text())
-    if spec == "metaicl":
-        folder = hub_tasks()
+    if spec == "bigbench":
+        folder, fix = common.ASSETS / "bigbench", "run `make assets`"
     else:
-        folder = common.ASSETS / "bigbench" if spec == "bigbench" else Path(spec)
-    if not folder.is_dir():
-        fix = "run `make assets`" if spec == "bigbench" else "give metaicl, bigbench, or a folder in MetaICL's layout"
-        raise UserError(f"--tasks {spec}: {folder} does not exist; {fix}")
+        folder = hub_tasks() if spec == "metaicl" else Path(spec)
+        fix = "give metaicl, bigbench, or a folder in MetaICL's layout"
+    check((folder.is_dir(), f"--tasks {spec}: {folder} does not exist; {fix}"))
     here = {path.name for path in folder.iterdir() if path.is_dir()}
     collection = max(("metaicl", "bigbench"), key=lambda c: len(here & table[c]["task_type"].keys()))
     if split == FUNCTIONS:
@@ -337,10 +337,10 @@ def load_tasks(spec: str | list[str], split: str, llm: str = "", k: int = 16) ->
     if not test or (not train and split != FUNCTIONS):
         name = [*setting["train"], "list_functions-c001"][0]
         part = "16384_100_train" if setting["train"] else "16_100_test"
-        raise UserError(f"--tasks {spec} has {len(train)} of {len(setting['train'])} meta-train and {len(test)} of "
-                        f"{len(setting['test'])} meta-test tasks of {split}; expected folders such as "
-                        f"{folder}/{name}/{name}_{part}.jsonl")
-    # DEVIATION: MetaICL lists sick in both the meta-train and the meta-test tasks of non_nli_to_nli; it is not trained on.
+        raise UserError(f"--tasks {spec} has {len(train)} of {len(setting['train'])} meta-train and "
+                        f"{len(test)} of {len(setting['test'])} meta-test tasks of {split}; expected folders "
+                        f"such as {folder}/{name}/{name}_{part}.jsonl")
+    # DEVIATION: MetaICL lists sick in meta-train and meta-test of non_nli_to_nli; it is not trained on.
     train = [t for t in train if t not in setting["test"]]
     return Tasks(folder, collection, split, train, test, [t for t in setting["train"] if t not in train],
                  [t for t in setting["test"] if t not in test], types)
@@ -354,7 +354,8 @@ def hub_tasks() -> Path:
     columns = ("task", "input", "output", "options", "seed", "split")
     temporary = common.CACHE / f"metaicl.{os.getpid()}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
-    stems = {"meta_train": "16384_100_train", "meta_eval": "16_{seed}_{split}", "meta_eval_100shot": "100_{seed}_{split}"}
+    stems = {"meta_train": "16384_100_train", "meta_eval": "16_{seed}_{split}",
+             "meta_eval_100shot": "100_{seed}_{split}"}
     for split, stem in stems.items():
         rows = hub_rows("--tasks metaicl", HUB_TASKS, split=split, columns=columns)
         for row in tqdm(rows, desc=f"MetaICL {split}"):
@@ -371,8 +372,7 @@ def hub_tasks() -> Path:
 
 def read_examples(path: Path) -> list[dict]:
     """Lines {"task", "input", "output", "options"} of a MetaICL file; options may be empty."""
-    if not path.is_file():
-        raise UserError(f"{path} does not exist; expected MetaICL's layout, <task>/<task>_16_<seed>_test.jsonl")
+    check((path.is_file(), f"{path} does not exist; expected MetaICL's <task>/<task>_16_<seed>_test.jsonl"))
     examples = []
     for where, row in json_lines(path, form := '{"task", "input", "output", "options"}'):
         try:
@@ -386,18 +386,18 @@ def read_examples(path: Path) -> list[dict]:
 
 
 def require_options(examples: list[dict]) -> None:
-    """Scoring needs options, and the gold answer among them: raise UserError for the first example without."""
-    for example in examples:
-        if example["output"] not in example["options"]:
-            what = f"its answer {example['output']!r} is not among {example['options']}" if example["options"] else \
-                "it has no options"
-            raise UserError(f"task {example['task']}: the example {example['input'][:60]!r} cannot be scored, as {what}; "
-                            "scoring compares given options (Eq. 1), so use a classification or multiple-choice task")
+    """Raise UserError for the first example that cannot be scored: its answer is not among its options."""
+    for e in examples:
+        if e["output"] not in e["options"]:
+            missing = f"its answer {e['output']!r} is not among {e['options']}"
+            raise UserError(f"task {e['task']}: the example {e['input'][:60]!r} cannot be scored, as "
+                            f"{missing if e['options'] else 'it has no options'}; Eq. (1) compares "
+                            "given options, so use a classification or multiple-choice task")
 
 
 def demonstration_set(tasks: Tasks, task: str, seed: int, k: int) -> tuple[list[dict], dict[str, list[dict]]]:
     """The first k training examples of (task, seed), and all its files."""
     files = tasks.files(task, seed)
-    if len(files["train"]) < k:
-        raise UserError(f"task {task} has {len(files['train'])} training examples for seed {seed}, and --k is {k}; give less")
+    n = len(files["train"])
+    check((n >= k, f"task {task} has {n} training examples for seed {seed}, and --k is {k}; give less"))
     return files["train"][:k], files

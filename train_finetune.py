@@ -36,8 +36,8 @@ PRESETS = {  # the paper's Table 5, and what two CPU cores do in minutes
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    common.add_shared_flags(parser)
+    parser = common.make_parser(__doc__, "preset", "llm", "distiller", "distill-len", "tasks", "split", "k",
+                                "template", "seed", "device", "dtype", "llm-weights")
     add_training_flags(parser, "finetune-LLM-SPLIT")
     group = parser.add_argument_group("finetuning")
     group.add_argument("--lam", type=float, default=1.0, help="lambda, weight of L_distill in Eq. (4); 0 = without it")
@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> dict:
           (args.lam + args.pred_weight > 0, "--lam and --pred-weight are both 0, so there is no loss; give one of them"),
           (args.distiller != "free" or (args.init_from == "none" and args.lam == 0),
            "--distiller free is PromptTuning, without pretraining and L_distill; add --init-from none --lam 0"),
-          (args.queries_per_demo >= 1, f"--queries-per-demo is {args.queries_per_demo}; give at least 1"),
+          *common.at_least(args, 1, "queries_per_demo"),
           (args.context_len >= MAX_INPUT, (f"--context-len is {args.context_len}; give at least {MAX_INPUT}, so that "
                                            "a demonstration of the longest input fits")))
     device = setup(args, training=True)

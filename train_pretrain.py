@@ -36,8 +36,8 @@ PRESETS = {  # the paper's Table 5, and what two CPU cores do in minutes
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    common.add_shared_flags(parser)
+    parser = common.make_parser(__doc__, "preset", "llm", "distiller", "distill-len", "tasks", "corpus", "k",
+                                "template", "seed", "device", "dtype", "llm-weights")
     add_training_flags(parser, "pretrain-LLM")
     group = parser.add_argument_group("pretraining")
     group.add_argument("--window", type=int, help="tokens taken from each document")
@@ -60,10 +60,7 @@ def main(argv: list[str] | None = None) -> dict:
           (args.gamma == 1 or args.objective == "clm+kl", "--gamma only has a meaning with --objective clm+kl; add that"),
           (args.distiller != "free", ("--distiller free reads no text, so there is nothing to pretrain; go straight to "
                                      "train_finetune.py --distiller free --init-from none --lam 0")),
-          (args.window >= 8, f"--window is {args.window}; give at least 8 tokens"),
-          (args.eval_docs >= 1, f"--eval-docs is {args.eval_docs}; give at least 1"),
-          (args.context_len >= 1, f"--context-len is {args.context_len}; give at least 1 token"),
-          (args.min_doc_len >= 8, f"--min-doc-len is {args.min_doc_len}; give at least 8 tokens"))
+          *common.at_least(args, 8, "window", "min_doc_len"), *common.at_least(args, 1, "eval_docs", "context_len"))
     device = setup(args, training=True)
     llm = load_llm(args.llm, device, common.torch_dtype(args.dtype), args.llm_weights, args.grad_checkpoint)
     limit, tokenizer = max_positions(llm.config), Tokenizer(args.llm)

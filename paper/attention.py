@@ -141,8 +141,8 @@ def look(args, llm, tokenizer: Tokenizer, heads: list[tuple[int, int]]) -> dict:
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    common.add_shared_flags(parser)
+    parser = common.make_parser(__doc__, "preset", "llm", "tasks", "split", "k", "template", "seed", "device",
+                                "dtype", "llm-weights")
     group = parser.add_argument_group("attention")
     group.add_argument("--checkpoint", help="run folder or checkpoint file of the distiller; without it, Fig. 8 only")
     group.add_argument("--task", help="meta-test task of Fig. 5; default: the first that is there")
@@ -153,9 +153,8 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> dict:
-    args = parse(get_parser(), argv, {"paper": {}, "pocket": {}})
-    check(*common.shared_rules(args),
-          (args.context_len >= 1, f"--context-len is {args.context_len}; give at least 1 token"))
+    args = parse(get_parser(), argv)
+    check(*common.shared_rules(args), *common.at_least(args, 1, "context_len"))
     device = setup(args, training=False)
     llm, tokenizer = load_llm(args.llm, device, common.torch_dtype(args.dtype), args.llm_weights), Tokenizer(args.llm)
     limit, length = max_positions(llm.config), 2 * COPY_LEN + (tokenizer.bos_id is not None)

@@ -9,16 +9,15 @@ demonstrations drawn at random, and the same for the LLM that reads them and for
 
 import zlib
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoModel
 
-from common import UserError, require_hub
+from common import UserError
 from data import MAX_INPUT
-from loading import is_cached
+from loading import require_model
 from sources import Tokenizer, require_options
 
 PERTURBATIONS = ("no_label", "no_input", "random_label", "wrong_label")
@@ -99,8 +98,7 @@ class SentenceEncoder:
             self.encode = tokenizer.encode
             self.backbone = llm.get_encoder() if llm.config.is_encoder_decoder else llm.base_model
             return
-        if not Path(name).exists() and not is_cached(name):
-            require_hub(f"--dense-model {name}")
+        require_model("--dense-model", name)
         hf = Tokenizer(name).hf  # with the special tokens that its model was trained with, such as BERT's
         self.encode = lambda text: hf(text, truncation=True, max_length=MAX_INPUT)["input_ids"]
         try:

@@ -17,15 +17,13 @@ from tqdm import tqdm
 import common
 from common import check, finish, parse, run_main, setup
 from evaluate import partners
-from loading import load_distiller, load_llm, make_encoder
-from sources import SEEDS, Tokenizer, demonstration_set, load_tasks
-
-PRESETS = {"paper": {}, "pocket": {}}
+from loading import load_all
+from sources import SEEDS, demonstration_set, load_tasks
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    common.add_shared_flags(parser)
+    parser = common.make_parser(__doc__, "preset", "llm", "tasks", "split", "k", "template", "seed", "device")
+    parser.set_defaults(dtype="fp32")
     group = parser.add_argument_group("probe")
     group.add_argument("--checkpoint", required=True, help="run folder or checkpoint file")
     group.add_argument("--context-len", type=int, default=900, help="demonstration tokens at most")
@@ -68,17 +66,13 @@ def figures_of(starts: Tensor, corrections: Tensor, swapped: Tensor) -> dict:
 
 
 def main(argv: list[str] | None = None) -> dict:
-    args = parse(get_parser(), argv, PRESETS)
+    args = parse(get_parser(), argv)
     check(*common.shared_rules(args), (args.seed in SEEDS, f"--seed {args.seed}: MetaICL's are {sorted(SEEDS)}"),
-          (args.context_len >= 1, f"--context-len is {args.context_len}; give at least 1 token"))
+          *common.at_least(args, 1, "context_len"))
     device = setup(args, training=False)
     tasks = load_tasks(args.tasks, args.split, args.llm, args.k)
     check((len(tasks.test) > 1, f"--tasks {' '.join(args.tasks)} has one meta-test task of {args.split}, and tasks are compared"))
-    llm = load_llm(args.llm, device, torch.float32)
-    distiller, state = load_distiller(args.checkpoint, llm)
-    distiller.eval()
-    args.distill_len = state["model"]["distill_len"]
-    encoder = make_encoder(args, Tokenizer(args.llm), llm, distiller)
+    _, distiller, _, encoder = load_all(args, device)
     demos = {}
     for task in tasks.test:
         examples, files = demonstration_set(tasks, task, args.seed, args.k)

@@ -10,7 +10,8 @@
 #   SPLITS, SEEDS        settings and MetaICL seeds, separated by blanks
 #   LIMIT                test examples per task; 0 = all
 #   RESULTS, RUNS        where results and checkpoints go; another --llm needs another RUNS
-#   EXTRA, EXTRA_PRETRAIN, EXTRA_FINETUNE, EXTRA_EVAL  any further flags of all commands, or of one of them
+#   EXTRA, EXTRA_TRAIN   any further flags of all commands but data.py, or of both trainings
+#   EXTRA_PRETRAIN, EXTRA_FINETUNE, EXTRA_EVAL, EXTRA_DATA  or of one command
 # and of single scripts: RETRIEVALS, PERTURBATIONS (table3), BETAS, GAMMAS, LAMBDAS (ablations), PAIRS (table6), PARTS, KS,
 # LENGTHS (fig4), RATES, STEPS (lr).
 
@@ -47,13 +48,13 @@ if [ -n "${C4_DIR:-}" ]; then TEXT=(--corpus "$C4_DIR"); fi
 # pretrain NAME FLAG...: stage 1 into $RUNS/NAME
 pretrain() {
     "$PYTHON" train_pretrain.py --preset "$PRESET" ${DATA[@]+"${DATA[@]}"} ${TEXT[@]+"${TEXT[@]}"} --out-dir "$RUNS/$1" --resume \
-        $COMMON $PRETRAIN ${EXTRA:-} ${EXTRA_PRETRAIN:-} "${@:2}"
+        $COMMON $PRETRAIN ${EXTRA:-} ${EXTRA_TRAIN:-} ${EXTRA_PRETRAIN:-} "${@:2}"
 }
 
 # finetune NAME SPLIT SCALE_FLAGS FLAG...: stage 2 into $RUNS/NAME-SPLIT
 finetune() {
     "$PYTHON" train_finetune.py --preset "$PRESET" ${DATA[@]+"${DATA[@]}"} --split "$2" --out-dir "$RUNS/$1-$2" --resume \
-        $COMMON $3 ${EXTRA:-} ${EXTRA_FINETUNE:-} "${@:4}"
+        $COMMON $3 ${EXTRA:-} ${EXTRA_TRAIN:-} ${EXTRA_FINETUNE:-} "${@:4}"
 }
 
 # The three trained methods of Table 2, on one split. mend, hypertuning and prompt_tuning take SPLIT.

@@ -3,6 +3,6 @@
 source "$(dirname "$0")/settings.sh"
 : > "$RESULTS/table1-$SCALE.jsonl"
 for split in ${SPLITS:-$SEVEN}; do
-    "$PYTHON" data.py --preset "$PRESET" ${DATA[@]+"${DATA[@]}"} --split "$split" ${EXTRA:-} | tail -n 1 >> "$RESULTS/table1-$SCALE.jsonl"
+    "$PYTHON" data.py --preset "$PRESET" ${DATA[@]+"${DATA[@]}"} --split "$split" ${EXTRA_DATA:-} | tail -n 1 >> "$RESULTS/table1-$SCALE.jsonl"
 done
 table 1 table1

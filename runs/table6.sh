@@ -9,7 +9,7 @@ for pair in ${PAIRS:-facebook/opt-6.7b,facebook/opt-125m google/flan-t5-xl,googl
         EXTRA="${EXTRA:-} --llm $llm"
         score table6 class_to_class --methods icl
         for method in hypertuning mend; do
-            EXTRA="$EXTRA --distiller $distiller" $method class_to_class
+            EXTRA_TRAIN="${EXTRA_TRAIN:-} --distiller $distiller" $method class_to_class
             score table6 class_to_class --methods "$method" --checkpoint "$RUNS/$method-class_to_class"
         done
         prompt_tuning class_to_class

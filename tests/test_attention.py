@@ -163,6 +163,11 @@ def checkpoint(llm_folder, tmp_path_factory):
     return SimpleNamespace(path=path, llm=llm_folder, distiller=distiller.eval())
 
 
+@pytest.fixture
+def flags(llama, tasks_dir) -> list[str]:
+    return ["--preset", "pocket", "--llm", str(llama), "--tasks", str(tasks_dir), "--dtype", "fp32", "--device", "cpu"]
+
+
 def test_command(flags, checkpoint, tasks_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(attention, "SEQUENCES", 2)
     monkeypatch.setattr(attention, "COPY_LEN", 30)

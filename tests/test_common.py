@@ -76,7 +76,16 @@ def test_help_shows_both_presets_values(script, capsys):
     with pytest.raises(SystemExit) as stop:
         script.main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert stop.value.code == 0 and "(paper: 100; pocket: 32)" in text
+    assert stop.value.code == 0 and "(paper: gpt2-large; pocket: SmolLM2-135M-Instruct)" in text
+
+
+@pytest.mark.parametrize("script, flag, value", [
+    (train_pretrain, "--split", "qa_to_qa"), (train_finetune, "--corpus", "sotu"), (evaluate, "--distiller", "layers:2"),
+    (evaluate, "--corpus", "sotu"), (evaluate, "--seed", "13"), (data, "--distill-len", "4"), (data, "--corpus", "sotu")])
+def test_a_flag_without_a_part_is_refused(script, flag, value, capsys):
+    with pytest.raises(SystemExit) as stop:
+        script.main([flag, value])
+    assert stop.value.code == 2 and f"unrecognized arguments: {flag}" in capsys.readouterr().err
 
 
 def test_long_name_of_the_paraphrase_split():
@@ -85,21 +94,21 @@ def test_long_name_of_the_paraphrase_split():
 
 def test_shared_faults_are_listed_together():
     with pytest.raises(UserError) as error:
-        data.main(["--preset", "pocket", "--split", "class_to_clas", "--k", "0", "--distill-len", "0", "--seed", "-1",
+        train_finetune.main(["--preset", "pocket", "--split", "class_to_clas", "--k", "0", "--distill-len", "0", "--seed", "-1",
                    "--dtype", "fp16", "--device", "cpu"])
     for part in ("--split class_to_clas", "class_to_class", "--k is 0", "--distill-len is 0", "--seed is -1", "fp16"):
         assert part in str(error.value)
 
 
 def test_eight_bit_weights_need_cuda_and_two_packages(monkeypatch):
-    flags = ["--preset", "pocket", "--llm-weights", "8bit"]
+    flags = ["--preset", "pocket", "--methods", "icl", "--llm-weights", "8bit"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="--llm-weights 8bit needs a CUDA device; use fp32 or bf16"):
-        data.main(flags)
+        evaluate.main(flags)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(common.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="needs the package bitsandbytes: pip install bitsandbytes.*the package accelerate"):
-        data.main(flags)
+        evaluate.main(flags)
 
 
 def test_unknown_device_is_a_user_error():
@@ -169,7 +178,7 @@ def test_require_hub_gives_up_within_three_seconds(fresh_probe, monkeypatch, fau
                                            (evaluate, ["--tasks", "TASKS", "--methods", "icl"])],
                          ids=lambda v: getattr(v, "__name__", ""))
 def test_paper_preset_without_a_hub_names_the_pocket_command(script, extra, tasks_dir, capsys, monkeypatch):
-    monkeypatch.setattr("loading.is_cached", lambda name: False)
+    monkeypatch.setattr("loading.try_to_load_from_cache", lambda *_: None)
     argv = ["--preset", "paper", *(str(tasks_dir) if a == "TASKS" else a for a in extra)]
     started = time.time()
     with pytest.raises(SystemExit) as stop:

@@ -108,9 +108,9 @@ def test_mend_learns_to_pass_on_what_the_demonstrations_say(family, layers, step
     llm, tasks, rng = taught_llm(tmp_path / f"tiny-{family}", family, steps[0]), write_tasks(tmp_path / "tasks"), random.Random(4)
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text(rng, rng.choice(SEEN), K + 2)}) + "\n"
                                                  for _ in range(1000)))
-    flags = ["--preset", "pocket", "--llm", str(llm), "--distiller", f"layers:{layers}", "--distill-len", "4", "--tasks", str(tasks),
+    flags = ["--preset", "pocket", "--llm", str(llm), "--distill-len", "4", "--tasks", str(tasks),
              "--dtype", "fp32", "--device", "cpu", "--k", str(K)]
-    training = ["--lr", "5e-3", "--warmup", "0.1", "--save-every", "1000", "--eval-every", "1000", "--patience", "0"]
+    training = ["--distiller", f"layers:{layers}", "--lr", "5e-3", "--warmup", "0.1", "--save-every", "1000", "--eval-every", "1000", "--patience", "0"]
     pretrained = train_pretrain.main([
         *flags, *training, "--vector-start", "matched", "--corpus", str(tmp_path / "text.jsonl"), "--window", "30", "--min-doc-len", "30", "--batch-size", "16",
         "--steps", str(steps[1]), "--out-dir", str(tmp_path / "pretrain")])

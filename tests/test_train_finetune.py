@@ -195,8 +195,8 @@ def test_prompt_tuning_lowers_the_answer_loss(argv, tmp_path):
     assert [(name, t.shape) for name, t in tensors.items()] == [("distiller.vectors", (4, 32))]
     assert state["trained_on"] == {"finetune": FINETUNED | {"lam": 0.0}}
     assert state["best"] == min(metrics(tmp_path / "run", "val_option_ce").values())
-    flags = [flag for flag in argv if flag not in ("--init-from", "none", "--vector-start", "matched")]
-    flags = flags[:flags.index("--batch-size")]
+    flags = [flag for flag in argv[:argv.index("--batch-size")]
+             if flag not in ("--distiller", "layers:2", "--vector-start", "matched")]
     final = evaluate.main([*flags, "--methods", "prompt_tuning", "--checkpoint", str(tmp_path / "run"), "--limit", "8", "--k", "4",
                            "--out", str(tmp_path / "results.jsonl")])
     assert final["headline"]["prompt_tuning"]["mean"] > 0
