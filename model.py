@@ -270,7 +270,7 @@ def query_states(llm: PreTrainedModel, prefix: Prefix, batch: dict[str, Tensor])
 
 def head_logits(llm: PreTrainedModel, states: Tensor) -> Tensor:
     """The LLM's output head applied by hand: (N, d) final hidden states -> (N, V) fp32 logits."""
-    if getattr(llm.config, "scale_decoder_outputs", False):  # T5 with a tied head; T5 v1.1, flan-T5: their own
+    if getattr(llm.config, "scale_decoder_outputs", False):  # T5 whose head is tied to its embedding
         states = states * llm.config.d_model ** -0.5
     logits = llm.get_output_embeddings()(states.to(llm.dtype)).float()
     soft_cap = getattr(llm.config, "final_logit_softcapping", None)  # Gemma
