@@ -202,8 +202,7 @@ def teacher_and_student(llm: PreTrainedModel, distiller: nn.Module, batch: dict[
 
 
 def with_bos(llm: PreTrainedModel, embeds: Tensor, mask: Tensor, bos_id: int | None) -> tuple[Tensor, Tensor]:
-    """The tokenizer's BOS, where it has one, before each row's first token: (B, P, d) -> (B, 1 + P, d),
-    mask."""
+    """The tokenizer's BOS, where it has one, before each row's first token: (B, P, d) -> (B, 1 + P, d)."""
     if bos_id is None:
         return embeds, mask
     B, P, d = embeds.shape

@@ -67,8 +67,7 @@ def training_rules(args: argparse.Namespace) -> list[tuple[bool, str]]:
 
 
 def lr_at(step: int, steps: int, warmup: float, peak: float) -> float:
-    """Learning rate of 0-based `step` of `steps`: linear rise over the first share `warmup`, linear fall to
-    zero.
+    """Learning rate of 0-based `step` of `steps`: linear rise over its share `warmup`, linear fall to zero.
 
     DEVIATION: the paper names no schedule.
     """
@@ -77,8 +76,7 @@ def lr_at(step: int, steps: int, warmup: float, peak: float) -> float:
 
 
 def make_optimizer(distiller: nn.Module, lr: float) -> torch.optim.AdamW:
-    """AdamW as in Table 5, without weight decay on tensors of one dimension or none (norms, biases,
-    gains)."""
+    """AdamW as in Table 5, without weight decay on what has one dimension or none (norms, biases, gains)."""
     parameters = [p for p in distiller.parameters() if p.requires_grad]
     groups = [{"params": [p for p in parameters if p.dim() >= 2], "weight_decay": 0.01},
               {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
@@ -116,8 +114,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 
 def export_checkpoint(source: str | Path, target: Path) -> None:
     """Write a run's distiller to a file of its own, to be published: weights in bf16, no optimiser, and
-    nothing that names this machine's folders: of the flags the numbers only, and of a distiller's folder its
-    name."""
+    nothing that names this machine's folders: of flags the numbers, of a distiller's folder its name."""
     def name_only(values: dict) -> dict:
         return {name: Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
                 for name, value in values.items()}
@@ -181,8 +178,7 @@ class Run:
             run.end_step(n_tokens)              # unscale, clip, step, log, save
 
     The folder holds last.safetensors (everything to resume), best.safetensors (weights) and metrics.jsonl.
-    `state` is the JSON of both: model, flags, what it was trained on, step, figures of the last and best
-    evaluation.
+    `state` is the JSON of both: model, flags, what it was trained on, step, last figures, best value.
 
     Args:
         name: of the folder under out/ where --out-dir is not given. model: what loading.distiller_config
@@ -262,8 +258,7 @@ class Run:
         return self.step >= self.args.steps or 0 < self.args.patience <= self.state["bad_evaluations"]
 
     def begin_step(self) -> None:
-        """Set the learning rate, and seed what is random in a step (dropout): a resumed run draws the
-        same."""
+        """Set the learning rate, and seed what is random in a step (dropout), so that a resumed run draws it."""
         args, self.started, self.losses = self.args, time.time(), {}
         torch.manual_seed(args.seed * 1_000_003 + self.step)
         if self.device.type == "cpu":
@@ -273,8 +268,7 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
 
     def micro_batches(self, rows: list[dict]) -> Iterator[list[dict]]:
-        """This rank's share of a step's rows, --grad-accum times --batch-size in all, a micro-batch at a
-        time."""
+        """This rank's share of a step's rows, --grad-accum times --batch-size, by micro-batch."""
         size = self.args.batch_size
         for first in range(0, len(rows), size):
             # under DDP, the last backward pass of a step exchanges the gradients of all
