@@ -258,7 +258,7 @@ class Run:
         return self.step >= self.args.steps or 0 < self.args.patience <= self.state["bad_evaluations"]
 
     def begin_step(self) -> None:
-        """Set the learning rate, and seed what is random in a step (dropout), so that a resumed run draws it."""
+        """Set the learning rate; seed what is random in a step (dropout): a resumed run draws the same."""
         args, self.started, self.losses = self.args, time.time(), {}
         torch.manual_seed(args.seed * 1_000_003 + self.step)
         if self.device.type == "cpu":
