@@ -1,11 +1,14 @@
-"""Evaluation on the meta-test tasks (Sec. 4): demonstrations or vectors are read once, then every query and option.
+"""Evaluation on the meta-test tasks (Sec. 4): demonstrations or vectors are read once, then every query and
+option.
 
-    python evaluate.py --split class_to_class --methods zero_shot icl icl_budget mend --checkpoint out/finetune-LLM
-    python evaluate.py --tasks FOLDER --methods icl mend --checkpoint DIR --seeds 13 21 --limit 100 --out results.jsonl
-    python evaluate.py --table 2 results.jsonl           # the paper's Table 2 from results files, beside the paper's own
+    python evaluate.py --split class_to_class --methods zero_shot icl icl_budget mend --checkpoint
+    out/finetune-LLM python evaluate.py --tasks FOLDER --methods icl mend --checkpoint DIR --seeds 13 21
+    --limit 100 --out results.jsonl python evaluate.py --table 2 results.jsonl           # the paper's Table 2
+    from results files, beside the paper's own
 
-The label is the argmax over a query's options of the mean token log-likelihood, Eq. (1) for demonstrations and Eq. (2)
-for vectors. One line of --out holds one (method, task, seed); a run that was stopped goes on where it was.
+The label is the argmax over a query's options of the mean token log-likelihood, Eq. (1) for demonstrations
+and Eq. (2) for vectors. One line of --out holds one (method, task, seed); a run that was stopped goes on
+where it was.
 """
 
 import argparse
@@ -28,15 +31,7 @@ from loading import load_all, refuse_seen_tasks, refuse_wrong_method
 from model import vector_prefix
 from paper.demos import PERTURBATIONS, SentenceEncoder, has_labels, permute_labels, perturb, retrieve
 from run import checkpoint_id
-from score import (
-    CONTROLS,
-    VECTOR_METHODS,
-    majority,
-    one_prefix,
-    predict,
-    predict_each,
-    task_figures,
-)
+from score import CONTROLS, VECTOR_METHODS, majority, one_prefix, predict, predict_each, task_figures
 from sources import SEEDS, Tasks, demonstration_set, load_tasks, require_options
 
 METHODS = ("zero_shot", "majority", "icl", "icl_budget", "last_l", "prompt_tuning", "hypertuning", "mend",
@@ -68,7 +63,7 @@ def task_vectors(task: str, seed: int, llm, distiller, encoder: Encoder, tasks: 
     """(1, l, d): the vectors that `mend` has on a task."""
     demos, files = demonstration_set(tasks, task, seed, args.k)
     demo = encoder.demonstrations(demos, encoder.limit(demos + files["test"]))
-    ids = torch.tensor([demo], device=llm.device)                                                  # (1, T_d)
+    ids = torch.tensor([demo], device=llm.device)                                           # (1, T_d)
     with autocast(llm.device, args.dtype):
         return distiller(ids, torch.ones_like(ids, dtype=torch.bool))
 
@@ -80,24 +75,28 @@ def get_parser() -> argparse.ArgumentParser:
     group.add_argument("--methods", nargs="+", choices=METHODS, help="what stands before the query")
     group.add_argument("--checkpoint", help="run folder or checkpoint file; needed for mend, its controls, "
                                             "hypertuning and prompt_tuning, of which one call takes one")
-    group.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS), help="MetaICL's seeds: demonstration sets")
+    group.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS),
+                       help="MetaICL's seeds: demonstration sets")
     group.add_argument("--limit", type=int, default=0, help="test examples per task; 0 = all")
     group.add_argument("--context-len", type=int, default=900, help="demonstration tokens at most")
     group.add_argument("--only", nargs="+", metavar="TASK", help="these meta-test tasks only")
-    group.add_argument("--retrieve", choices=("bm25", "dense"), help="each query's own K demonstrations, the nearest of all "
-                       "training examples, in place of one random set (Tab. 3)")
-    group.add_argument("--dense-model", help="sentence encoder of --retrieve dense; default: the LLM's own mean state")
-    group.add_argument("--perturb", choices=PERTURBATIONS, help="what is taken from the demonstrations (Tab. 3)")
-    group.add_argument("--out", default="", help="results file, one JSON line each; default out/eval-SPLIT.jsonl")
-    group.add_argument("--table", nargs="+", metavar=("NUMBER", "FILE"), help="evaluate nothing; print the paper's table "
-                       "NUMBER (1, 2, 3, 4, 6 or 7) from results files, in Markdown")
+    group.add_argument("--retrieve", choices=("bm25", "dense"), help="each query's own K demonstrations, the "
+                       "nearest of all training examples, in place of one random set (Tab. 3)")
+    group.add_argument("--dense-model",
+                       help="sentence encoder of --retrieve dense; default: the LLM's own mean state")
+    group.add_argument("--perturb", choices=PERTURBATIONS,
+                       help="what is taken from the demonstrations (Tab. 3)")
+    group.add_argument("--out", default="",
+                       help="results file, one JSON line each; default out/eval-SPLIT.jsonl")
+    group.add_argument("--table", nargs="+", metavar=("NUMBER", "FILE"), help="evaluate nothing; print the "
+                       "paper's table NUMBER (1, 2, 3, 4, 6 or 7) from results files, in Markdown")
     return parser
 
 
 def main(argv: list[str] | None = None) -> dict:
     asks_for_table = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     asks_for_table.add_argument("--table", nargs="*")
-    if asks_for_table.parse_known_args(argv)[0].table is not None:  # no preset has a part in it, so none is printed
+    if asks_for_table.parse_known_args(argv)[0].table is not None:  # no preset has a part in it
         return print_paper_table(*get_parser().parse_args(argv).table)
     args = parse(get_parser(), argv, PRESETS)
     vector_methods = [m for m in args.methods if m in VECTOR_METHODS]
@@ -105,16 +104,17 @@ def main(argv: list[str] | None = None) -> dict:
     blind = [m for m in args.methods if m in (*SEEDLESS, "majority", *CONTROLS)]
     check(*common.shared_rules(args),
           *common.at_least(args, 0, "limit"), *common.at_least(args, 1, "context_len"),
-          (not vector_methods or args.checkpoint is not None, (f"--methods {' '.join(vector_methods)} needs --checkpoint DIR, "
-           "the folder of a train_pretrain.py or train_finetune.py run")),
-          (len(own) <= 1, (f"--methods {' '.join(own)} take a checkpoint each; give one of them a call, "
-           "with the same --out")),
+          (not vector_methods or args.checkpoint is not None,
+           f"--methods {' '.join(vector_methods)} needs --checkpoint DIR, the folder of a training run"),
+          (len(own) <= 1, f"--methods {' '.join(own)} take a checkpoint each; give one of them a call, with "
+                          "the same --out"),
           (not (args.retrieve and args.perturb), "--retrieve and --perturb exclude each other; give one"),
           (not blind or not (args.retrieve or args.perturb),
            f"{' '.join(blind)} has no part in --retrieve and --perturb; leave it out of --methods"),
           (args.dense_model is None or args.retrieve == "dense", "--dense-model needs --retrieve dense"),
           common.place_rule("--out", args.out),
-          *((seed in SEEDS, f"--seeds {seed} is unknown; MetaICL's are {sorted(SEEDS)}") for seed in args.seeds))
+          *((seed in SEEDS, f"--seeds {seed} is unknown; MetaICL's are {sorted(SEEDS)}")
+            for seed in args.seeds))
     for name in ("seeds", "methods", "only"):  # each once
         setattr(args, name, getattr(args, name) and list(dict.fromkeys(getattr(args, name))))
     device = setup(args, training=False)
@@ -125,16 +125,17 @@ def main(argv: list[str] | None = None) -> dict:
     llm, distiller, state, encoder = load_all(args, device)
     trained_on = state.get("trained_on", {}) if args.checkpoint else None
     if args.checkpoint:
+        print(f"checkpoint {checkpoint_id(args.checkpoint)}: l = {args.distill_len}")
         refuse_wrong_method(list(own), state, args.checkpoint)
         refuse_seen_tasks(trained_on, tasks, args)
         if state["model"]["template"] != args.template:
-            print(f"note: trained on --template {state['model']['template']}, evaluated on {args.template} (Tab. 7)")
+            print(f"note: trained on --template {state['model']['template']}, evaluated on {args.template}")
     out = Path(args.out or common.OUT / f"eval-{args.split}.jsonl")
     records = evaluate(args, llm, distiller, trained_on, encoder, tasks, out)
     averages = {m: summarise(records, args.methods, m)["average"] for m in ("headline", "accuracy")}
     n_tasks = len({r["task"] for r in records})
-    print(f"\n{args.split}: headline (macro-F1 for classification, accuracy otherwise) in percent, mean ± std over "
-          f"{len(args.seeds)} seeds; {n_tasks} of {len(tasks.test + tasks.missing_test)} tasks")
+    print(f"\n{args.split}: headline (macro-F1 for classification, accuracy otherwise) in percent, mean ± "
+          f"std over {len(args.seeds)} seeds; {n_tasks} of {len(tasks.test + tasks.missing_test)} tasks")
     print_summary(records, args.methods)
     print(f"written to {out}")
     return finish({"split": args.split, "tasks": n_tasks, "out": str(out),
@@ -147,13 +148,14 @@ def print_paper_table(number: str, *files: str) -> dict:
     from paper.tables import TABLES, table_lines
     check((number in ("1", *TABLES), f"--table {number} is unknown; give one of 1, {', '.join(TABLES)}"),
           (bool(files), f"--table {number} needs at least one results file after the number"),
-          *((Path(f).is_file(), f"--table: {f} is no file; give a results file of evaluate.py") for f in files))
-    lines = table_lines([r for f in files for r in read_results(Path(f))], number)
-    print("\n".join(lines))
+          *((Path(f).is_file(), f"--table: {f} is no file; give a results file of evaluate.py")
+            for f in files))
+    print("\n".join(table_lines([r for f in files for r in read_results(Path(f))], number)))
     return finish({"table": number, "files": list(files)})
 
 
-def evaluate(args, llm, distiller, trained_on: dict | None, encoder: Encoder, tasks: Tasks, out: Path) -> list[dict]:
+def evaluate(args, llm, distiller, trained_on: dict | None, encoder: Encoder, tasks: Tasks,
+             out: Path) -> list[dict]:
     """Fill the results file with every (method, task, seed) that it lacks; return the asked ones."""
     out.parent.mkdir(parents=True, exist_ok=True)
     retrieval = f"dense:{Path(args.dense_model).name}" if args.dense_model else args.retrieve
@@ -164,10 +166,11 @@ def evaluate(args, llm, distiller, trained_on: dict | None, encoder: Encoder, ta
     checkpoint = checkpoint_id(args.checkpoint) if args.checkpoint else None
     key_fields = ("method", "checkpoint", "task", "seed", "data_hash", "swapped_with", *setting)
     lines = read_results(out)
-    if out.exists() and not out.read_text(encoding="utf-8").endswith("\n"):  # a kill has cut the last line short
+    if out.exists() and not out.read_text(encoding="utf-8").endswith("\n"):  # a kill has cut it
         out.write_text("".join(f"{json.dumps(r)}\n" for r in lines), encoding="utf-8")
     done = {tuple(r.get(f) for f in key_fields): r for r in lines}
-    sentence_encoder = SentenceEncoder(args.dense_model, llm, encoder.tokenizer) if args.retrieve == "dense" else None
+    dense = args.retrieve == "dense"
+    sentence_encoder = SentenceEncoder(args.dense_model, llm, encoder.tokenizer) if dense else None
     same_for_all_seeds: dict[tuple, dict] = {}
     records = []
     names = perturbable(args, tasks)
@@ -183,15 +186,17 @@ def evaluate(args, llm, distiller, trained_on: dict | None, encoder: Encoder, ta
         for task, seed, method in tqdm(plan, desc="evaluate", unit="set"):
             uses_checkpoint = method in VECTOR_METHODS
             others = partners(method, task, names, tasks)
-            record = {"method": method, "checkpoint": checkpoint if uses_checkpoint else None, "task": task, "seed": seed,
+            record = {"method": method, "checkpoint": checkpoint if uses_checkpoint else None,
+                      "task": task, "seed": seed,
                       "data_hash": tasks.data_hash(task, seed, args.retrieve is not None), **setting,
                       "swapped_with": " ".join(f"{t}@{tasks.data_hash(t, seed)}" for t in others) or None}
             key = tuple(record[f] for f in key_fields)
             if key not in done:
-                memo = (method, task, json.dumps(tasks.files(task, seed)["test"])) if method in SEEDLESS else None
+                queries = json.dumps(tasks.files(task, seed)["test"])
+                memo = (method, task, queries) if method in SEEDLESS else None
                 vectors = torch.stack([distilled(t, seed) for t in others]).mean(dim=0) if others else None
-                figures = same_for_all_seeds.get(memo) or evaluate_one(args, llm, distiller, encoder, tasks, task, seed, method,
-                                                                       sentence_encoder, vectors)
+                figures = same_for_all_seeds.get(memo) or evaluate_one(
+                    args, llm, distiller, encoder, tasks, task, seed, method, sentence_encoder, vectors)
                 if memo:
                     same_for_all_seeds[memo] = figures
                 done[key] = record | figures | {"trained_on": trained_on if uses_checkpoint else None,
@@ -204,14 +209,16 @@ def evaluate(args, llm, distiller, trained_on: dict | None, encoder: Encoder, ta
 
 
 def perturbable(args, tasks: Tasks) -> list[str]:
-    """The tasks to evaluate; those where random and wrong labels mean nothing are left out, with a message."""
+    """The tasks to evaluate; those where random and wrong labels mean nothing are left out, aloud."""
     names = args.only or tasks.test
     if args.perturb not in ("random_label", "wrong_label"):
         return names
-    kept = [t for t in names if all(has_labels(demonstration_set(tasks, t, s, args.k)[0]) for s in args.seeds)]
+    kept = [t for t in names
+            if all(has_labels(demonstration_set(tasks, t, seed, args.k)[0]) for seed in args.seeds)]
     if left_out := sorted(set(names) - set(kept)):
-        print(f"note: --perturb {args.perturb} means nothing without at least two options; left out: {', '.join(left_out)}")
-    check((bool(kept), f"--perturb {args.perturb}: no task has options in its demonstrations; give other tasks"))
+        print(f"note: --perturb {args.perturb} means nothing without at least two options; left out: "
+              f"{', '.join(left_out)}")
+    check((bool(kept), f"--perturb {args.perturb}: no task has options in its demonstrations; give others"))
     return kept
 
 
@@ -238,17 +245,14 @@ def evaluate_one(args, llm, distiller, encoder: Encoder, tasks: Tasks, task: str
     else:
         demos, _ = demonstration_set(tasks, task, seed, args.k)
         limit = encoder.limit(demos + files["test"])
-        # which demonstrations stand there is settled before they change, so that all kinds see the same ones (unless
-        # longer labels push out the last)
+        # which demonstrations stand there is settled before they change, so that all kinds see the same ones
+        # (unless longer labels push out the last)
         shown = perturb(encoder.fitting(demos, limit), args.perturb, seed) if args.perturb else demos
         shown = permute_labels(encoder.fitting(demos, limit)) if method == "mend_permuted" else shown
         prefix = one_prefix(method, shown, limit, llm, distiller, encoder, args)
         chosen = predict(llm, prefix, encoder, queries, first=method == "zero_shot")
     figures = task_figures(chosen, [q["output"] for q in queries], tasks.types[task])
     return {"n": len(queries), "n_predicted": len(set(chosen))} | figures
-
-
-
 
 
 def read_results(path: Path) -> list[dict]:
@@ -281,7 +285,8 @@ def summarise(records: list[dict], methods: list[str], metric: str = "headline")
         by_seed[r["method"], r["seed"]].append(100 * r[metric])
     table = {task: {m: mean_std(by_task[task, m]) for m in methods if (task, m) in by_task}
              for task in sorted({r["task"] for r in records})}
-    table["average"] = {m: mean_std([np.mean(v) for (method, _), v in by_seed.items() if method == m]) for m in methods}
+    table["average"] = {m: mean_std([np.mean(v) for (method, _), v in by_seed.items() if method == m])
+                        for m in methods}
     return table
 
 
@@ -336,7 +341,8 @@ def scores_of(records: list[dict]) -> Scores:
 
 def gains_of(records: list[dict]) -> dict[str, dict]:
     """recovered_gain of each method; nothing without records of both icl and zero_shot."""
-    cells = {m: scores_of([r for r in records if r["method"] == m]) for m in dict.fromkeys(r["method"] for r in records)}
+    cells = {m: scores_of([r for r in records if r["method"] == m])
+             for m in dict.fromkeys(r["method"] for r in records)}
     icl, zero_shot = cells.get("icl", {}), cells.get("zero_shot", {})
     return {m: gain for m, scores in cells.items() if (gain := recovered_gain(scores, icl, zero_shot))}
 

@@ -1,22 +1,23 @@
-"""The model of MEND: a distiller that turns demonstrations into l vectors, and the frozen LLM that reads them.
+"""The model of MEND: a distiller makes l vectors of demonstrations, and the frozen LLM reads those instead.
 
     python train_pretrain.py            # trains the distiller with Eq. (3)
     python train_finetune.py            # trains it on with Eq. (4)
 
-Covers Sec. 2 (Eq. 1 and 2: scoring), Sec. 3.1 (Eq. 3: distillation) and Sec. 3.2 (Eq. 4: finetuning) of the paper.
+Covers Sec. 2 (Eq. 1 and 2: what the LLM reads) and Sec. 3 (the distiller); the losses stand in score.py.
 
-Legend: B demonstration sets in a batch · K demonstrations in a set · l distillation length · T_d demonstration tokens
-        T packed query tokens · P prefix length · N tokens that count in a loss · d LLM width · d_s distiller width
-        V vocabulary. Masks are True where a token counts.
+Legend: B demonstration sets in a batch · K demonstrations in a set · l distillation length
+        T_d demonstration tokens · T packed query tokens · P prefix length · N tokens that count in a loss
+        d LLM width · d_s distiller width · V vocabulary. Masks are True where a token counts.
+        E_D, E_x embeddings of demonstrations and query · S_D the l vectors distilled from D
 
-Every forward of the LLM has two parts. `prefill` reads the prefix (demonstrations or vectors) once and keeps its keys
-and values; `query_states` reads the queries after it. Several queries, and several answer options of one query, stand
-side by side in one row of the batch: `attention_mask` lets each see the prefix and itself only, so the prefix is read
-once however many queries and options follow, and its gradient is exact.
+Every forward of the LLM has two parts. `prefill` reads the prefix (demonstrations or vectors) once and keeps
+its keys and values; `query_states` reads the queries after it. Several queries, and several answer options of
+one query, stand side by side in one row of the batch: `attention_mask` lets each see the prefix and itself
+only, so the prefix is read once however many queries and options follow, and its gradient is exact.
 
-Both kinds of LLM give the same two calls. A decoder-only LLM (GPT-2, OPT, Llama, Qwen, Mistral, Gemma) reads prefix,
-query and answer in a row. An encoder-decoder (T5) encodes [prefix ; query] and decodes the answer; its encoder looks
-both ways, so there the prefix is read again for each query, and shared by the query's options only.
+Both kinds of LLM give the same two calls. A decoder-only LLM (GPT-2, OPT, Llama, Qwen, Mistral, Gemma) reads
+prefix, query and answer in a row. An encoder-decoder (T5) encodes [prefix ; query] and decodes the answer;
+its encoder looks both ways, so there the prefix is read again for each query, shared by its options only.
 """
 
 from dataclasses import dataclass
@@ -26,232 +27,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
+from common import autocast
+
 ENCODER_DECODERS = ("t5", "mt5")  # model types whose relative positions make padding and length of no account
 
 
-@dataclass
-class Prefix:
-    """What the LLM keeps of a prefix that it has read.
-
-    keys_values: one (keys, values) pair a layer, each (B, heads, P, head width). state: (B, d), the final hidden state
-    of the last prefix token, which predicts the first query token; None for an empty prefix. mask: (B, P), bool.
-    embeds: (B, P, d), the prefix itself where it is only read together with the queries: then there is neither
-    keys_values nor state.
-    """
-
-    keys_values: list[tuple[Tensor, Tensor]]
-    state: Tensor | None
-    mask: Tensor
-    embeds: Tensor | None = None
-
-    def cache(self) -> DynamicCache | None:
-        """A new cache on each call: a forward pass would change a shared one in place."""
-        return DynamicCache(ddp_cache_data=self.keys_values) if self.keys_values else None
-
-
-def attention_mask(prefix_mask: Tensor, segment: Tensor, branch: Tensor, query_mask: Tensor) -> Tensor:
-    """Who may look at whom when queries are packed side by side behind a prefix.
-
-    A token sees the prefix, the earlier tokens of its own query (segment), and of its own answer option (branch):
-    branch 0 is the query x itself, which every option of that query sees; options do not see each other.
-
-    Args:
-        prefix_mask: (B, P) bool. segment, branch: (B, T) long. query_mask: (B, T) bool.
-    Returns:
-        (B, 1, T, P + T) bool, True where attention is allowed. A padded token sees itself, so that no row is empty.
-    """
-    T = segment.shape[1]
-    same_query = segment[:, :, None] == segment[:, None, :]                                          # (B, T, T)
-    same_branch = (branch[:, None, :] == 0) | (branch[:, :, None] == branch[:, None, :])             # (B, T, T)
-    index = torch.arange(T, device=segment.device)
-    causal = index[:, None] >= index[None, :]                                                        # (T, T)
-    own = (same_query & same_branch & causal & query_mask[:, None, :]) | (index[:, None] == index)   # (B, T, T)
-    return torch.cat([prefix_mask[:, None, :].expand(-1, T, -1), own], dim=2)[:, None]               # (B, 1, T, P+T)
-
-
-def causal_mask(mask: Tensor) -> Tensor:
-    """Causal attention over one sequence a row, padded anywhere: (B, T) bool -> (B, 1, T, T) bool."""
-    zero = torch.zeros_like(mask, dtype=torch.long)
-    return attention_mask(mask[:, :0], zero, zero, mask)
-
-
-def positions_of(mask: Tensor) -> Tensor:
-    """Position of each token, padding not counted: (B, T) bool -> (B, T) long, 0 in the padding on the left."""
-    return (mask.long().cumsum(dim=1) - 1).clamp(min=0)
-
-
-def window_masks(config, allowed: Tensor, positions: Tensor, key_positions: Tensor) -> Tensor | dict[str, Tensor]:
-    """`allowed`, narrowed where layers see the last `sliding_window` positions only (Mistral, Qwen, Gemma).
-
-    Args:
-        allowed: (B, 1, T, P + T) bool. positions: (B, T) long. key_positions: (B, P + T) long.
-    Returns:
-        one mask, or, for a backbone whose layers differ, one for each kind of layer, as it takes them.
-    """
-    kinds, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
-    if window is None or (kinds and "sliding_attention" not in kinds):
-        return allowed
-    near = positions[:, None, :, None] - key_positions[:, None, None, :] < window                    # (B, 1, T, P+T)
-    return {"full_attention": allowed, "sliding_attention": allowed & near} if kinds else allowed & near
-
-
-def run_backbone(backbone: nn.Module, embeds: Tensor, allowed: Tensor, positions: Tensor, cache=None,
-                 prefix_mask: Tensor | None = None):
-    """One pass of a decoder-only backbone (no head) over `embeds` with our own mask and positions.
-
-    Args:
-        embeds: (B, T, width). allowed: (B, 1, T, P + T) bool. positions: (B, T) long. cache, prefix_mask: of P earlier
-            tokens.
-    """
-    key_positions = positions if prefix_mask is None else torch.cat([positions_of(prefix_mask), positions], dim=1)
-    masks = window_masks(backbone.config, allowed, positions, key_positions)
-    # the form that is added to the scores, made here once: torch would make it of a bool mask anew in every layer
-    def bias(mask):
-        return torch.zeros_like(mask, dtype=embeds.dtype).masked_fill(~mask, torch.finfo(embeds.dtype).min)
-    masks = {kind: bias(mask) for kind, mask in masks.items()} if isinstance(masks, dict) else bias(masks)
-    return backbone(inputs_embeds=embeds, attention_mask=masks, position_ids=positions,
-                    past_key_values=cache, use_cache=cache is not None)
-
-
-def prefill(llm: PreTrainedModel, embeds: Tensor, mask: Tensor) -> Prefix:
-    """Read a prefix once: demonstrations E_D (teacher, ICL) or distilled vectors S_D (student, MEND).
-
-    The LLM's weights are frozen, but gradients flow through it to `embeds`; wrap the teacher in torch.no_grad().
-
-    Args:
-        embeds: (B, P, d), in any float type. mask: (B, P) bool, False in padding, which stands on the left.
-    """
-    embeds = embeds.to(llm.dtype)
-    if llm.config.is_encoder_decoder:
-        return Prefix([], None, mask, embeds)
-    if embeds.shape[1] == 0:
-        return Prefix([], None, mask)
-    if getattr(llm, "checkpoints_layers", False) and torch.is_grad_enabled():
-        # no cache: a layer that runs again in the backward pass would find its own keys and values in it
-        return Prefix([], None, mask, embeds)
-    cache = DynamicCache()
-    out = run_backbone(llm.base_model, embeds, causal_mask(mask), positions_of(mask), cache)
-    keys_values = [(layer.keys, layer.values) for layer in cache.layers]
-    return Prefix(keys_values, out.last_hidden_state[:, -1], mask)
-
-
-def query_states(llm: PreTrainedModel, prefix: Prefix, batch: dict[str, Tensor]) -> Tensor:
-    """Read the packed queries behind a prefix; return for each query token the state that predicts it.
-
-    The first token of a query is predicted by the last prefix token (the last demonstration token for the teacher, the
-    last vector for the student); the first token of an answer by the last token of its query.
-
-    Args:
-        batch: the dictionary of data.collate: query_ids, query_mask, segment, branch, position, predictor, all (B, T).
-    Returns:
-        (B, T, d) final hidden states. Without a prefix the states for first tokens are zeros, and so are those for the
-        query's tokens with an encoder-decoder LLM, which predicts only answers: `loss_mask` leaves them out.
-    """
-    if llm.config.is_encoder_decoder:
-        return answer_states(llm, prefix, batch)
-    embeds = llm.get_input_embeddings()(batch["query_ids"])                                          # (B, T, d)
-    allowed = attention_mask(prefix.mask, batch["segment"], batch["branch"], batch["query_mask"])
-    positions = batch["position"] + prefix.mask.sum(dim=1, keepdim=True)                             # (B, T)
-    T, d = embeds.shape[1:]
-    if prefix.embeds is None:
-        states = run_backbone(llm.base_model, embeds, allowed, positions, prefix.cache(), prefix.mask).last_hidden_state
-        first = torch.zeros_like(states[:, 0]) if prefix.state is None else prefix.state             # (B, d)
-        states = torch.cat([first[:, None], states], dim=1)                                          # (B, 1 + T, d)
-    else:  # prefix and queries in one pass, without a cache
-        embeds = torch.cat([prefix.embeds, embeds], dim=1)                                           # (B, P + T, d)
-        allowed = torch.cat([F.pad(causal_mask(prefix.mask), (0, T)), allowed], dim=2)               # (B, 1, P+T, P+T)
-        positions = torch.cat([positions_of(prefix.mask), positions], dim=1)                         # (B, P + T)
-        states = run_backbone(llm.base_model, embeds, allowed, positions).last_hidden_state[:, -T - 1:]
-    return states.gather(1, batch["predictor"][:, :, None].expand(-1, -1, d))                        # (B, T, d)
-
-
-def answer_states(llm: PreTrainedModel, prefix: Prefix, batch: dict[str, Tensor]) -> Tensor:
-    """query_states of an encoder-decoder LLM: encode [prefix ; E_x] once a query, decode each of its options behind it.
-
-    DEVIATION: the paper does not say on which side the query stands. Here the encoder reads [S_D ; E_x] and the decoder
-    writes y, as Eq. (2) conditions on both; in pretraining, whose rows have an empty query, the encoder reads D or S_D
-    and the decoder writes x. An encoder with nothing to read gets the end-of-sequence token, which is what T5's
-    tokenizer makes of an empty text.
-    """
-    mask, segment, branch, position = (batch[k] for k in ("query_mask", "segment", "branch", "position"))
-    B, T = mask.shape
-    S, options = int(segment.max()) + 1, int(branch.max()) + 1
-    query_of = torch.arange(B, device=mask.device)[:, None] * S + segment                            # (B, T)
-    in_x, in_y = mask & (branch == 0), mask & (branch > 0)
-
-    # one encoder input a query; a query without x, or without options, is a row that nobody looks at
-    x_len = torch.bincount(query_of[in_x], minlength=B * S)                                          # (B S,)
-    ids = torch.full((B * S, max(1, int(x_len.max()))), llm.config.eos_token_id, device=mask.device)
-    ids[query_of[in_x], position[in_x]] = batch["query_ids"][in_x]
-    prefix_mask = prefix.mask.repeat_interleave(S, dim=0)                                            # (B S, P)
-    lengths = torch.where(prefix_mask.any(dim=1), x_len, x_len.clamp(min=1))                         # (B S,)
-    x_mask = torch.arange(ids.shape[1], device=mask.device) < lengths[:, None]                       # (B S, T_x)
-    embeds = torch.cat([prefix.embeds.repeat_interleave(S, dim=0), llm.get_input_embeddings()(ids)], dim=1)
-    encoder_mask = torch.cat([prefix_mask, x_mask], dim=1)                                           # (B S, P + T_x)
-    encoded = llm.get_encoder()(inputs_embeds=embeds, attention_mask=encoder_mask).last_hidden_state
-
-    # one decoder input an option: the start token, then y without its last token
-    numbers, option_of = torch.unique(query_of[in_y] * options + branch[in_y], return_inverse=True)  # (O,), (N,)
-    place, query = position[in_y] - x_len[query_of[in_y]], numbers // options                        # (N,), (O,)
-    ids = torch.full((len(numbers), int(place.max()) + 2), llm.config.decoder_start_token_id, device=mask.device)
-    ids[option_of, place + 1] = batch["query_ids"][in_y]
-    decoded = llm.get_decoder()(
-        input_ids=ids[:, :-1], encoder_hidden_states=encoded[query], encoder_attention_mask=encoder_mask[query],
-        use_cache=False).last_hidden_state                                                           # (O, T_y, d)
-    return decoded.new_zeros(B, T, decoded.shape[2]).index_put((in_y.nonzero(as_tuple=True)), decoded[option_of, place])
-
-
-def loss_mask(llm: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
-    """The tokens that L_distill compares, (B, T) bool: all of x and y; with an encoder-decoder LLM, which predicts no
-    token of x, those of y."""
-    return batch["query_mask"] & (batch["branch"] > 0) if llm.config.is_encoder_decoder else batch["query_mask"]
-
-
-def head_logits(llm: PreTrainedModel, states: Tensor) -> Tensor:
-    """The LLM's output head applied by hand: (N, d) final hidden states -> (N, V) fp32 logits."""
-    if getattr(llm.config, "scale_decoder_outputs", False):  # T5 with a tied head; T5 v1.1 and flan-T5 have their own
-        states = states * llm.config.d_model ** -0.5
-    logits = llm.get_output_embeddings()(states.to(llm.dtype)).float()
-    soft_cap = getattr(llm.config, "final_logit_softcapping", None)  # Gemma
-    return soft_cap * torch.tanh(logits / soft_cap) if soft_cap else logits
-
-
-def demo_prefix(llm: PreTrainedModel, demo_ids: Tensor, demo_mask: Tensor, bos_id: int | None = None) -> Prefix:
-    """The LLM reads the demonstrations themselves: [BOS ; E_D], as in Eq. (1). demo_ids, demo_mask: (B, T_d)."""
-    return prefill(llm, *with_bos(llm, llm.get_input_embeddings()(demo_ids), demo_mask, bos_id))
-
-
-def vector_prefix(llm: PreTrainedModel, vectors: Tensor, bos_id: int | None = None) -> Prefix:
-    """The LLM reads distilled vectors: [BOS ; S_D], as in Eq. (2). vectors: (B, l, d)."""
-    mask = torch.ones(vectors.shape[:2], dtype=torch.bool, device=vectors.device)
-    return prefill(llm, *with_bos(llm, vectors, mask, bos_id))
-
-
-def with_bos(llm: PreTrainedModel, embeds: Tensor, mask: Tensor, bos_id: int | None) -> tuple[Tensor, Tensor]:
-    """Put the tokenizer's BOS, where it has one, before the first token of each row: (B, P, d) -> (B, 1 + P, d)."""
-    if bos_id is None:
-        return embeds, mask
-    B, P, d = embeds.shape
-    bos = llm.get_input_embeddings()(torch.tensor([[bos_id]], device=embeds.device)).to(embeds.dtype)
-    n_pad = (~mask).sum(dim=1)                                                                       # (B,)
-    at_bos = torch.arange(P + 1, device=embeds.device)[None] == n_pad[:, None]                       # (B, 1 + P)
-    embeds = torch.cat([embeds[:, :1], embeds], dim=1) if P else bos.expand(B, 1, d)
-    mask = torch.cat([torch.zeros_like(at_bos[:, :1]), mask], dim=1) | at_bos
-    return torch.where(at_bos[:, :, None], bos, embeds), mask
+# ---------------------------------------------------------------------------------------------- The distiller
 
 
 class Distiller(nn.Module):
-    """S_D = MEND(concat(E^_D, E^_phi))[-l:], Sec. 3: l placeholders follow the demonstrations; their final states,
-    brought to the LLM's width and scale, are the distilled vectors.
+    """S_D = MEND(concat(E^_D, E^_phi))[-l:], Sec. 3: l placeholders follow the demonstrations; their final
+    states, brought to the LLM's width and scale, are the distilled vectors.
 
     Args:
         backbone: a transformer without head, width d_s: decoder-only (AutoModel), or T5's encoder.
-        embed: its token embedding; `own_embedding=False` when it belongs to the frozen LLM: then it is neither
-            trained nor saved.
+        embed: its token embedding; own_embedding=False for the frozen LLM's: neither trained nor saved then.
         distill_len: l, at least 1.
         llm_width: d. Where d_s differs, Linear + Tanh project d_s -> d.
-        output_rms: root mean square that the vectors have at initialisation; None leaves their scale as it is.
-        residual_embed: the LLM's token embedding, to add the last l demonstration tokens' rows to the vectors; None: not.
+        output_rms: root mean square of the vectors at initialisation; None leaves their scale as it is.
+        residual_embed: the LLM's token embedding, to add those of the last l demonstration tokens; None: not.
         seed: of the placeholders' initial ids.
     """
 
@@ -268,19 +62,19 @@ class Distiller(nn.Module):
         object.__setattr__(self, "residual_embed", None)
         generator = torch.Generator().manual_seed(seed)
         vocab = backbone.config.vocab_size
-        self.placeholders = nn.Parameter(random_rows(embed, vocab, distill_len, generator))          # (l, d_s)
-        width = self.placeholders.shape[1]  # not config.hidden_size: OPT-350m projects narrower embeddings in the backbone
-        same_width = width == llm_width
-        self.project = nn.Identity() if same_width else nn.Sequential(nn.Linear(width, llm_width), nn.Tanh())
+        self.placeholders = nn.Parameter(random_rows(embed, vocab, distill_len, generator))  # (l, d_s)
+        d_s, d = self.placeholders.shape[1], llm_width  # OPT-350m's hidden_size is not its embeddings' width
+        self.project = nn.Identity() if d_s == d else nn.Sequential(nn.Linear(d_s, d), nn.Tanh())
         self.gain = None
         if output_rms is not None:
-            # DEVIATION: final-norm states are some ten times larger than an LLM's token embeddings; a learned scalar,
-            # set so that both have the same root mean square at the start, learns faster. The paper has no such scale.
+            # DEVIATION: final-norm states are some ten times larger than an LLM's token embeddings; a learned
+            # scalar that gives both the same root mean square at the start learns faster. The paper has none.
             self.gain = nn.Parameter(torch.ones(()))
             self.eval()  # no dropout while measuring
             with torch.no_grad():
                 probe = torch.randint(0, vocab, (4, 64), generator=generator).to(self.placeholders.device)
-                self.gain.fill_(output_rms / self(probe, torch.ones_like(probe, dtype=torch.bool)).pow(2).mean().sqrt())
+                vectors = self(probe, torch.ones_like(probe, dtype=torch.bool))
+                self.gain.fill_(output_rms / vectors.pow(2).mean().sqrt())
             self.train()
         object.__setattr__(self, "residual_embed", residual_embed)
 
@@ -292,33 +86,32 @@ class Distiller(nn.Module):
         """Distil each row's demonstrations.
 
         Args:
-            demo_ids: (B, T_d) long, padded on the left, so that the placeholders follow the last demonstration token.
+            demo_ids: (B, T_d) long, padded on the left: the placeholders follow the last demonstration token.
             demo_mask: (B, T_d) bool.
         Returns:
             (B, l, d) vectors S_D, fp32.
         """
-        B = demo_ids.shape[0]
-        placeholders = self.placeholders.expand(B, -1, -1)                                           # (B, l, d_s)
-        embeds = torch.cat([self.embed(demo_ids).to(placeholders.dtype), placeholders], dim=1)       # (B, T_d+l, d_s)
-        mask = F.pad(demo_mask, (0, self.distill_len), value=True)                                   # (B, T_d + l)
+        placeholders = self.placeholders.expand(len(demo_ids), -1, -1)                      # (B, l, d_s)
+        embeds = torch.cat([self.embed(demo_ids).to(placeholders.dtype), placeholders], dim=1)
+        mask = F.pad(demo_mask, (0, self.distill_len), value=True)                          # (B, T_d + l)
         if self.backbone.config.model_type in ENCODER_DECODERS:  # looks both ways, by relative positions
-            states = self.backbone(inputs_embeds=embeds, attention_mask=mask).last_hidden_state
+            out = self.backbone(inputs_embeds=embeds, attention_mask=mask)
         else:
-            states = run_backbone(self.backbone, embeds, causal_mask(mask), positions_of(mask)).last_hidden_state
-        vectors = self.project(states[:, -self.distill_len:]).float()                                # (B, l, d)
+            out = run_backbone(self.backbone, embeds, causal_mask(mask), positions_of(mask))
+        vectors = self.project(out.last_hidden_state[:, -self.distill_len:]).float()        # (B, l, d)
         if self.gain is not None:
             vectors = vectors * self.gain
         if self.residual_embed is not None:
-            # DEVIATION: the vectors start next to what the LLM can read already, the last l demonstration tokens, and the
-            # distiller learns what to change in them. From the paper's start, such truncation is out of reach for long.
+            # DEVIATION: the vectors start next to what the LLM can read already, the last l demonstration
+            # tokens, and the distiller learns what to change. The paper's start is behind these for long.
             short = max(0, self.distill_len - demo_ids.shape[1])
             ids, kept = (F.pad(t, (short, 0))[:, -self.distill_len:] for t in (demo_ids, demo_mask))
-            vectors = vectors + self.residual_embed(ids).float() * kept[:, :, None]                  # (B, l, d)
+            vectors = vectors + self.residual_embed(ids).float() * kept[:, :, None]         # (B, l, d)
         return vectors
 
 
 class FreeVectors(nn.Module):
-    """PromptTuning (Lester et al., 2021), Sec. 4.1: l free vectors in the place of S_D, the same for all demonstrations.
+    """PromptTuning (Lester et al., 2021), Sec. 4.1: l free vectors in place of S_D, the same for all D.
 
     Stands where a Distiller stands, and starts like one's placeholders, from rows of the LLM's own embedding.
 
@@ -330,7 +123,8 @@ class FreeVectors(nn.Module):
 
     def __init__(self, embed: nn.Module, vocab: int, distill_len: int, seed: int = 0):
         super().__init__()
-        self.vectors = nn.Parameter(random_rows(embed, vocab, distill_len, torch.Generator().manual_seed(seed)))
+        generator = torch.Generator().manual_seed(seed)
+        self.vectors = nn.Parameter(random_rows(embed, vocab, distill_len, generator))      # (l, d)
 
     @property
     def distill_len(self) -> int:
@@ -342,9 +136,263 @@ class FreeVectors(nn.Module):
 
 
 def random_rows(embed: nn.Module, vocab: int, n: int, generator: torch.Generator) -> Tensor:
-    """(n, width) fp32: embedding rows of ids drawn uniformly from [100, vocab), the start of placeholders (Sec. 3)."""
+    """(n, width) fp32: embedding rows of ids drawn evenly from [100, vocab), where placeholders start (Sec.
+    3)."""
     if n < 1:
         raise ValueError(f"distill_len is {n}; at least one vector is needed (l >= 1)")
     ids = torch.randint(min(100, vocab // 2), vocab, (n,), generator=generator)
     with torch.no_grad():
         return embed(ids.to(next(embed.parameters()).device)).detach().float().clone()
+
+
+# --------------------------------------------------------------------------------------- What the LLM reads
+
+
+@dataclass
+class Prefix:
+    """What the LLM keeps of a prefix that it has read.
+
+    keys_values: one (keys, values) pair a layer, each (B, heads, P, head width). state: (B, d), the final
+    hidden state of the last prefix token, which predicts the first query token; None for an empty prefix.
+    mask: (B, P), bool. embeds: (B, P, d), the prefix itself where it is only read together with the queries:
+    then there is neither keys_values nor state.
+    """
+
+    keys_values: list[tuple[Tensor, Tensor]]
+    state: Tensor | None
+    mask: Tensor
+    embeds: Tensor | None = None
+
+    def cache(self) -> DynamicCache | None:
+        """A new cache on each call: a forward pass would change a shared one in place."""
+        return DynamicCache(ddp_cache_data=self.keys_values) if self.keys_values else None
+
+
+def demo_prefix(llm: PreTrainedModel, demo_ids: Tensor, demo_mask: Tensor,
+                bos_id: int | None = None) -> Prefix:
+    """The LLM reads the demonstrations themselves: [BOS ; E_D], Eq. (1). demo_ids, demo_mask: (B, T_d)."""
+    return prefill(llm, *with_bos(llm, llm.get_input_embeddings()(demo_ids), demo_mask, bos_id))
+
+
+def vector_prefix(llm: PreTrainedModel, vectors: Tensor, bos_id: int | None = None) -> Prefix:
+    """The LLM reads distilled vectors: [BOS ; S_D], Eq. (2). vectors: (B, l, d)."""
+    mask = torch.ones(vectors.shape[:2], dtype=torch.bool, device=vectors.device)
+    return prefill(llm, *with_bos(llm, vectors, mask, bos_id))
+
+
+def teacher_and_student(llm: PreTrainedModel, distiller: nn.Module, batch: dict[str, Tensor],
+                        bos_id: int | None, dtype: str,
+                        with_teacher: bool = True) -> tuple[Tensor | None, Tensor]:
+    """The states that predict the queries of data.collate's batch: P_LLM(x | E_D), Eq. (1), and P_LLM(x |
+    S_D) with S_D = MEND(E^_D), Eq. (2). Eq. (3) compares them, Eq. (4) reads answers off the student's.
+
+    Args:
+        distiller: Distiller or FreeVectors, perhaps in DDP; dtype: of its autocast, as in --dtype.
+    Returns:
+        teacher (None where `with_teacher` is False), student: (B, T, d), as query_states.
+    """
+    teacher, demo_ids, demo_mask = None, batch["demo_ids"], batch["demo_mask"]              # (B, T_d)
+    if with_teacher:
+        with torch.no_grad():
+            teacher = query_states(llm, demo_prefix(llm, demo_ids, demo_mask, bos_id), batch)
+    with autocast(demo_ids.device, dtype):
+        vectors = distiller(demo_ids, demo_mask)                                            # (B, l, d)
+    # not under no_grad: the LLM is frozen, but the gradient flows through it to the vectors
+    return teacher, query_states(llm, vector_prefix(llm, vectors, bos_id), batch)
+
+
+def with_bos(llm: PreTrainedModel, embeds: Tensor, mask: Tensor, bos_id: int | None) -> tuple[Tensor, Tensor]:
+    """The tokenizer's BOS, where it has one, before each row's first token: (B, P, d) -> (B, 1 + P, d)."""
+    if bos_id is None:
+        return embeds, mask
+    B, P, d = embeds.shape
+    bos = llm.get_input_embeddings()(torch.tensor([[bos_id]], device=embeds.device)).to(embeds.dtype)
+    n_pad = (~mask).sum(dim=1)                                                              # (B,)
+    at_bos = torch.arange(P + 1, device=embeds.device)[None] == n_pad[:, None]              # (B, 1 + P)
+    embeds = torch.cat([embeds[:, :1], embeds], dim=1) if P else bos.expand(B, 1, d)
+    mask = torch.cat([torch.zeros_like(at_bos[:, :1]), mask], dim=1) | at_bos
+    return torch.where(at_bos[:, :, None], bos, embeds), mask
+
+
+def prefill(llm: PreTrainedModel, embeds: Tensor, mask: Tensor) -> Prefix:
+    """Read a prefix once: demonstrations E_D (teacher, ICL) or distilled vectors S_D (student, MEND).
+
+    The LLM's weights are frozen, but gradients flow through it to `embeds`; call the teacher under no_grad.
+
+    Args:
+        embeds: (B, P, d), in any float type. mask: (B, P) bool, False in padding, which stands on the left.
+    """
+    embeds = embeds.to(llm.dtype)
+    # a layer that runs again in the backward pass would find its own keys and values in a cache
+    runs_again = getattr(llm, "checkpoints_layers", False) and torch.is_grad_enabled()
+    if embeds.shape[1] == 0 and not llm.config.is_encoder_decoder:
+        return Prefix([], None, mask)
+    if llm.config.is_encoder_decoder or runs_again:
+        return Prefix([], None, mask, embeds)
+    cache = DynamicCache()
+    out = run_backbone(llm.base_model, embeds, causal_mask(mask), positions_of(mask), cache)
+    keys_values = [(layer.keys, layer.values) for layer in cache.layers]
+    return Prefix(keys_values, out.last_hidden_state[:, -1], mask)
+
+
+def query_states(llm: PreTrainedModel, prefix: Prefix, batch: dict[str, Tensor]) -> Tensor:
+    """Read the packed queries behind a prefix; return for each query token the state that predicts it.
+
+    The first token of a query is predicted by the last prefix token (the last demonstration token for the
+    teacher, the last vector for the student); the first token of an answer by the last token of its query.
+
+    Args:
+        batch: of data.collate: query_ids, query_mask, segment, branch, position, predictor, all (B, T).
+    Returns:
+        (B, T, d) final hidden states. Without a prefix those for first tokens are zeros, and so are those for
+        x with an encoder-decoder LLM, which predicts only answers: `loss_mask` leaves them out.
+    """
+    if llm.config.is_encoder_decoder:
+        return answer_states(llm, prefix, batch)
+    embeds = llm.get_input_embeddings()(batch["query_ids"])                                 # (B, T, d)
+    allowed = attention_mask(prefix.mask, batch["segment"], batch["branch"], batch["query_mask"])
+    positions = batch["position"] + prefix.mask.sum(dim=1, keepdim=True)                    # (B, T)
+    T, d = embeds.shape[1:]
+    if prefix.embeds is None:
+        out = run_backbone(llm.base_model, embeds, allowed, positions, prefix.cache(), prefix.mask)
+        states = out.last_hidden_state                                                      # (B, T, d)
+        first = torch.zeros_like(states[:, 0]) if prefix.state is None else prefix.state    # (B, d)
+        states = torch.cat([first[:, None], states], dim=1)                                 # (B, 1 + T, d)
+    else:  # prefix and queries in one pass, without a cache
+        embeds = torch.cat([prefix.embeds, embeds], dim=1)                                  # (B, P + T, d)
+        allowed = torch.cat([F.pad(causal_mask(prefix.mask), (0, T)), allowed], dim=2)     # (B, 1, P+T, P+T)
+        positions = torch.cat([positions_of(prefix.mask), positions], dim=1)                # (B, P + T)
+        out = run_backbone(llm.base_model, embeds, allowed, positions)
+        states = out.last_hidden_state[:, -T - 1:]                                          # (B, 1 + T, d)
+    return states.gather(1, batch["predictor"][:, :, None].expand(-1, -1, d))               # (B, T, d)
+
+
+def head_logits(llm: PreTrainedModel, states: Tensor) -> Tensor:
+    """The LLM's output head applied by hand: (N, d) final hidden states -> (N, V) fp32 logits."""
+    if getattr(llm.config, "scale_decoder_outputs", False):  # T5 whose head is tied to its embedding
+        states = states * llm.config.d_model ** -0.5
+    logits = llm.get_output_embeddings()(states.to(llm.dtype)).float()
+    soft_cap = getattr(llm.config, "final_logit_softcapping", None)  # Gemma
+    return soft_cap * torch.tanh(logits / soft_cap) if soft_cap else logits
+
+
+def answer_mask(batch: dict[str, Tensor]) -> Tensor:
+    """The tokens of answers y, (B, T) bool: those that L_pred averages over and that score an option."""
+    return batch["query_mask"] & (batch["branch"] > 0)
+
+
+def loss_mask(llm: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
+    """The tokens that L_distill compares, (B, T) bool: all of x and y; with an encoder-decoder LLM, which
+    predicts no token of x, those of y."""
+    return answer_mask(batch) if llm.config.is_encoder_decoder else batch["query_mask"]
+
+
+# -------------------------------------------------------------------------- Packing: who sees whom, and where
+
+
+def attention_mask(prefix_mask: Tensor, segment: Tensor, branch: Tensor, query_mask: Tensor) -> Tensor:
+    """Who may look at whom when queries are packed side by side behind a prefix.
+
+    A token sees the prefix, the earlier tokens of its own query (segment), and of its own answer option
+    (branch): branch 0 is the query x, which every option of that query sees; options do not see each other.
+
+    Args:
+        prefix_mask: (B, P) bool. segment, branch: (B, T) long. query_mask: (B, T) bool.
+    Returns:
+        (B, 1, T, P + T) bool, True where allowed. A padded token sees itself, so that no row is empty.
+    """
+    T = segment.shape[1]
+    same_query = segment[:, :, None] == segment[:, None, :]                                 # (B, T, T)
+    same_branch = (branch[:, None, :] == 0) | (branch[:, :, None] == branch[:, None, :])    # (B, T, T)
+    index = torch.arange(T, device=segment.device)
+    causal, itself = index[:, None] >= index[None, :], index[:, None] == index[None, :]     # (T, T)
+    own = (same_query & same_branch & causal & query_mask[:, None, :]) | itself             # (B, T, T)
+    return torch.cat([prefix_mask[:, None, :].expand(-1, T, -1), own], dim=2)[:, None]      # (B, 1, T, P+T)
+
+
+def causal_mask(mask: Tensor) -> Tensor:
+    """Causal attention over one sequence a row, padded anywhere: (B, T) bool -> (B, 1, T, T) bool."""
+    zero = torch.zeros_like(mask, dtype=torch.long)
+    return attention_mask(mask[:, :0], zero, zero, mask)
+
+
+def positions_of(mask: Tensor) -> Tensor:
+    """Position of each token, padding not counted: (B, T) bool -> (B, T) long, 0 in padding on the left."""
+    return (mask.long().cumsum(dim=1) - 1).clamp(min=0)
+
+
+def window_masks(config, allowed: Tensor, positions: Tensor,
+                 key_positions: Tensor) -> Tensor | dict[str, Tensor]:
+    """`allowed`, narrowed where layers see the last `sliding_window` positions only (Mistral, Qwen, Gemma).
+
+    Args:
+        allowed: (B, 1, T, P + T) bool. positions: (B, T) long. key_positions: (B, P + T) long.
+    Returns:
+        one mask, or, for a backbone whose layers differ, one for each kind of layer, as it takes them.
+    """
+    kinds, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
+    if window is None or (kinds and "sliding_attention" not in kinds):
+        return allowed
+    near = positions[:, None, :, None] - key_positions[:, None, None, :] < window           # (B, 1, T, P+T)
+    return {"full_attention": allowed, "sliding_attention": allowed & near} if kinds else allowed & near
+
+
+def run_backbone(backbone: nn.Module, embeds: Tensor, allowed: Tensor, positions: Tensor,
+                 cache: DynamicCache | None = None, prefix_mask: Tensor | None = None):
+    """One pass of a decoder-only backbone (no head) over `embeds` with our own mask and positions.
+
+    Args:
+        embeds: (B, T, width). allowed: (B, 1, T, P + T) bool. positions: (B, T) long.
+        cache, prefix_mask: of P earlier tokens.
+    """
+    earlier = [] if prefix_mask is None else [positions_of(prefix_mask)]
+    masks = window_masks(backbone.config, allowed, positions, torch.cat([*earlier, positions], dim=1))
+
+    def bias(mask: Tensor) -> Tensor:
+        """What is added to the scores, made here once: torch would make it of a bool mask in every layer."""
+        return torch.zeros_like(mask, dtype=embeds.dtype).masked_fill(~mask, torch.finfo(embeds.dtype).min)
+
+    masks = {kind: bias(mask) for kind, mask in masks.items()} if isinstance(masks, dict) else bias(masks)
+    return backbone(inputs_embeds=embeds, attention_mask=masks, position_ids=positions,
+                    past_key_values=cache, use_cache=cache is not None)
+
+
+# ----------------------------------------------------------------------------------- Encoder-decoder LLMs: T5
+
+
+def answer_states(llm: PreTrainedModel, prefix: Prefix, batch: dict[str, Tensor]) -> Tensor:
+    """query_states of an encoder-decoder LLM: encode [prefix ; E_x] once a query, then decode its options.
+
+    DEVIATION: the paper does not say on which side the query stands. Here the encoder reads [S_D ; E_x] and
+    the decoder writes y, as Eq. (2) conditions on both; in pretraining, whose rows have an empty query, the
+    encoder reads D or S_D and the decoder writes x. An encoder with nothing to read gets the end-of-sequence
+    token, which is what T5's tokenizer makes of an empty text.
+    """
+    mask, segment, branch, position = (batch[k] for k in ("query_mask", "segment", "branch", "position"))
+    (B, T), device = mask.shape, mask.device
+    S, options = int(segment.max()) + 1, int(branch.max()) + 1
+    query_of = torch.arange(B, device=device)[:, None] * S + segment                        # (B, T)
+    in_x, in_y = mask & (branch == 0), answer_mask(batch)
+
+    # one encoder input a query; a query without x, or without options, is a row that nobody looks at
+    x_len = torch.bincount(query_of[in_x], minlength=B * S)                                 # (B S,)
+    ids = torch.full((B * S, max(1, int(x_len.max()))), llm.config.eos_token_id, device=device)
+    ids[query_of[in_x], position[in_x]] = batch["query_ids"][in_x]                          # (B S, T_x)
+    prefix_mask = prefix.mask.repeat_interleave(S, dim=0)                                   # (B S, P)
+    lengths = torch.where(prefix_mask.any(dim=1), x_len, x_len.clamp(min=1))                # (B S,)
+    x_mask = torch.arange(ids.shape[1], device=device) < lengths[:, None]                   # (B S, T_x)
+    embeds = torch.cat([prefix.embeds.repeat_interleave(S, dim=0), llm.get_input_embeddings()(ids)], dim=1)
+    encoder_mask = torch.cat([prefix_mask, x_mask], dim=1)                                  # (B S, P + T_x)
+    encoded = llm.get_encoder()(inputs_embeds=embeds, attention_mask=encoder_mask).last_hidden_state
+
+    # one decoder input an option: the start token, then y without its last token
+    number = query_of[in_y] * options + branch[in_y]                                        # (N,)
+    numbers, option_of = torch.unique(number, return_inverse=True)                          # (O,), (N,)
+    place, query = position[in_y] - x_len[query_of[in_y]], numbers // options               # (N,), (O,)
+    ids = torch.full((len(numbers), int(place.max()) + 2), llm.config.decoder_start_token_id, device=device)
+    ids[option_of, place + 1] = batch["query_ids"][in_y]
+    decoded = llm.get_decoder()(
+        input_ids=ids[:, :-1], encoder_hidden_states=encoded[query],
+        encoder_attention_mask=encoder_mask[query], use_cache=False).last_hidden_state      # (O, T_y, d)
+    states = decoded.new_zeros(B, T, decoded.shape[2])
+    return states.index_put(in_y.nonzero(as_tuple=True), decoded[option_of, place])         # (B, T, d)

@@ -1,4 +1,4 @@
-"""From states to numbers: losses, option scores, predictions, metrics, and the figures that training looks at.
+"""From states to numbers: losses, option scores, predictions, metrics, the figures that training looks at.
 
 Covers Eq. (1) to (4) of the paper: score_options, distill_loss, pred_loss and finetune_loss.
 """
@@ -16,7 +16,16 @@ from transformers import PreTrainedModel
 
 from common import autocast, sum_over_ranks, world
 from data import Corpus, Encoder, collate
-from model import Prefix, demo_prefix, head_logits, loss_mask, query_states, vector_prefix
+from model import (
+    Prefix,
+    answer_mask,
+    demo_prefix,
+    head_logits,
+    loss_mask,
+    query_states,
+    teacher_and_student,
+    vector_prefix,
+)
 from sources import SEEDS, Tasks, demonstration_set, require_options
 
 
@@ -35,13 +44,13 @@ def full_precision(llm: PreTrainedModel) -> Iterator[None]:
             t.data = t.data.to(dtype)
 
 
-# micro-batches on several ranks passes the count of the whole step, so the result is one mean over all its tokens.
-def sum_in_chunks(loss: Callable[..., Tensor], states: Tensor, *others: Tensor, chunk: int | None = None) -> Tensor:
-    """sum over rows of loss(states, *others) without ever holding logits for more than `chunk` positions (128; on a GPU,
-    which small pieces of work leave idle, 1,024).
+def sum_in_chunks(loss: Callable[..., Tensor], states: Tensor, *others: Tensor,
+                  chunk: int | None = None) -> Tensor:
+    """sum over rows of loss(states, *others) without ever holding logits for more than `chunk` positions
+    (128; on a GPU, which small pieces of work leave idle, 1,024).
 
-    The gradient with respect to `states` is taken chunk by chunk while the logits are there, so that they are made only
-    once. It is exact, to first order.
+    The gradient with respect to `states` is taken chunk by chunk while the logits are there, so that they are
+    made only once. It is exact, to first order.
 
     Args:
         loss: (n, d) and n rows of each of `others` -> scalar sum. states: (N, d).
@@ -69,7 +78,8 @@ def distill_loss(llm: PreTrainedModel, student_states: Tensor, teacher_states: T
 
     Args:
         student_states, teacher_states: (N, d), the states that predict the same N tokens with either prefix.
-        denominator: tokens to average over; N when not given.
+        denominator: tokens to average over; None = N. A step of several micro-batches or ranks passes the
+            count of all its tokens: the sum of the results is then one mean over them.
     Returns:
         scalar, nats per token, fp32.
     """
@@ -79,21 +89,24 @@ def distill_loss(llm: PreTrainedModel, student_states: Tensor, teacher_states: T
 
     def kl(student: Tensor, teacher: Tensor) -> Tensor:
         with torch.no_grad():
-            target = F.log_softmax(head_logits(llm, teacher), dim=1)                                 # (n, V)
-        return F.kl_div(F.log_softmax(head_logits(llm, student), dim=1), target, reduction="sum", log_target=True)
+            target = F.log_softmax(head_logits(llm, teacher), dim=1)                        # (n, V)
+        log_p = F.log_softmax(head_logits(llm, student), dim=1)                             # (n, V)
+        return F.kl_div(log_p, target, reduction="sum", log_target=True)
 
     with torch.autocast(student_states.device.type, enabled=False):
         total = sum_in_chunks(kl, student_states, teacher_states.detach())
     return total / (student_states.shape[0] if denominator is None else denominator)
 
 
-def pred_loss(llm: PreTrainedModel, student_states: Tensor, target_ids: Tensor, denominator: int | None = None) -> Tensor:
-    """L_pred = -log P_LLM(y | concat(S_D, E_x)), Eq. (4), Sec. 3.2, over answer tokens; over all of x it is CLM.
+def pred_loss(llm: PreTrainedModel, student_states: Tensor, target_ids: Tensor,
+              denominator: int | None = None) -> Tensor:
+    """L_pred = -log P_LLM(y | concat(S_D, E_x)), Eq. (4), Sec. 3.2, over answer tokens; over all of x: CLM.
 
-    DEVIATION: Eq. (4) is printed without the minus sign and as a sum; this is the mean negative log-likelihood a token.
+    DEVIATION: Eq. (4) is printed without the minus sign and as a sum; this is the mean over tokens.
 
     Args:
-        student_states: (N, d), the states that predict the tokens target_ids: (N,) long. denominator: as above.
+        student_states: (N, d), the states that predict the tokens target_ids: (N,) long. denominator: as in
+            distill_loss.
     Returns:
         scalar, nats per token, fp32.
     """
@@ -106,32 +119,33 @@ def pred_loss(llm: PreTrainedModel, student_states: Tensor, target_ids: Tensor, 
 
 
 def pretrain_loss(clm: Tensor, distill: Tensor, gamma: float) -> Tensor:
-    """L = L_CLM + gamma L_distill, App. B: the ablation's pretraining objective; MEND's own is L_distill alone."""
+    """L = L_CLM + gamma L_distill, App. B, of the ablations; MEND's own is L_distill alone."""
     return clm + gamma * distill
 
 
 def finetune_loss(pred: Tensor, distill: Tensor, lam: float, pred_weight: float = 1.0) -> Tensor:
-    """L_finetune = L_pred + lambda L_distill, Eq. (4), Sec. 3.2; pred_weight 0 is Table 4's row without L_pred."""
+    """L_finetune = L_pred + lambda L_distill, Eq. (4), Sec. 3.2; pred_weight 0: Table 4, without L_pred."""
     return pred_weight * pred + lam * distill
 
 
 @torch.no_grad()
 def score_options(llm: PreTrainedModel, prefix: Prefix, batch: dict[str, Tensor]) -> Tensor:
-    """Eq. (1) and (2), Sec. 2: the log-likelihood of every answer option behind its query, mean over its tokens.
+    """Eq. (1) and (2), Sec. 2: the log-likelihood of every answer option behind its query, a token's mean.
 
     The label is the argmax over a query's options. One pass scores every option of every packed query.
 
     Args:
-        prefix: of demonstrations, Eq. (1), or of vectors, Eq. (2). batch: from data.collate; branch o >= 1 of a
+        prefix: of demonstrations, Eq. (1), or of vectors, Eq. (2). batch: from data.collate; branch o >= 1 of
+        a
             segment holds option o - 1.
     Returns:
         (B, segments, options) fp32, nats per token; -inf where a query has fewer options.
     """
-    states = query_states(llm, prefix, batch)                                                        # (B, T, d)
-    rows, columns = torch.nonzero(batch["query_mask"] & (batch["branch"] > 0), as_tuple=True)        # (N,)
+    states = query_states(llm, prefix, batch)                                               # (B, T, d)
+    rows, columns = torch.nonzero(answer_mask(batch), as_tuple=True)                        # (N,)
     log_p = torch.cat([
         -F.cross_entropy(head_logits(llm, states[r, c]), batch["query_ids"][r, c], reduction="none")
-        for r, c in zip(rows.split(128), columns.split(128))])                                       # (N,)
+        for r, c in zip(rows.split(128), columns.split(128), strict=True)])                 # (N,)
     shape = (states.shape[0], int(batch["segment"].max()) + 1, int(batch["branch"].max()))
     where = (rows, batch["segment"][rows, columns], batch["branch"][rows, columns] - 1)
     total = log_p.new_zeros(shape).index_put(where, log_p, accumulate=True)
@@ -140,15 +154,15 @@ def score_options(llm: PreTrainedModel, prefix: Prefix, batch: dict[str, Tensor]
 
 
 PASS_TOKENS = {"cpu": 512, "cuda": 2048}  # query and option tokens scored in one pass
-SET_TOKENS = 4096  # tokens of demonstrations, queries and options in one pass where each query has its own demonstrations
+SET_TOKENS = 4096  # with demonstrations, in one pass where each query has its own
 CONTROLS = ("mend_swapped", "mend_permuted", "mend_constant")  # MEND's vectors of other demonstrations
 VECTOR_METHODS = ("prompt_tuning", "hypertuning", "mend", *CONTROLS)  # the LLM reads vectors of a checkpoint
 
 
 def demo_tokens(method: str, demos: list[dict], limit: int, encoder: Encoder) -> list[int]:
-    """What one method reads of the demonstrations. zero_shot: nothing. icl_budget: those that fit into l tokens, the
-    honest baseline of equal length. icl and the methods of vectors: all that fit into `limit` tokens.
-    last_l: the last l tokens of these, which is where `--vector-start residual` starts from."""
+    """What one method reads of the demonstrations. zero_shot: nothing. icl_budget: those that fit into l
+    tokens, the honest baseline of equal length. icl and the methods of vectors: all that fit into `limit`
+    tokens. last_l: the last l tokens of these, which is where `--vector-start residual` starts from."""
     if method == "zero_shot":
         return []
     if method == "icl_budget":
@@ -156,41 +170,39 @@ def demo_tokens(method: str, demos: list[dict], limit: int, encoder: Encoder) ->
     return encoder.demonstrations(demos, limit)[-encoder.distill_len if method == "last_l" else 0:]
 
 
-def make_prefix(method: str, demo_ids: torch.Tensor, demo_mask: torch.Tensor, llm, distiller, bos_id, args) -> Prefix:
-    """What the LLM reads before the queries: the demonstrations, Eq. (1), or their vectors, Eq. (2). ids, mask: (B, T_d)."""
+def make_prefix(method: str, demo_ids: Tensor, demo_mask: Tensor, llm, distiller, bos_id, args) -> Prefix:
+    """What the LLM reads before the queries: demonstrations, (B, T_d), Eq. (1), or their vectors, Eq. (2)."""
     if method in VECTOR_METHODS:
         with autocast(llm.device, args.dtype):
-            vectors = distiller(demo_ids, demo_mask)                                               # (B, l, d)
+            vectors = distiller(demo_ids, demo_mask)                                        # (B, l, d)
         return vector_prefix(llm, vectors, bos_id)
     return demo_prefix(llm, demo_ids, demo_mask, bos_id)
 
 
 def one_prefix(method: str, demos: list[dict], limit: int, llm, distiller, encoder: Encoder, args) -> Prefix:
     """The prefix, B = 1, of one demonstration set, read once for all queries behind it."""
-    demo_ids = torch.tensor([demo_tokens(method, demos, limit, encoder)], dtype=torch.long, device=llm.device)  # (1, T_d)
+    tokens = demo_tokens(method, demos, limit, encoder)
+    demo_ids = torch.tensor([tokens], dtype=torch.long, device=llm.device)                  # (1, T_d)
     return make_prefix(method, demo_ids, torch.ones_like(demo_ids, dtype=torch.bool), llm, distiller,
                        encoder.tokenizer.bos_id, args)
 
 
 def passes(queries: list[tuple], device) -> Iterator[dict]:
-    """Batches of one row that hold `queries`, (x ids, [option ids, ...]) each, in order, PASS_TOKENS or so at a time."""
-    pending, size, most = [], 0, PASS_TOKENS[torch.device(device).type]
-    for query in queries:
-        tokens = len(query[0]) + sum(map(len, query[1]))
-        if pending and size + tokens > most:
-            yield collate([{"demo": [], "queries": pending}], device)
-            pending, size = [], 0
-        pending.append(query)
+    """Batches of one row, PASS_TOKENS or so each, of `queries`: (x ids, [option ids, ...]), in order."""
+    groups, size, most = [[]], 0, PASS_TOKENS[torch.device(device).type]
+    for x, options in queries:
+        tokens = len(x) + sum(map(len, options))
+        if groups[-1] and size + tokens > most:
+            groups, size = [*groups, []], 0
+        groups[-1].append((x, options))
         size += tokens
-    if pending:
-        yield collate([{"demo": [], "queries": pending}], device)
+    return (collate([{"demo": [], "queries": group}], device) for group in groups if group)
 
 
 @torch.no_grad()
 def option_scores(llm, prefix: Prefix, encoder: Encoder, queries: list[dict],
-                  first: bool = False) -> list[torch.Tensor]:
-    """score_options of each query behind one prefix of B = 1: (options,) each, perhaps with -inf behind
-    them."""
+                  first: bool = False) -> list[Tensor]:
+    """score_options of each query behind one prefix of B = 1: (options,) each, perhaps padded with -inf."""
     encoded = [encoder.scoring_query(q, first=first) for q in queries]
     return [row for batch in passes(encoded, llm.device) for row in score_options(llm, prefix, batch)[0]]
 
@@ -201,39 +213,43 @@ def predict(llm, prefix: Prefix, encoder: Encoder, queries: list[dict], first: b
 
     first: no demonstrations or vectors stand before the queries (zero_shot).
 
-    DEVIATION: Eq. (1) takes the labels seen among the demonstrations; MetaICL and the original code score the task's
-    whole option list, and so does this.
+    DEVIATION: Eq. (1) takes the labels seen among the demonstrations; MetaICL and the original code score the
+    task's whole option list, and so does this.
     """
     scores = option_scores(llm, prefix, encoder, queries, first)
     return [q["options"][int(row.argmax())] for q, row in zip(queries, scores, strict=True)]
 
 
 @torch.no_grad()
-def predict_each(method: str, sets: list[list[dict]], limit: int, llm, distiller, encoder: Encoder, queries: list[dict],
-                 args) -> list[str]:
-    """As `predict`, but with a demonstration set for each query, sets[i] for queries[i]: rows of similar length are read
-    together, SET_TOKENS or so at a time."""
+def predict_each(method: str, sets: list[list[dict]], limit: int, llm, distiller, encoder: Encoder,
+                 queries: list[dict], args) -> list[str]:
+    """As `predict`, but with a demonstration set for each query, sets[i] for queries[i]: rows of similar
+    length are read together, SET_TOKENS or so at a time."""
     rows = [{"demo": demo_tokens(method, demos, limit, encoder), "queries": [encoder.scoring_query(q)]}
             for demos, q in zip(sets, queries, strict=True)]
-    lengths = [len(row["demo"]) + len(x) + sum(map(len, options)) for row in rows for x, options in row["queries"]]
+    lengths = [len(row["demo"]) + len(x) + sum(map(len, options))
+               for row in rows for x, options in row["queries"]]
     order, chosen = sorted(range(len(rows)), key=lambda i: lengths[i]), [""] * len(rows)
+    bos_id = encoder.tokenizer.bos_id
     while order:
         n = max(1, min(len(order), SET_TOKENS // lengths[order[-1]]))
         group, order = order[-n:], order[:-n]
         batch = collate([rows[i] for i in group], llm.device)
-        prefix = make_prefix(method, batch["demo_ids"], batch["demo_mask"], llm, distiller, encoder.tokenizer.bos_id, args)
-        for i, option in zip(group, score_options(llm, prefix, batch)[:, 0].argmax(dim=1).tolist(), strict=True):
+        prefix = make_prefix(method, batch["demo_ids"], batch["demo_mask"], llm, distiller, bos_id, args)
+        best = score_options(llm, prefix, batch)[:, 0].argmax(dim=1).tolist()               # (B,)
+        for i, option in zip(group, best, strict=True):
             chosen[i] = queries[i]["options"][option]
     return chosen
 
 
 def majority(demos: list[dict], queries: list[dict]) -> list[str]:
-    """The most frequent label of the demonstrations (of equally frequent ones the first), without any LLM. Where it is
-    none of a query's options, as in multiple choice, the option at the position that was right most often."""
-    labels = Counter(d["output"] for d in demos).most_common(1)
-    places = Counter(d["options"].index(d["output"]) for d in demos if d["output"] in d["options"]).most_common(1)
-    label, place = labels[0][0], places[0][0] if places else 0
-    return [label if label in q["options"] else q["options"][min(place, len(q["options"]) - 1)] for q in queries]
+    """The most frequent label of the demonstrations (of equally frequent ones the first), without any LLM.
+    Where that is none of a query's options (multiple choice), the position that was right most often."""
+    label = Counter(d["output"] for d in demos).most_common(1)[0][0]
+    places = Counter(d["options"].index(d["output"]) for d in demos if d["output"] in d["options"])
+    place = places.most_common(1)[0][0] if places else 0
+    return [label if label in q["options"] else q["options"][min(place, len(q["options"]) - 1)]
+            for q in queries]
 
 
 def accuracy(predictions: list[str], golds: list[str]) -> float:
@@ -252,8 +268,8 @@ def macro_f1(predictions: list[str], golds: list[str]) -> float:
 def task_figures(predictions: list[str], golds: list[str], task_type: str) -> dict:
     """Both metrics and the headline.
 
-    DEVIATION: the paper's text says accuracy for classification and macro-F1 otherwise; its zero-shot figures equal
-    MetaICL's, which are macro-F1 for classification and accuracy otherwise. The headline follows the figures.
+    DEVIATION: the paper's text says accuracy for classification and macro-F1 otherwise; its zero-shot figures
+    equal MetaICL's, which are macro-F1 for classification and accuracy otherwise. The headline follows them.
     """
     f1, acc = macro_f1(predictions, golds), accuracy(predictions, golds)
     return {"macro_f1": f1, "accuracy": acc, "headline": f1 if task_type == "classification" else acc}
@@ -270,8 +286,7 @@ def dev_figures(llm, distiller, tasks: Tasks, encoder: Encoder, args, device) ->
 
     Returns:
         val_option_ce (nats a query, mean over each task's queries, then over tasks), val_pred (nats per
-        answer token), val_kl and val_clm (negative log-likelihood), both in nats per query and answer token,
-        dev_headline (mean over tasks).
+        answer token), val_kl and val_clm (negative log-likelihood; nats per token), dev_headline.
     """
     rank, ranks = world()
     seed = args.seed if args.seed in SEEDS else SEEDS[0]
@@ -286,8 +301,9 @@ def dev_figures(llm, distiller, tasks: Tasks, encoder: Encoder, args, device) ->
         teacher_prefix = one_prefix("icl", demos, limit, llm, distiller, encoder, exact)
         student_prefix = one_prefix("mend", demos, limit, llm, distiller, encoder, exact)
         for batch in passes([encoder.training_query(q) for q in queries], device):
-            student, teacher = query_states(llm, student_prefix, batch), query_states(llm, teacher_prefix, batch)
-            mask, answers = loss_mask(llm, batch), batch["query_mask"] & (batch["branch"] > 0)
+            student = query_states(llm, student_prefix, batch)                              # (1, T, d)
+            teacher = query_states(llm, teacher_prefix, batch)                              # (1, T, d)
+            mask, answers = loss_mask(llm, batch), answer_mask(batch)
             sums["kl"] += distill_loss(llm, student[mask], teacher[mask], 1).item()
             sums["pred"] += pred_loss(llm, student[answers], batch["query_ids"][answers], 1).item()
             sums["clm"] += pred_loss(llm, student[mask], batch["query_ids"][mask], 1).item()
@@ -295,7 +311,8 @@ def dev_figures(llm, distiller, tasks: Tasks, encoder: Encoder, args, device) ->
             sums["answers"] += int(answers.sum())
         scores = option_scores(llm, student_prefix, encoder, queries)
         chosen = [q["options"][int(row.argmax())] for q, row in zip(queries, scores, strict=True)]
-        sums["headline"] += task_figures(chosen, [q["output"] for q in queries], tasks.types[task])["headline"]
+        golds = [q["output"] for q in queries]
+        sums["headline"] += task_figures(chosen, golds, tasks.types[task])["headline"]
         sums["option_ce"] += float(np.mean([-row.log_softmax(dim=0)[q["options"].index(q["output"])].item()
                                             for q, row in zip(queries, scores, strict=True)]))
         sums["tasks"] += 1
@@ -310,7 +327,7 @@ def evaluate_kl(llm, distiller, corpus: Corpus, args, device, bos_id) -> dict:
     """Held-out KL(full D || what stands in its place), nats per token, for the vectors and for two
     references; the distiller in fp32.
 
-    The first token of x is left out of all: without context nothing predicts it. Windows are shared out over the ranks.
+    The first token of x is left out of all: without context nothing predicts it. Ranks share the windows.
     """
     rank, ranks = world()
     sums = dict.fromkeys(("tokens", "vectors", "no_context", "last_l"), 0.0)
@@ -319,16 +336,15 @@ def evaluate_kl(llm, distiller, corpus: Corpus, args, device, bos_id) -> dict:
     for i in range(0, len(documents), args.batch_size):
         batch = collate([corpus.row(d, args.beta) for d in documents[i:i + args.batch_size]], device)
         mask = loss_mask(llm, batch) & (batch["position"] > 0)
-        demo_ids, demo_mask = batch["demo_ids"], batch["demo_mask"]
-        teacher = query_states(llm, demo_prefix(llm, demo_ids, demo_mask, bos_id), batch)[mask]
-        vectors = distiller(demo_ids, demo_mask)                                                   # (B, l, d)
-        last = slice(-args.distill_len, None)
-        prefixes = {"vectors": vector_prefix(llm, vectors, bos_id),
-                    "no_context": demo_prefix(llm, demo_ids[:, :0], demo_mask[:, :0], bos_id),
-                    "last_l": demo_prefix(llm, demo_ids[:, last], demo_mask[:, last], bos_id)}
+        demo_ids, demo_mask, last = batch["demo_ids"], batch["demo_mask"], slice(-args.distill_len, None)
+        teacher, student = teacher_and_student(llm, distiller, batch, bos_id, "fp32")
+        no_context = demo_prefix(llm, demo_ids[:, :0], demo_mask[:, :0], bos_id)
+        last_l = demo_prefix(llm, demo_ids[:, last], demo_mask[:, last], bos_id)
+        states = {"vectors": student, "no_context": query_states(llm, no_context, batch),
+                  "last_l": query_states(llm, last_l, batch)}
         sums["tokens"] += int(mask.sum())
-        for name, prefix in prefixes.items():
-            sums[name] += distill_loss(llm, query_states(llm, prefix, batch)[mask], teacher, 1).item()
+        for name, found in states.items():
+            sums[name] += distill_loss(llm, found[mask], teacher[mask], 1).item()
     distiller.train()
     tokens, *kl = sum_over_ranks(list(sums.values()), device)
     vectors, no_context, last_l = (value / tokens for value in kl)

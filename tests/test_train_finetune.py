@@ -174,7 +174,7 @@ def test_finetuning_lowers_the_answer_loss(argv, quick_dev, tmp_path):
 
 def test_without_lambda_the_teacher_does_not_run(argv, quick_dev, tmp_path, monkeypatch):
     calls, prefix = [], model.demo_prefix
-    monkeypatch.setattr(train_finetune, "demo_prefix", lambda *a: calls.append(1) or prefix(*a))
+    monkeypatch.setattr(model, "demo_prefix", lambda *a: calls.append(1) or prefix(*a))
     counts = {}
     for lam in ("0", "1"):
         train_finetune.main([*argv, "--lam", lam, "--out-dir", str(tmp_path / lam)])
@@ -346,7 +346,7 @@ def start_of(argv, tmp_path, monkeypatch, capsys) -> tuple[dict, str]:
     """The distiller's weights before the first step, and what was printed."""
     weights = {}
 
-    def stop(run, args):
+    def stop(run):
         weights.update({name: t.clone() for name, t in run.distiller.state_dict().items()})
         raise KeyboardInterrupt
     monkeypatch.setattr(run.Run, "begin_step", stop)

@@ -165,7 +165,7 @@ def test_the_first_step_of_the_other_objectives(argv, quick_dev, tmp_path, llama
 @pytest.mark.parametrize("objective, passes", [("kl", 8), ("clm", 0), ("clm+kl", 8)])
 def test_clm_does_not_run_the_teacher(argv, quick_dev, tmp_path, monkeypatch, objective, passes):
     calls, prefix = [], model.demo_prefix
-    monkeypatch.setattr(train_pretrain, "demo_prefix", lambda *a: calls.append(1) or prefix(*a))
+    monkeypatch.setattr(model, "demo_prefix", lambda *a: calls.append(1) or prefix(*a))
     monkeypatch.setattr(train_pretrain, "evaluate_kl", lambda *_: {"val_kl": 1.0, "val_kl_no_context": 1.0, "val_kl_last_l": 1.0,
                                                                    "recovered": 0.0})
     train_pretrain.main([*argv, "--objective", objective, "--out-dir", str(tmp_path / "run")])
@@ -209,9 +209,9 @@ def test_held_out_kl_and_its_references_against_one_window_at_a_time(argv, quick
 
 
 def test_learning_rate_rises_and_falls_over_all_steps(argv, quick_dev, tmp_path, monkeypatch):
-    rates, update = [], run.Run.update
-    monkeypatch.setattr(run.Run, "update", lambda run, clip: (
-        rates.append([group["lr"] for group in run.optimizer.param_groups]), update(run, clip))[1])
+    rates, end_step = [], run.Run.end_step
+    monkeypatch.setattr(run.Run, "end_step", lambda run, n_tokens: (
+        rates.append([group["lr"] for group in run.optimizer.param_groups]), end_step(run, n_tokens))[1])
     argv = [*argv, "--steps", "6", "--warmup", "0.34", "--lr", "0.01", "--eval-every", "6", "--out-dir", str(tmp_path / "run")]
     train_pretrain.main(argv)
     assert rates == [pytest.approx([0.01 * share] * 2) for share in (1 / 2, 1, 1, 3 / 4, 2 / 4, 1 / 4)]
@@ -429,7 +429,7 @@ import torch, common, run, train_pretrain
 torch.set_num_threads(1)
 common.CACHE, common.OUT = Path({folder!r}) / "cache", Path({folder!r}) / "out"
 begin = run.Run.begin_step
-run.Run.begin_step = lambda own, args: (time.sleep({pause}), begin(own, args))
+run.Run.begin_step = lambda own: (time.sleep({pause}), begin(own))
 common.run_main(train_pretrain.main)
 """
 
