@@ -22,8 +22,8 @@ DOCUMENTS = ["README.md", "results/LOG.md", "results/SPEED.md", "checkpoints/REA
              *sorted(f"docs/{path.name}" for path in (common.ROOT / "docs").glob("*.md"))]
 PLACES = [*DOCUMENTS, "Makefile", *(f"{name.replace('.', '/')}.py" for name in SCRIPTS)]
 CALLED = {f"-m {name}" if "." in name else f"{name}.py": script for name, script in SCRIPTS.items()}
-VARIABLES = {"$(DEMO)": "out/demo", "$(PUBLISHED)": "x.safetensors", "$(if $(filter gemma,$(LLM)),--only gemma)": "",
-             "$": ""}
+VARIABLES = {"$(DEMO)": "out/demo", "$(PUBLISHED)": "x.safetensors",
+             "$(if $(filter gemma,$(LLM)),--only gemma)": "", "$": ""}
 MODULES = [path.stem for path in common.ROOT.glob("*.py")] + ["paper", "pocket"]
 
 
@@ -40,8 +40,8 @@ def commands() -> list[str]:
 
 
 def names() -> list[str]:
-    """Every `module.name` of ours between backticks."""
-    text = " ".join(read(place) for place in DOCUMENTS if place != "results/LOG.md")  # the log is about its own time
+    """Every `module.name` of ours between backticks; the log's are those of its own time."""
+    text = " ".join(read(place) for place in DOCUMENTS if place != "results/LOG.md")
     found = re.findall(rf"`((?:{'|'.join(MODULES)})(?:\.[A-Za-z_]\w*)+)`", text)
     return sorted({name for name in found if not name.endswith((".py", ".json", ".md"))})
 
@@ -52,8 +52,8 @@ def test_commands_are_found():
 
 
 def test_the_two_commands_of_the_method_stand_in_the_readme_as_they_are():
-    for command in ("python train_pretrain.py --beta 0.8", "python train_finetune.py --split non_para_to_para"):
-        assert re.search(rf"^{command} *(#.*)?$", read("README.md"), re.MULTILINE), command
+    for command in ("train_pretrain.py --beta 0.8", "train_finetune.py --split non_para_to_para"):
+        assert re.search(rf"^python {command} *(#.*)?$", read("README.md"), re.MULTILINE), command
 
 
 @pytest.mark.parametrize("command", commands())
@@ -80,6 +80,14 @@ def test_the_equation_table_names_both_the_page_and_the_code():
     text = read("README.md")
     assert {"plain.distill_loss", "score.distill_loss", "model.Distiller.forward", "score.pred_loss",
             "score.score_options", "data.Corpus.row"} <= {*re.findall(r"`([\w.]+)`", text)} & {*names()}
+
+
+def test_the_packed_row_is_what_collate_makes():
+    queries = [(x, [[6], [7, 8]]) for x in ([4, 5], [9, 10])]
+    batch = data.collate([{"demo": [1, 2, 3], "queries": queries}])
+    for field in ("segment", "branch", "position", "predictor"):
+        (row,) = re.findall(rf"^\| `{field}`[^|]*\|(.*)\|$", read("README.md"), re.MULTILINE)
+        assert [int(cell) for cell in row.split("|")] == batch[field][0].tolist(), field
 
 
 @pytest.mark.parametrize("name", names())
