@@ -1,10 +1,9 @@
 """Evaluation on the meta-test tasks (Sec. 4): demonstrations or vectors are read once, then every query and
 option.
 
-    python evaluate.py --split class_to_class --methods zero_shot icl icl_budget mend --checkpoint
-    out/finetune-LLM python evaluate.py --tasks FOLDER --methods icl mend --checkpoint DIR --seeds 13 21
-    --limit 100 --out results.jsonl python evaluate.py --table 2 results.jsonl           # the paper's Table 2
-    from results files, beside the paper's own
+    python evaluate.py --split class_to_class --methods zero_shot icl mend --checkpoint out/finetune-LLM
+    python evaluate.py --tasks FOLDER --methods icl mend --checkpoint DIR --seeds 13 21 --out results.jsonl
+    python evaluate.py --table 2 results.jsonl         # the paper's Table 2, beside the paper's own
 
 The label is the argmax over a query's options of the mean token log-likelihood, Eq. (1) for demonstrations
 and Eq. (2) for vectors. One line of --out holds one (method, task, seed); a run that was stopped goes on

@@ -280,7 +280,7 @@ def refuse_wrong_method(methods: list[str], state: dict, path: str) -> None:
              "mend": "a distiller that was trained with L_distill",
              "hypertuning": "a distiller that was trained without L_distill"}[own]
     check((methods in ([], [own]), f"{path} holds {holds}; evaluate it with --methods {own}, or give a "
-                                   f"checkpoint of {' '.join(methods)} (README, Methods)"))
+                                   f"checkpoint of {' '.join(methods)} (docs/reference.md)"))
 
 
 def refuse_seen_tasks(trained_on: dict, tasks: Tasks, args) -> None:

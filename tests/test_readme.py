@@ -1,6 +1,7 @@
-"""Every command that the README and the scripts' own help show is understood by the script it calls."""
+"""What the README and the documents say of the code holds: commands, names, figures, links and files."""
 
 import ast
+import importlib
 import re
 import shlex
 from pathlib import Path
@@ -19,17 +20,32 @@ from pocket import assets
 
 SCRIPTS = {m.__name__: m for m in (assets, attention, bench, data, distill, evaluate, figures, probe,
                                    train_finetune, train_pretrain)}
-PLACES = ["README.md", "results/LOG.md", "results/SPEED.md", "checkpoints/README.md", "Makefile",
-          *(f"{name.replace('.', '/')}.py" for name in SCRIPTS)]
+DOCUMENTS = ["README.md", "results/LOG.md", "results/SPEED.md", "checkpoints/README.md",
+             *sorted(f"docs/{path.name}" for path in (common.ROOT / "docs").glob("*.md"))]
+PLACES = [*DOCUMENTS, "Makefile", *(f"{name.replace('.', '/')}.py" for name in SCRIPTS)]
 CALLED = {f"-m {name}" if "." in name else f"{name}.py": script for name, script in SCRIPTS.items()}
+VARIABLES = {"$(DEMO)": "out/demo", "$(PUBLISHED)": "x.safetensors",
+             "$(if $(filter gemma,$(LLM)),--only gemma)": "", "$": ""}
+MODULES = [path.stem for path in common.ROOT.glob("*.py")] + ["paper", "pocket"]
+
+
+def read(place: str) -> str:
+    return (common.ROOT / place).read_text(encoding="utf-8")
 
 
 def commands() -> list[str]:
-    found = []
+    scripts, found = "|".join(map(re.escape, CALLED)), []
     for place in PLACES:
-        text = (common.ROOT / place).read_text().replace("\\\n", " ")
-        found += re.findall(rf"((?:python|nproc_per_node \d+) (?:{'|'.join(map(re.escape, CALLED))})(?![.\w])[^\n`#|]*)", text)
+        text = read(place).replace("\\\n", " ")
+        found += re.findall(rf"((?:python|nproc_per_node \d+) (?:{scripts})(?![.\w])[^\n`#|]*)", text)
     return sorted(set(found))
+
+
+def names() -> list[str]:
+    """Every `module.name` of ours between backticks; the log's are those of its own time."""
+    text = " ".join(read(place) for place in DOCUMENTS if place != "results/LOG.md")
+    found = re.findall(rf"`((?:{'|'.join(MODULES)})(?:\.[A-Za-z_]\w*)+)`", text)
+    return sorted({name for name in found if not name.endswith((".py", ".json", ".md"))})
 
 
 def test_commands_are_found():
@@ -37,32 +53,100 @@ def test_commands_are_found():
     assert all(called in text for called in CALLED) and len(commands()) > 12
 
 
-def test_the_tests_that_the_readme_names_are_there():
-    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", (common.ROOT / "README.md").read_text())
-    assert len(named) >= 8
-    for file, test in named:
-        assert f"def {test}(" in (common.ROOT / "tests" / file).read_text(), test
+def test_the_two_commands_of_the_method_stand_in_the_readme_as_they_are():
+    for command in ("train_pretrain.py --beta 0.8", "train_finetune.py --split non_para_to_para"):
+        assert re.search(rf"^python {command} *(#.*)?$", read("README.md"), re.MULTILINE), command
 
 
 @pytest.mark.parametrize("command", commands())
 def test_command_parses(command):
     called, flags = re.search(rf"({'|'.join(map(re.escape, CALLED))})(.*)", command).groups()
-    args = CALLED[called].get_parser().parse_args(shlex.split(flags.replace("$(DEMO)", "out/demo").replace("$(PUBLISHED)", "x.safetensors").replace("$(if $(filter gemma,$(LLM)),--only gemma)", "").replace("$", "")))
+    for variable, value in VARIABLES.items():
+        flags = flags.replace(variable, value)
+    args = CALLED[called].get_parser().parse_args(shlex.split(flags))
     if "split" in args:
         assert args.split in (*common.SPLITS, "S")
-
-
-@pytest.mark.parametrize("file", sorted((common.ROOT / "results").glob("table2-*.jsonl")), ids=lambda path: path.stem)
-def test_the_readme_has_the_figures_of_the_committed_results(file):
-    text = (common.ROOT / "README.md").read_text(encoding="utf-8")
-    records = evaluate.read_results(file)
-    for method in {r["method"] for r in records} - {"majority"}:
-        mine = {(r["task"], r["seed"]): (100 * r["headline"], r["n"]) for r in records if r["method"] == method}
-        found = tables.summary(mine)
-        assert f"| {found['mean']:.2f}" + (f" ±{found['std']:.2f}" if found["std"] else "") in text, method
 
 
 @pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
 def test_a_script_calls_its_main_after_all_it_needs_is_defined(script):
     last = ast.parse(Path(script.__file__).read_text()).body[-1]
     assert isinstance(last, ast.If) and ast.unparse(last.test) == "__name__ == '__main__'"
+
+
+def test_the_readme_is_read_in_one_sitting():
+    lines = read("README.md").splitlines()
+    assert len(lines) <= 200
+    in_code = False
+    for line in lines:
+        in_code ^= line.startswith("```")
+        # a table's row, a command and a link's address cannot be cut
+        assert len(line) <= 110 or in_code or line.startswith(("|", "![")) or "](http" in line, line
+
+
+def test_the_equation_table_names_both_the_page_and_the_code():
+    text = read("README.md")
+    assert {"plain.distill_loss", "score.distill_loss", "model.Distiller.forward", "score.pred_loss",
+            "score.score_options", "data.Corpus.row"} <= {*re.findall(r"`([\w.]+)`", text)} & {*names()}
+
+
+def test_the_packed_row_is_what_collate_makes():
+    queries = [(x, [[6], [7, 8]]) for x in ([4, 5], [9, 10])]
+    batch = data.collate([{"demo": [1, 2, 3], "queries": queries}])
+    for field in ("segment", "branch", "position", "predictor"):
+        (row,) = re.findall(rf"^\| `{field}`[^|]*\|(.*)\|$", read("README.md"), re.MULTILINE)
+        assert [int(cell) for cell in row.split("|")] == batch[field][0].tolist(), field
+
+
+@pytest.mark.parametrize("name", names())
+def test_a_name_of_the_documents_exists(name):
+    parts = name.split(".")
+    deep = 2 if parts[0] in ("paper", "pocket") else 1
+    found = importlib.import_module(".".join(parts[:deep]))
+    for part in parts[deep:]:
+        found = getattr(found, part)
+
+
+@pytest.mark.parametrize("place", DOCUMENTS)
+def test_links_lead_somewhere(place):
+    folder = (common.ROOT / place).parent
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)", read(place)):
+        path = folder / target if target else common.ROOT / place
+        assert path.exists(), target
+        if anchor:
+            titles = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+            anchors = [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles]
+            assert anchor in anchors, f"{target}#{anchor}"
+
+
+@pytest.mark.parametrize("place", DOCUMENTS)
+def test_files_that_are_named_are_there(place):
+    for name in re.findall(r"`((?:results|runs|paper|docs|tests|checkpoints)/[\w./-]+\.\w+)`", read(place)):
+        assert (common.ROOT / name).exists(), name
+
+
+def test_the_tests_that_are_named_are_there():
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", read("docs/families.md"))
+    assert len(named) >= 8
+    for file, test in named:
+        assert f"def {test}(" in read(f"tests/{file}"), test
+
+
+@pytest.mark.parametrize("file, places", [("table2-gpu.jsonl", ["README.md", "docs/results.md"]),
+                                          ("table2-pocket.jsonl", ["docs/results.md"])])
+def test_the_documents_have_the_figures_of_the_committed_results(file, places):
+    records = evaluate.read_results(common.ROOT / "results" / file)
+    for method in sorted({r["method"] for r in records}):
+        headline, accuracy = (tables.summary({(r["task"], r["seed"]): (100 * r[name], r["n"])
+                                              for r in records if r["method"] == method})
+                              for name in ("headline", "accuracy"))
+        for place in places:
+            rows = [line for line in read(place).splitlines() if line.startswith("|")]
+            cell = f"| {headline['mean']:.2f}" + (f" ±{headline['std']:.2f}" if headline["std"] else "")
+            assert any(cell in row for row in rows), (place, method)
+            assert any(f"| {accuracy['mean']:.1f} |" in row for row in rows), (place, method)
+
+
+def test_every_table_2_of_the_results_is_checked():
+    assert [path.name for path in sorted((common.ROOT / "results").glob("table2-*.jsonl"))] == [
+        "table2-gpu.jsonl", "table2-pocket.jsonl"]
