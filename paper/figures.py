@@ -53,7 +53,7 @@ COSTS = {"icl": ("vanilla ICL", "#000000", "", "-"), "icl_cached": ("ICL, cached
          "mend_kv": ("MEND, stored keys and values", "#009E73", "\\\\", "--")}
 COST_SPLITS = {"class_to_class": "Class→\nClass", "hr_to_lr": "HR→\nLR", "qa_to_qa": "QA→\nQA",
                "non_nli_to_nli": "non-NLI\n→NLI", "non_para_to_para": "non-Para\n→Para"}
-SOURCES = {"fig4": "fig4", "fig6": "ablations", "fig7": "ablations"}  # runs/NAME.sh makes their results
+SOURCES = {"fig4": "fig4", "fig6": "ablations", "fig7": "ablations"}  # paper/runs/NAME.sh makes their results
 
 
 def caption(fig: Figure, text: str) -> None:
@@ -259,13 +259,13 @@ def scaling(args) -> tuple[Figure, dict]:
 def load_records(args: argparse.Namespace) -> list[dict]:
     """The records of evaluate.py of one split, with MetaICL's own demonstrations, unperturbed."""
     paths = [Path(p) for p in args.results or sorted((common.ROOT / "results").glob(f"{args.name}*.jsonl"))]
-    check(*((path.is_file(), f"--results {path} is no file; run runs/{SOURCES[args.name]}.sh, which makes it") for path in paths))
+    check(*((path.is_file(), f"--results {path} is no file; run paper/runs/{SOURCES[args.name]}.sh, which makes it") for path in paths))
     records = [r for path in paths for r in read_results(path)]
     require_fields(records, args.name)
     chosen = [r for r in records if r["split"] == args.split and r["retrieval"] is None and r["perturbation"] is None]
     if not chosen:
         raise UserError(f"{', '.join(p.name for p in paths) or 'results/'}: {len(records)} records, none of --split "
-                        f"{args.split} without retrieval and perturbation; run runs/{SOURCES[args.name]}.sh, which makes them")
+                        f"{args.split} without retrieval and perturbation; run paper/runs/{SOURCES[args.name]}.sh, which makes them")
     return chosen
 
 
@@ -308,7 +308,7 @@ def averages(records: list[dict], methods: tuple[str, ...], x: Callable[[dict], 
 def draw_averages(args, panels: list[tuple[str, str, dict]], records: list[dict], what: str) -> tuple[Figure, dict]:
     """One panel for each (x label, x scale, averages)."""
     panels = [panel for panel in panels if len({x for points in panel[2]["points"].values() for x, _, _ in points}) > 1]
-    check((panels, f"{args.name} needs two complete points at least; run runs/{SOURCES[args.name]}.sh to its end"))
+    check((panels, f"{args.name} needs two complete points at least; run paper/runs/{SOURCES[args.name]}.sh to its end"))
     fig = Figure(figsize=(4.2 * len(panels) if len(panels) > 1 else 5.4, 4), layout="constrained")
     axes = fig.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     methods = [m for m in METHODS if any(data["points"].get(m) for *_, data in panels)]
@@ -506,7 +506,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("name", choices=FIGURES, help="which figure")
     parser.add_argument("runs", nargs="*", metavar="RUN_DIR", help="run folders, for curves")
     parser.add_argument("--results", nargs="+", metavar="FILE", help="what to draw; default: what the figure's script "
-                        "under runs/, or attention.py, wrote to results/")
+                        "under paper/runs/, or attention.py, wrote to results/")
     parser.add_argument("--split", default="class_to_class", help="task partition of figs. 4, 6 and 7")
     parser.add_argument("--out", default=str(common.ROOT / "results" / "figures"), help="folder of the pictures")
     return parser

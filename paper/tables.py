@@ -81,7 +81,7 @@ def belonging(records: list[dict], number: str) -> tuple[list[dict], int]:
     mine = [r | {"variant": variant_of(r), "change": change_of(r)} for r in records]
     mine = [r for r in mine if r[row] in rows and r[column] in columns and (column == "change" or r["change"] == "none")]
     if not mine:
-        raise UserError(f"no line of the results belongs to table {number}; runs/ has the script that makes them")
+        raise UserError(f"no line of the results belongs to table {number}; paper/runs/ has the script that makes them")
     fixed = [name for name in FIXED if name != column]
     same = [r for r in mine if all(r.get(name) == mine[-1].get(name) for name in fixed)]
     return same, len(mine) - len(same)
@@ -146,7 +146,7 @@ def paired_interval(ours: Scores, base: Scores, clusters: list[list[str]]) -> di
 def table1_lines(records: list[dict], paper: dict) -> list[str]:
     """Table 1 in Markdown from data.py's last lines: tasks here of tasks in all, and average lengths in tokens."""
     check((all({"split", "train", "test"} <= r.keys() for r in records),
-           "--table 1 takes the last lines that data.py printed; runs/table1.sh collects them"))
+           "--table 1 takes the last lines that data.py printed; paper/runs/table1.sh collects them"))
     lines = ["| setting | meta-train tasks | average length | meta-test tasks | average length | paper |", "|---" * 6 + "|"]
     for r in records:
         ours = [f"{r[part]['tasks']} of {r[part]['of']} | {r[part]['avg_len']:.2f}" for part in ("train", "test")]

@@ -169,7 +169,7 @@ def test_fig6_and_fig7_choose_their_checkpoints(tmp_path):
 def test_an_empty_file_names_the_script_that_fills_it(tmp_path, name, script):
     for path in (tmp_path / "absent.jsonl", tmp_path / "empty.jsonl"):
         (tmp_path / "empty.jsonl").touch()
-        with pytest.raises(UserError, match=f"run runs/{script}"):
+        with pytest.raises(UserError, match=f"run paper/runs/{script}"):
             main([name, "--results", str(path), "--out", str(tmp_path)])
 
 
