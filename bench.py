@@ -37,7 +37,7 @@ from model import (
     run_backbone,
     vector_prefix,
 )
-from paper import speed
+from paper import plan, speed
 from paper.measure import (
     CONFIGS,
     PAIRS,
@@ -148,24 +148,6 @@ def pay_off(rows: dict[str, dict]) -> dict:
 
     return {f"{ours} against {theirs}": after(ours, theirs)
             for ours in ("mend_vectors", "mend_kv") for theirs in ("icl", "icl_cached")}
-
-
-def flops_by_hand(config, demo_tokens: int, query_tokens: int, distiller_config, distill_len: int) -> dict[str, float]:
-    """ICL's and MEND's FLOPs with all logits from the published sizes: the check of what is counted.
-
-    A layer of width d has 12 d^2 weights, 2 FLOPs each a token, and 4 d FLOPs for each pair of positions; the head has
-    2 d V a token.
-    """
-    def layers(c, tokens: int) -> float:
-        return c.num_hidden_layers * (24 * c.hidden_size ** 2 * tokens + 4 * c.hidden_size * tokens ** 2)
-
-    def head(tokens: int) -> float:
-        return 2 * config.hidden_size * config.vocab_size * tokens
-
-    icl, mend = demo_tokens + query_tokens, distill_len + query_tokens
-    project = 2 * distiller_config.hidden_size * config.hidden_size * distill_len
-    return {"icl": layers(config, icl) + head(icl),
-            "mend": layers(distiller_config, demo_tokens + distill_len) + project + layers(config, mend) + head(mend)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -336,7 +318,7 @@ def main(argv: list[str] | None = None) -> dict:
         results = speed.suite(args, device, rows)
         print(speed.markdown(results))
     elif mode == "plan":
-        results = {"plan": speed.plan(args)}
+        results = {"plan": plan.plan(args)}
     elif mode == "fig3":
         results = fig3(args, device)
     else:

@@ -1,7 +1,6 @@
-"""How fast training and scoring are, against the plain reference, plain.py, and what a training step needs.
+"""How fast training and scoring are, against the plain reference, plain.py: `python bench.py --suite`.
 
-`python bench.py --suite` and `python bench.py --plan` run it. The step is that of train_finetune.py, Eq. (4), and the
-scoring that of evaluate.py.
+The step is that of train_finetune.py, Eq. (4), and the scoring that of evaluate.py.
 """
 
 import argparse
@@ -12,35 +11,27 @@ import statistics
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 import plain
 from common import UserError, autocast, torch_dtype
 from data import Encoder, collate, sample_row, step_rows
-from loading import checkpoint_layers, make_encoder
+from loading import make_encoder
 from model import Prefix, demo_prefix, loss_mask, query_states, vector_prefix
 from paper.measure import (
     PAIRS,
-    T5_PAIRS,
     Count,
     build_random,
     in_child,
     interleaved,
     load,
-    no_weights,
     peak_in_child,
-    weight_bytes,
     with_flags,
 )
 from score import distill_loss, finetune_loss, one_prefix, passes, pred_loss, score_options
 from sources import Tasks, Tokenizer, load_tasks
 
-CARDS = (16, 24, 40, 80)  # GB of memory
-GB = 1e9
-ANSWER = 4                # tokens of the answer in a planned step
-SQUARE = 4096             # width of the matrices whose product gives the machine's rate
+SQUARE = 4096  # width of the matrices whose product gives the machine's rate
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
@@ -249,83 +240,6 @@ def thread_settings(load: Callable, *args, repeats: int = 3) -> list[dict]:
     for threads, spin in itertools.product(sorted({1, os.cpu_count() or 1}), ("100", "")):
         seconds = in_child({"GOMP_SPINCOUNT": spin}, time_steps, load, args, threads, repeats)
         found.append({"threads": threads, "GOMP_SPINCOUNT": spin or "unset", "seconds": seconds})
-    return found
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What a training step needs
-
-
-def plan_one(name: str, args: argparse.Namespace, batch_size: int, checkpointing: bool) -> dict:
-    """FLOPs and memory of one step of Eq. (4), LLM in 16 bit: weights, AdamW's state and what is alive at once.
-
-    With checkpointing the frozen LLM's layers are run again in the backward pass. In 8 bit (bitsandbytes) each weight
-    of the layers' matrices takes one byte, but for T5's `wo`, which stays as it is, and the backward pass unpacks one
-    matrix at a time.
-    """
-    with no_weights():
-        llm, distiller = build_random(name, (PAIRS | T5_PAIRS)[name], args.distill_len, torch.bfloat16)
-        row = {"demo": [0] * args.demo_tokens, "queries": [([0] * (args.query_tokens - ANSWER), [[0] * ANSWER])]}
-        batch, columns = collate([row] * batch_size), torch.arange(batch_size * args.query_tokens)
-        answers, read = columns[:ANSWER * batch_size], None
-        if llm.config.is_encoder_decoder:
-            columns, read = answers, functools.partial(read_answers, llm, batch["query_ids"])
-        if checkpointing:
-            checkpoint_layers(llm)
-        distiller.train()
-        let_attention_fuse(distiller)
-        with Count() as count:
-            training_step(llm, distiller, batch, (columns, answers), "bf16", read)
-    head, kept = llm.get_output_embeddings(), tuple(llm._keep_in_fp32_modules)
-    matrices = [m.weight.numel() for n, m in llm.named_modules()
-                if isinstance(m, nn.Linear | Conv1D) and m is not head and not n.endswith(kept)]
-    adam = 8 * sum(p.numel() for p in distiller.parameters() if p.requires_grad)
-    memory = {"llm": weight_bytes(llm), "distiller": weight_bytes(distiller) + adam, "alive": count.peak}
-    in_8_bit = memory | {"llm": memory["llm"] - sum(matrices) + 2 * max(matrices)}
-    return {"flops": count.flops, "bytes": memory,
-            "peak_bytes": {"16 bit": sum(memory.values()), "8 bit": sum(in_8_bit.values())}}
-
-
-def read_answers(llm, query_ids: Tensor, prefix: Prefix) -> Tensor:
-    """`model.answer_states` where a row is one query with one option, its last ANSWER tokens: the same passes, without
-    a look at the data, of which there is none. query_ids: (B, T) -> (B, T, d)."""
-    x, y = query_ids[:, :-ANSWER], query_ids[:, -ANSWER:]
-    embeds = torch.cat([prefix.embeds, llm.get_input_embeddings()(x)], dim=1)                        # (B, P + T_x, d)
-    mask = torch.cat([prefix.mask, torch.ones_like(x, dtype=torch.bool)], dim=1)                     # (B, P + T_x)
-    encoded = llm.get_encoder()(inputs_embeds=embeds, attention_mask=mask).last_hidden_state
-    states = llm.get_decoder()(input_ids=y, encoder_hidden_states=encoded, encoder_attention_mask=mask,
-                               use_cache=False).last_hidden_state                                    # (B, T_y, d)
-    return F.pad(states, (0, 0, x.shape[1], 0))
-
-
-def let_attention_fuse(distiller: nn.Module) -> None:
-    """Turn off what a GPU does within the fused attention, where the CPU's kernels would write all scores out: dropout,
-    which elsewhere takes a byte a number, left out, and the gradient of T5's position bias."""
-    for module in distiller.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        elif isinstance(getattr(module, "dropout", None), float):  # OPT, T5
-            module.dropout = 0.0
-        if (bias := getattr(module, "relative_attention_bias", None)) is not None:
-            bias.requires_grad_(False)
-
-
-def plan(args: argparse.Namespace) -> list[dict]:
-    """Which card a training step fits: counted memory, and 1.5 GB for what torch itself takes and cannot use."""
-    print(f"one step of Eq. (4): {args.demo_tokens} demonstration and {args.query_tokens} query tokens, "
-          f"l = {args.distill_len}")
-    print(f"{'LLM':18s}{'batch':>6s}{'checkpointing':>14s}{'TFLOP':>8s}"
-          f"{'16 bit GB':>11s}{'fits':>14s}{'8 bit GB':>10s}{'fits':>14s}")
-    found = []
-    for name, batch_size, checkpointing in itertools.product(PAIRS | T5_PAIRS, (1, 8), (False, True)):
-        r = plan_one(name, args, batch_size, checkpointing)
-        line = f"{name:18s}{batch_size:6d}{'yes' if checkpointing else 'no':>14s}{r['flops'] / 1e12:8.2f}"
-        fits = {}
-        for bits, width in (("16 bit", 11), ("8 bit", 10)):
-            fits[bits] = [card for card in CARDS if r["peak_bytes"][bits] + 1.5 * GB <= card * GB]
-            line += f"{r['peak_bytes'][bits] / GB:{width}.1f}{' '.join(map(str, fits[bits])) or 'none':>14s}"
-        print(line)
-        found.append({"llm": name, "batch_size": batch_size, "checkpointing": checkpointing, **r, "fits_gb": fits})
     return found
 
 
