@@ -51,17 +51,19 @@ from paper.measure import (
     with_flags,
 )
 
-CONTEXTS = {"class_to_class": 469, "hr_to_lr": 652, "qa_to_qa": 639, "non_nli_to_nli": 848, "non_para_to_para": 818}
+CONTEXTS = {"class_to_class": 469, "hr_to_lr": 652, "qa_to_qa": 639, "non_nli_to_nli": 848,
+            "non_para_to_para": 818}
 QUERY = 56                          # tokens of a query with its answer; the paper names no figure
 SCALING = {"demo_tokens": (16, 32, 64, 100, 128, 192, 256, 384, 512, 768, 1024, 1536),
            "distill_len": (1, 10, 25, 50, 100, 200, 400)}
 METHODS = ("zero_shot", "icl", "icl_cached", "prompt_tuning", "mend", "mend_vectors", "mend_kv")
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The seven methods
 
 
-def methods(llm, distiller, demo_ids: Tensor, query_ids: Tensor, dtype: str, all_logits: bool) -> dict[str, tuple]:
+def methods(llm, distiller, demo_ids: Tensor, query_ids: Tensor, dtype: str,
+            all_logits: bool) -> dict[str, tuple]:
     """name -> (prepare, read): prepare() gives what is kept of a demonstration set, read(kept) a query's logits.
 
     zero_shot reads the query alone, icl the demonstrations with it, icl_cached behind their stored keys and values,
@@ -76,23 +78,25 @@ def methods(llm, distiller, demo_ids: Tensor, query_ids: Tensor, dtype: str, all
     demo_mask = ones(demo_ids, dtype=torch.bool)
     column = torch.arange(query_ids.shape[1], device=query_ids.device)[None]
     batch = {"query_ids": query_ids, "query_mask": ones(query_ids, dtype=torch.bool), "position": column,
-             "segment": torch.zeros_like(query_ids), "branch": torch.zeros_like(query_ids), "predictor": column + 1}
+             "segment": torch.zeros_like(query_ids), "branch": torch.zeros_like(query_ids),
+             "predictor": column + 1}
     embed = llm.get_input_embeddings()
 
     def logits(states: Tensor) -> Tensor:
         return head_logits(llm, states[0] if all_logits else states[0, -1:])
 
     def read(*parts: Tensor) -> Tensor:
-        embeds = torch.cat([*parts, embed(query_ids)], dim=1)                                        # (1, P + T, d)
+        embeds = torch.cat([*parts, embed(query_ids)], dim=1)                           # (1, P + T, d)
         mask = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
-        return logits(run_backbone(llm.base_model, embeds, causal_mask(mask), positions_of(mask)).last_hidden_state)
+        return logits(run_backbone(llm.base_model, embeds, causal_mask(mask),
+                                   positions_of(mask)).last_hidden_state)
 
     def read_behind(prefix) -> Tensor:
         return logits(query_states(llm, prefix, batch))
 
     def distil() -> Tensor:
         with autocast(llm.device, dtype):
-            return distiller(demo_ids, demo_mask).to(llm.dtype)                                      # (1, l, d)
+            return distiller(demo_ids, demo_mask).to(llm.dtype)                         # (1, l, d)
 
     def nothing() -> None:
         return None
@@ -144,13 +148,14 @@ def pays_off_after(prepare: int, query: int, other_prepare: int, other_query: in
 def pay_off(rows: dict[str, dict]) -> dict:
     """Queries of one demonstration set after which distilling it once is cheaper than ICL without and with a cache."""
     def after(ours: str, theirs: str) -> float | None:
-        return pays_off_after(*(rows[name][f] for name in (ours, theirs) for f in ("prepare_flops", "query_flops")))
+        return pays_off_after(*(rows[name][f] for name in (ours, theirs)
+                                for f in ("prepare_flops", "query_flops")))
 
     return {f"{ours} against {theirs}": after(ours, theirs)
             for ours in ("mend_vectors", "mend_kv") for theirs in ("icl", "icl_cached")}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Fig. 3 and scaling, counted
 
 
@@ -173,14 +178,16 @@ def fig3(args: argparse.Namespace, device: torch.device) -> dict:
                              "pay_off": pay_off(rows)})
             ratios.setdefault(name, []).append(rows["icl"]["query_flops"] / rows["mend"]["query_flops"])
     for name, values in ratios.items():
-        print(f"{name:10s} ICL over MEND, FLOPs:", *(f"{s} {v:.2f}" for s, v in zip(CONTEXTS, values, strict=True)))
+        print(f"{name:10s} ICL over MEND, FLOPs:",
+              *(f"{s} {v:.2f}" for s, v in zip(CONTEXTS, values, strict=True)))
     measured, args.all_logits, args.random_init = [], True, True
     if args.repeats:
         llm, distiller = load(args, device)
         measured = [here(with_flags(args, demo_tokens=n), llm, distiller) for n in CONTEXTS.values()]
     return {"query_tokens": args.query_tokens, "distill_len": args.distill_len, "settings": settings,
             "measured": measured, "icl_over_mend_flops": ratios,
-            "icl_over_mend_seconds": [m["rows"]["icl"]["seconds"] / m["rows"]["mend"]["seconds"] for m in measured],
+            "icl_over_mend_seconds": [m["rows"]["icl"]["seconds"] / m["rows"]["mend"]["seconds"]
+                                      for m in measured],
             "scaling": [scaling(name, args.query_tokens, args.distill_len) for name in PAIRS]}
 
 
@@ -204,13 +211,14 @@ def scaling(name: str, query_tokens: int, distill_len: int) -> dict:
 
 def crossing(x: list[float], a: list[float], b: list[float]) -> float | None:
     """Where the curves a and b over x first change places, on straight lines between points; None where nowhere."""
-    for (x0, d0), (x1, d1) in itertools.pairwise(zip(x, (p - q for p, q in zip(a, b, strict=True)), strict=True)):
+    for (x0, d0), (x1, d1) in itertools.pairwise(zip(x, (p - q for p, q in zip(a, b, strict=True)),
+                                                     strict=True)):
         if d0 * d1 < 0 or (d1 == 0 and d0 != 0):
             return x0 + (x1 - x0) * d0 / (d0 - d1)
     return None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The seven methods on this machine
 
 
@@ -269,10 +277,11 @@ def here(args: argparse.Namespace, llm, distiller) -> dict:
               f"{peak / 1e6:10.0f}{r['stored_bytes'] / 1e3:11.1f}")
     return {"llm": Path(args.llm).name, "distiller": args.distiller, "random_init": args.random_init,
             "dtype": args.dtype, "demo_tokens": args.demo_tokens, "query_tokens": args.query_tokens,
-            "distill_len": distiller.distill_len, "all_logits": args.all_logits, "rows": rows, "pay_off": pay_off(rows)}
+            "distill_len": distiller.distill_len, "all_logits": args.all_logits, "rows": rows,
+            "pay_off": pay_off(rows)}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def machine(device: torch.device) -> str:
@@ -283,23 +292,31 @@ def machine(device: torch.device) -> str:
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     common.add_shared_flags(parser)
     group = parser.add_argument_group("what to measure; default: the seven methods on this machine")
     group = group.add_mutually_exclusive_group()
     group.add_argument("--fig3", action="store_true",
                        help="Fig. 3 and scaling, counted, and measured for --llm where --repeats is above 0")
-    group.add_argument("--plan", action="store_true", help="memory and FLOPs of a training step of the paper's LLMs")
-    group.add_argument("--suite", action="store_true", help="every ratio of the README, against the plain reference")
+    group.add_argument("--plan", action="store_true",
+                       help="memory and FLOPs of a training step of the paper's LLMs")
+    group.add_argument("--suite", action="store_true",
+                       help="every ratio of the README, against the plain reference")
     group = parser.add_argument_group("measuring")
-    group.add_argument("--random-init", action="store_true", help="random weights: speed and memory need no others")
+    group.add_argument("--random-init", action="store_true",
+                       help="random weights: speed and memory need no others")
     group.add_argument("--checkpoint", help="run folder or checkpoint file of a distiller; default: an untrained one")
     group.add_argument("--demo-tokens", type=int, default=900, help="tokens of the demonstrations")
     group.add_argument("--query-tokens", type=int, default=QUERY, help="tokens of the query with its answer")
-    group.add_argument("--all-logits", action="store_true", help="logits at every position, not only where a score is")
-    group.add_argument("--memory", action="store_true", help="on a CPU, measure peak memory, a process for each method")
-    group.add_argument("--repeats", type=int, default=3, help="timed runs of each; with --fig3 0 = only count")
-    group.add_argument("--out", default="", help="results file (JSON); default results/bench.json or fig3.json with "
+    group.add_argument("--all-logits", action="store_true",
+                       help="logits at every position, not only where a score is")
+    group.add_argument("--memory", action="store_true",
+                       help="on a CPU, measure peak memory, a process for each method")
+    group.add_argument("--repeats", type=int, default=3,
+                       help="timed runs of each; with --fig3 0 = only count")
+    group.add_argument("--out", default="",
+                       help="results file (JSON); default results/bench.json or fig3.json with "
                                                  "--suite or --fig3, else none")
     return parser
 

@@ -34,21 +34,25 @@ PUBLISHED = common.ROOT / "checkpoints" / "smollm2-135m-class_to_class.safetenso
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--demos", metavar="FILE", help="demonstrations, one JSON object a line")
     parser.add_argument("--vectors", metavar="FILE", help="vectors that --out wrote, in place of --demos")
     parser.add_argument("--ask", nargs="+", default=[], metavar="TEXT", help="inputs to answer")
     parser.add_argument("--queries", metavar="FILE", help="inputs to answer, one JSON object a line")
     parser.add_argument("--out", metavar="FILE", help="write the vectors here")
-    parser.add_argument("--export", metavar="FILE", help="write --checkpoint's weights here in bf16, without optimiser and flags")
+    parser.add_argument("--export", metavar="FILE",
+                        help="write --checkpoint's weights here in bf16, without optimiser and flags")
     parser.add_argument("--checkpoint", default=str(PUBLISHED),
                         help="run folder or checkpoint file; default: the published one, which belongs to SmolLM2-135M-Instruct")
-    parser.add_argument("--llm", default=common.PRESETS["pocket"]["llm"], help="its frozen LLM: a hub name or a folder; "
+    parser.add_argument("--llm", default=common.PRESETS["pocket"]["llm"],
+                        help="its frozen LLM: a hub name or a folder; "
                         "default: SmolLM2-135M-Instruct, from `make assets`")
     parser.add_argument("--context-len", type=int, default=900, help="demonstration tokens at most")
     parser.add_argument("--answer-tokens", type=int, default=16, help="tokens of a written answer at most")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    parser.add_argument("--dtype", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="as in evaluate.py")
+    parser.add_argument("--dtype", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
+                        help="as in evaluate.py")
     return parser
 
 
@@ -60,12 +64,15 @@ def read_lines(path: str, needs: tuple[str, ...]) -> list[dict]:
     check((Path(path).is_file(), f"{path} is no file; expected JSON lines such as {{\"input\": ..., \"output\": ...}}"))
     examples = []
     for where, row in json_lines(Path(path), '{"input": ..., "output": ...}'):
-        example = {name: row.get(name, "") for name in ("input", "output")} | {"options": row.get("options", [])}
+        example = {name: row.get(name, "")
+                   for name in ("input", "output")} | {"options": row.get("options", [])}
         is_text = all(isinstance(text, str) for text in (example["input"], example["output"]))
-        is_list = isinstance(example["options"], list) and all(isinstance(o, str) and o.strip() for o in example["options"])
+        is_list = isinstance(example["options"],
+                             list) and all(isinstance(o, str) and o.strip() for o in example["options"])
         check((is_text, f"{where}: input and output must be text in quotes"),
               (is_list, f'{where}: options must be a list of texts, as in ["yes", "no"]'))
-        example = {"task": Path(path).name, "input": example["input"].strip(), "output": example["output"].strip(),
+        example = {"task": Path(path).name, "input": example["input"].strip(),
+                   "output": example["output"].strip(),
                    "options": [option.strip() for option in example["options"]]}
         missing = [name for name in needs if not example[name]]
         check((not missing, f"{where}: {' and '.join(missing)} must not be empty"),
@@ -118,10 +125,12 @@ def write_answer(llm, prefix: Tensor, encoder: Encoder, query: dict, tokens: int
     prefix = prefix[None].to(llm.dtype)
     embeds, _ = with_bos(llm, prefix, torch.ones(prefix.shape[:2], dtype=torch.bool, device=llm.device),
                             encoder.tokenizer.bos_id)
-    embeds = torch.cat([embeds, llm.get_input_embeddings()(ids)], dim=1)                             # (1, P + T, d)
+    embeds = torch.cat([embeds, llm.get_input_embeddings()(ids)], dim=1)                # (1, P + T, d)
     end = llm.config.eos_token_id or 0
-    written = llm.generate(inputs_embeds=embeds, attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long, device=llm.device),
-                           max_new_tokens=tokens, do_sample=False, pad_token_id=end if isinstance(end, int) else end[0])
+    written = llm.generate(inputs_embeds=embeds,
+                           attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long, device=llm.device),
+                           max_new_tokens=tokens, do_sample=False, pad_token_id=end if isinstance(end, int)
+                           else end[0])
     return encoder.tokenizer.hf.decode(written[0], skip_special_tokens=True).strip().split("\n")[0]
 
 
@@ -131,7 +140,8 @@ def answer(llm, encoder: Encoder, prefix: Tensor, queries: list[dict], tokens: i
     choosing = [query for query in queries if query["options"]]
     read = vector_prefix(llm, prefix[None], encoder.tokenizer.bos_id) if choosing else None
     chosen = iter(predict(llm, read, encoder, choosing, first=len(prefix) == 0) if choosing else [])
-    return [next(chosen) if query["options"] else write_answer(llm, prefix, encoder, query, tokens) for query in queries]
+    return [next(chosen) if query["options"] else write_answer(llm, prefix, encoder, query, tokens)
+            for query in queries]
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -140,9 +150,12 @@ def main(argv: list[str] | None = None) -> dict:
     flag, path = ("--export", args.export) if args.export else ("--out", args.out)
     others = [name for name in ("demos", "vectors", "ask", "queries", "out") if getattr(args, name)]
     check((not (args.export and others), f"--export only copies a checkpoint; leave out --{' and --'.join(others)}"),
-          (bool(args.demos) != bool(args.vectors) or args.export, "give --demos FILE, or --vectors FILE in its place"),
-          (asks or args.out or args.export, "nothing to do: --ask or --queries to answer, --out to keep the vectors"),
-          (not (args.vectors and args.out), "--out writes the vectors of --demos; --vectors are in a file already"),
+          (bool(args.demos) != bool(args.vectors) or args.export,
+           "give --demos FILE, or --vectors FILE in its place"),
+          (asks or args.out or args.export,
+           "nothing to do: --ask or --queries to answer, --out to keep the vectors"),
+          (not (args.vectors and args.out),
+           "--out writes the vectors of --demos; --vectors are in a file already"),
           (not path or not Path(path).exists() or (not args.export and is_vectors_file(path)),
            f"{flag} {path} is there already and holds something else; give another name"),
           common.place_rule(flag, path or "."),
@@ -171,13 +184,14 @@ def main(argv: list[str] | None = None) -> dict:
     limit, prefixes = encoder.limit(demos + queries), {}
     if demos:
         kept, pieces = zip(*encoder.pieces(demos, limit), strict=True)
-        ids = torch.tensor([[token for piece in pieces for token in piece]], device=device)          # (1, T_d)
+        ids = torch.tensor([[token for piece in pieces for token in piece]], device=device)  # (1, T_d)
         with torch.no_grad(), common.autocast(device, args.dtype):
-            vectors = distiller(ids, torch.ones_like(ids, dtype=torch.bool))[0].float()              # (l, d)
+            vectors = distiller(ids, torch.ones_like(ids, dtype=torch.bool))[0].float()  # (l, d)
         with torch.no_grad():
-            prefixes = {"zero_shot": vectors[:0], "icl": llm.get_input_embeddings()(ids[0])}         # (0, d), (T_d, d)
-        about = {"llm": identity(llm), "checkpoint": checkpoint_id(args.checkpoint), "method": method_of(state),
-                 "template": args.template,
+            prefixes = {"zero_shot": vectors[:0],
+                        "icl": llm.get_input_embeddings()(ids[0])}  # (0, d), (T_d, d)
+        about = {"llm": identity(llm), "checkpoint": checkpoint_id(args.checkpoint),
+                 "method": method_of(state), "template": args.template,
                  "demonstrations": len(kept), "tokens": ids.shape[1], "labels": labels_of(kept)}
         print(f"{len(kept)} of {len(demos)} demonstrations, {ids.shape[1]} tokens, distilled into {len(vectors)} vectors")
     if args.out:
@@ -186,7 +200,8 @@ def main(argv: list[str] | None = None) -> dict:
     result = {name: about[name] for name in ("demonstrations", "tokens")} | {"vectors": len(vectors)}
     if queries:
         queries = [query | {"options": query["options"] or about["labels"]} for query in queries]
-        unknown = [query["output"] for query in queries if query["output"] and query["options"] and query["output"] not in query["options"]]
+        unknown = [query["output"] for query in queries if query["output"] and query["options"]
+                   and query["output"] not in query["options"]]
         check((not unknown, f"{args.queries}: the output {''.join(unknown[:1])!r} is none of the labels {about['labels']}"))
         found = {}
         for way, prefix in (prefixes | {about.get("method", "mend"): vectors}).items():
@@ -201,13 +216,16 @@ def show(queries: list[dict], found: dict[str, tuple[list[str], float]]) -> dict
     for i, query in enumerate(queries):
         if i < 20:
             said = " · ".join(f"{way} {answers[i]!r}" for way, (answers, _) in found.items())
-            print(f"{query['input'][:100]!r}: {said}" + (f" · right {query['output']!r}" if query["output"] else ""))
+            print(f"{query['input'][:100]!r}: {said}" + (f" · right {query['output']!r}" if query["output"]
+                                                         else ""))
     figures = {"answers": {way: answers for way, (answers, _) in found.items()},
                "seconds": {way: round(seconds, 3) for way, (_, seconds) in found.items()}}
     labelled = [i for i, query in enumerate(queries) if query["output"]]
     if labelled:
-        right = {way: sum(answers[i] == queries[i]["output"] for i in labelled) / len(labelled) for way, (answers, _) in found.items()}
-        print(f"right, of {len(labelled)}: " + " · ".join(f"{way} {share:.1%}" for way, share in right.items()))
+        right = {way: sum(answers[i] == queries[i]["output"] for i in labelled) / len(labelled)
+                 for way, (answers, _) in found.items()}
+        print(f"right, of {len(labelled)}: " + " · ".join(f"{way} {share:.1%}"
+                                                          for way, share in right.items()))
         figures["accuracy"] = {way: round(share, 4) for way, share in right.items()}
     return figures
 

@@ -23,7 +23,7 @@ from sources import Tokenizer, require_options
 
 PERTURBATIONS = ("no_label", "no_input", "random_label", "wrong_label")
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Perturbation
 
 
@@ -63,7 +63,7 @@ def permute_labels(examples: list[dict]) -> list[dict]:
     return changed
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Retrieval: for each query the K nearest examples of a pool.
 # DEVIATION: the paper does not give their order. Here the nearest stands first, since what passes the context limit is
 # dropped from the end of a set.
@@ -72,7 +72,8 @@ def permute_labels(examples: list[dict]) -> list[dict]:
 def bm25_neighbours(pool: list[str], queries: list[str], k: int) -> np.ndarray:
     """The k texts of `pool` with the highest BM25 score for each query: (queries, k) indices; equal scores in pool order."""
     import bm25s  # only here: where JAX is installed it takes most of a GPU's memory on import
-    pool_words, query_words = (bm25s.tokenize(texts, return_ids=False, show_progress=False) for texts in (pool, queries))
+    pool_words, query_words = (bm25s.tokenize(texts, return_ids=False, show_progress=False)
+                               for texts in (pool, queries))
     scores = np.zeros((len(queries), len(pool)))
     if any(pool_words):  # bm25s cannot index texts without a single word
         index = bm25s.BM25()
@@ -82,9 +83,10 @@ def bm25_neighbours(pool: list[str], queries: list[str], k: int) -> np.ndarray:
     return np.argsort(-scores, axis=1, kind="stable")[:, :k]
 
 
-def dense_neighbours(pool: list[str], queries: list[str], k: int, embed: Callable[[list[str]], Tensor]) -> np.ndarray:
+def dense_neighbours(pool: list[str], queries: list[str], k: int,
+                     embed: Callable[[list[str]], Tensor]) -> np.ndarray:
     """The k texts of `pool` with the highest cosine similarity of `embed` for each query: (queries, k) indices."""
-    similarity = embed(queries) @ embed(pool).T                                                      # (queries, pool)
+    similarity = embed(queries) @ embed(pool).T                                         # (queries, pool)
     return similarity.argsort(dim=1, descending=True, stable=True)[:, :k].cpu().numpy()
 
 
@@ -120,15 +122,17 @@ class SentenceEncoder:
             padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids[i]) for i in rows], batch_first=True)
             mask = torch.arange(padded.shape[1])[None] < torch.tensor([len(ids[i]) for i in rows])[:, None]
             device = self.backbone.device
-            states = self.backbone(input_ids=padded.to(device), attention_mask=mask.long().to(device)).last_hidden_state
+            states = self.backbone(input_ids=padded.to(device),
+                                   attention_mask=mask.long().to(device)).last_hidden_state
             weights = mask[:, :, None].to(device)
-            mean = (states.float() * weights).sum(dim=1) / weights.sum(dim=1)                        # (n, width)
+            mean = (states.float() * weights).sum(dim=1) / weights.sum(dim=1)           # (n, width)
             for i, vector in zip(rows, torch.nn.functional.normalize(mean, dim=1).cpu(), strict=True):
                 vectors[i] = vector
         return torch.stack(vectors)
 
 
-def retrieve(kind: str, pool: list[dict], queries: list[dict], k: int, encoder: SentenceEncoder | None) -> list[list[dict]]:
+def retrieve(kind: str, pool: list[dict], queries: list[dict], k: int,
+             encoder: SentenceEncoder | None) -> list[list[dict]]:
     """Sec. 5.2, positive perturbation: each query's own demonstrations.
 
     Args:

@@ -46,7 +46,7 @@ COST_SPLITS = {"class_to_class": "Class→\nClass", "hr_to_lr": "HR→\nLR", "qa
 SOURCES = {"fig4": "fig4", "fig6": "ablations", "fig7": "ablations"}  # paper/runs/NAME.sh makes their results
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Fig. 3 and scaling: what `bench.py --fig3` counted and timed
 
 
@@ -79,11 +79,14 @@ def fig3(args) -> tuple[Figure, dict]:
     results = load_costs(args)
     llms = [name for name in ("gpt2-large", "gpt2-xl") if any(s["llm"] == name for s in results["settings"])]
     counted = {name: [s for s in results["settings"] if s["llm"] == name] for name in llms}
-    panels = [(f"{name}: TFLOP a query", [s["rows"] for s in counted[name]], "query_flops", 1e12) for name in llms]
-    panels += [(f"{name}: peak memory, GB", [s["rows"] for s in counted[name]], "peak_bytes", 1e9) for name in llms]
+    panels = [(f"{name}: TFLOP a query", [s["rows"] for s in counted[name]], "query_flops", 1e12)
+              for name in llms]
+    panels += [(f"{name}: peak memory, GB", [s["rows"] for s in counted[name]], "peak_bytes", 1e9)
+               for name in llms]
     if measured := results.get("measured"):
         panels.append((f"{measured[0]['llm']}: seconds a query, CPU" if "cores" in results["machine"] else
-                       f"{measured[0]['llm']}: seconds a query, GPU", [m["rows"] for m in measured], "seconds", 1))
+                       f"{measured[0]['llm']}: seconds a query, GPU", [m["rows"] for m in measured],
+                       "seconds", 1))
     rows = (len(panels) + 1) // 2
     fig = Figure(figsize=(9, 2.9 * rows + 0.8), layout="constrained")
     axes = fig.subplots(rows, 2, squeeze=False)
@@ -107,7 +110,8 @@ def scaling(args) -> tuple[Figure, dict]:
     fig = Figure(figsize=(9, 3 * len(llms) + 0.8), layout="constrained")
     axes = fig.subplots(len(llms), 2, squeeze=False)
     for row, llm in zip(axes, llms, strict=True):
-        for axis, (key, label) in zip(row, (("demo_tokens", "demonstration tokens"), ("distill_len", "l, distilled vectors")), strict=True):
+        for axis, (key, label) in zip(row, (("demo_tokens", "demonstration tokens"),
+                                            ("distill_len", "l, distilled vectors")), strict=True):
             curves = llm[key]
             for method, (name, colour, _, style) in COSTS.items():
                 y = [f / 1e12 for f in curves["flops"][method]]
@@ -116,16 +120,18 @@ def scaling(args) -> tuple[Figure, dict]:
                 if (at := curves["crossings"].get(pair)) is not None:
                     y = np.interp(at, curves["x"], curves["flops"][pair.split(" and ")[0]]) / 1e12
                     axis.plot(at, y, "o", color="white", markeredgecolor="black", markersize=8, zorder=5)
-                    axis.annotate(f"{at:.0f}", (at, y), textcoords="offset points", xytext=(7, below), fontsize=10)
+                    axis.annotate(f"{at:.0f}", (at, y), textcoords="offset points", xytext=(7, below),
+                                  fontsize=10)
             axis.set_title(llm["llm"], fontsize=11)
             axis.set_xlabel(label, fontsize=10)
             axis.set_ylabel("TFLOP a query", fontsize=10)
             axis.set_yscale("log")
     cost_caption(fig, results)
-    return fig, {llm["llm"]: {key: llm[key]["crossings"] for key in ("demo_tokens", "distill_len")} for llm in llms}
+    return fig, {llm["llm"]: {key: llm[key]["crossings"] for key in ("demo_tokens", "distill_len")}
+                 for llm in llms}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Figs. 4, 6 and 7: the headline over one setting.
 
 
@@ -135,7 +141,8 @@ def load_records(args: argparse.Namespace) -> list[dict]:
     check(*((path.is_file(), f"--results {path} is no file; run paper/runs/{SOURCES[args.name]}.sh, which makes it") for path in paths))
     records = [r for path in paths for r in read_results(path)]
     require_fields(records, args.name)
-    chosen = [r for r in records if r["split"] == args.split and r["retrieval"] is None and r["perturbation"] is None]
+    chosen = [r for r in records if r["split"] == args.split and r["retrieval"] is None
+              and r["perturbation"] is None]
     if not chosen:
         raise UserError(f"{', '.join(p.name for p in paths) or 'results/'}: {len(records)} records, none of --split "
                         f"{args.split} without retrieval and perturbation; run paper/runs/{SOURCES[args.name]}.sh, which makes them")
@@ -159,9 +166,11 @@ def averages(records: list[dict], methods: tuple[str, ...], x: Callable[[dict], 
         if r["method"] in methods and x(r) is not None:
             groups[r["method"], x(r)].append(r)
     used = [r for group in groups.values() for r in group]
-    settings = {f: {r[f] for r in used} for f in ("llm", "tasks", "template", "context_len", "limit", "dtype")}
+    settings = {f: {r[f] for r in used} for f in ("llm", "tasks", "template", "context_len", "limit",
+                                                  "dtype")}
     check(*((len(values) <= 1, (f"records with {field} {' and '.join(sorted(map(str, values)))} cannot share a panel; "
-                                "give --results a file with one of them")) for field, values in settings.items()))
+                                "give --results a file with one of them"))
+            for field, values in settings.items()))
     everything = {(r["task"], r["seed"]) for r in used}
     data = {"points": {m: [] for m in methods}, "tasks": len({t for t, _ in everything}),
             "seeds": len({s for _, s in everything}), "queries": 0}
@@ -179,9 +188,11 @@ def averages(records: list[dict], methods: tuple[str, ...], x: Callable[[dict], 
     return data
 
 
-def draw_averages(args, panels: list[tuple[str, str, dict]], records: list[dict], what: str) -> tuple[Figure, dict]:
+def draw_averages(args, panels: list[tuple[str, str, dict]], records: list[dict],
+                  what: str) -> tuple[Figure, dict]:
     """One panel for each (x label, x scale, averages)."""
-    panels = [panel for panel in panels if len({x for points in panel[2]["points"].values() for x, _, _ in points}) > 1]
+    panels = [panel for panel in panels if len({x for points in panel[2]["points"].values()
+                                                for x, _, _ in points}) > 1]
     check((panels, f"{args.name} needs two complete points at least; run paper/runs/{SOURCES[args.name]}.sh to its end"))
     fig = Figure(figsize=(4.2 * len(panels) if len(panels) > 1 else 5.4, 4), layout="constrained")
     axes = fig.subplots(1, len(panels), sharey=True, squeeze=False)[0]
@@ -195,9 +206,10 @@ def draw_averages(args, panels: list[tuple[str, str, dict]], records: list[dict]
             xs, means, stds = zip(*data["points"][method], strict=True)
             # side by side, so that no error bar hides another
             beside = offset_copy(ax.transData, fig, x=4 * i - 2 * (len(here) - 1), units="points")
-            handles[label] = ax.errorbar(xs, means, yerr=stds, color=colour, marker=marker, label=label, capsize=3,
-                                         elinewidth=1.2, transform=beside)
-            ax.update_datalim([(x, mean + end) for x, mean, std in data["points"][method] for end in (-std, std)])
+            handles[label] = ax.errorbar(xs, means, yerr=stds, color=colour, marker=marker, label=label,
+                                         capsize=3, elinewidth=1.2, transform=beside)
+            ax.update_datalim([(x, mean + end) for x, mean, std in data["points"][method]
+                               for end in (-std, std)])
         ax.margins(x=0.08)
         ticks = sorted({p[0] for points in data["points"].values() for p in points})
         ax.set_xticks(ticks, [f"{t:g}" for t in ticks])
@@ -207,7 +219,8 @@ def draw_averages(args, panels: list[tuple[str, str, dict]], records: list[dict]
         ax.grid(axis="y", color="#DDDDDD", linewidth=0.8)
     axes[0].set_ylabel("headline, %" if len(handles) > 1 else f"headline of {next(iter(handles))}, %")
     if len(handles) > 1:
-        fig.legend(handles.values(), handles, loc="outside upper center", ncols=len(handles), columnspacing=1.2)
+        fig.legend(handles.values(), handles, loc="outside upper center", ncols=len(handles),
+                   columnspacing=1.2)
     n = "; ".join(dict.fromkeys(f"{d['tasks']} tasks × {d['seeds']} seeds, {d['queries']:,} queries a point"
                                 for _, _, d in panels))
     caption(fig, f"{what} {records[0]['llm']}, {args.split}, {n}. Headline: macro-F1 for classification, accuracy "
@@ -222,10 +235,12 @@ def fig4(args) -> tuple[Figure, dict]:
     """Fig. 4: (a) over K at one l, (b) over l at one K."""
     records = load_records(args)
     l, k = most_varied(records, "distill_len", "k"), most_varied(records, "k", "distill_len")
-    over_k = averages([r for r in records if r["distill_len"] == l], ("icl", "hypertuning", "mend"), lambda r: r["k"])
+    over_k = averages([r for r in records if r["distill_len"] == l], ("icl", "hypertuning", "mend"),
+                      lambda r: r["k"])
     over_l = averages([r for r in records if r["k"] == k], ("prompt_tuning", "hypertuning", "mend"),
                       lambda r: r["distill_len"])
-    return draw_averages(args, [(f"$K$ demonstrations ($l$ = {l})", "log", over_k), (f"$l$ vectors ($K$ = {k})", "log", over_l)],
+    return draw_averages(args, [(f"$K$ demonstrations ($l$ = {l})", "log", over_k),
+                                (f"$l$ vectors ($K$ = {k})", "log", over_l)],
                          records, "Fig. 4: the distillation ratio.")
 
 
@@ -237,37 +252,43 @@ def trained(record: dict, stage: str, field: str):
 def fig6(args) -> tuple[Figure, dict]:
     """Fig. 6, straight after pretraining: (a) Eq. (3) over beta, (b) CLM + gamma L_distill over gamma."""
     records = [r for r in load_records(args) if r["method"] == "mend" and not trained(r, "finetune", "tasks")]
-    kl, both = ([r for r in records if trained(r, "pretrain", "objective") == name] for name in ("kl", "clm+kl"))
+    kl, both = ([r for r in records if trained(r, "pretrain", "objective") == name]
+                for name in ("kl", "clm+kl"))
     over_beta = averages(kl, ("mend",), lambda r: trained(r, "pretrain", "beta"))
     over_gamma = averages(both, ("mend",), lambda r: trained(r, "pretrain", "gamma"))
     return draw_averages(args, [("β, share of a text that is $D$", "linear", over_beta),
-                                ("γ, weight of $\\mathcal{L}_{\\mathrm{distill}}$ beside CLM", "log", over_gamma)],
+                                ("γ, weight of $\\mathcal{L}_{\\mathrm{distill}}$ beside CLM", "log",
+                                 over_gamma)],
                          records, "Fig. 6: after pretraining, no finetuning.")
 
 
 def fig7(args) -> tuple[Figure, dict]:
     """Fig. 7: over lambda of Eq. (4), after pretraining with Eq. (3). lambda = 0 has no place on a log axis (Tab. 4)."""
-    records = [r for r in load_records(args) if r["method"] == "mend" and trained(r, "pretrain", "objective") == "kl"
+    records = [r for r in load_records(args) if r["method"] == "mend"
+               and trained(r, "pretrain", "objective") == "kl"
                and trained(r, "finetune", "pred_weight") and trained(r, "finetune", "lam")]
     over_lambda = averages(records, ("mend",), lambda r: trained(r, "finetune", "lam"))
-    return draw_averages(args, [("λ, weight of $\\mathcal{L}_{\\mathrm{distill}}$ in finetuning", "log", over_lambda)], records,
+    return draw_averages(args, [("λ, weight of $\\mathcal{L}_{\\mathrm{distill}}$ in finetuning", "log",
+                                 over_lambda)], records,
                          "Fig. 7: Eq. (4).")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Figs. 5 and 8: what attention.py measured
 
 
 def fig8(args) -> tuple[Figure, dict]:
     """Fig. 8: the induction score of each layer and head, the top four outlined."""
     record = load_json(args, "induction.json", ("scores", "heads"), "`python -m paper.attention`")
-    scores = np.array(record["scores"])                                                              # (layers, heads)
+    scores = np.array(record["scores"])                                                 # (layers, heads)
     fig = Figure(figsize=(8, 1.6 + 0.22 * scores.shape[1]), layout="constrained")
     ax = fig.subplots()
     image = ax.imshow(scores.T, cmap="Blues", vmin=0, vmax=1, aspect="auto", origin="lower")
     for layer, head in record["heads"]:
-        ax.add_patch(Rectangle((layer - 0.5, head - 0.5), 1, 1, fill=False, edgecolor="#D55E00", linewidth=2.5))
-    ax.set(xlabel="layer", ylabel="head", xticks=range(0, scores.shape[0], 2), yticks=range(0, scores.shape[1], 2))
+        ax.add_patch(Rectangle((layer - 0.5, head - 0.5), 1, 1, fill=False, edgecolor="#D55E00",
+                               linewidth=2.5))
+    ax.set(xlabel="layer", ylabel="head", xticks=range(0, scores.shape[0], 2),
+           yticks=range(0, scores.shape[1], 2))
     ax.spines[:].set_visible(True)
     fig.colorbar(image, ax=ax, label="induction score", pad=0.02)
     names = ", ".join(f"layer {l} head {h} ({scores[l, h]:.2f})" for l, h in record["heads"])
@@ -280,7 +301,8 @@ def fig8(args) -> tuple[Figure, dict]:
 
 def fig5(args) -> tuple[Figure, dict]:
     """Fig. 5: attention of the top four induction heads from where the answer is predicted, ICL above MEND."""
-    record = load_json(args, "attention.json", ("icl", "mend", "heads"), "`python -m paper.attention --checkpoint DIR`")
+    record = load_json(args, "attention.json", ("icl", "mend", "heads"),
+                       "`python -m paper.attention --checkpoint DIR`")
     columns, n = max(len(record[m]["prefix"][0]) for m in ("icl", "mend")), len(record["query_tokens"])
     fig = Figure(figsize=(8, 5), layout="constrained")
     axes = fig.subplots(2, 1, sharex=True)
@@ -291,14 +313,15 @@ def fig5(args) -> tuple[Figure, dict]:
         for part, left, edge, line in ((query, columns + 1, GREY, 1), (prefix, start, colour, 3)):
             image = ax.imshow(part, cmap="Blues", norm=PowerNorm(0.5, 0, 1), aspect="auto",
                               extent=(left - 0.5, left + part.shape[1] - 0.5, heads - 0.5, -0.5))
-            ax.add_patch(Rectangle((left - 0.5, -0.5), part.shape[1], heads, fill=False, edgecolor=edge, linewidth=line,
-                                   clip_on=False))
+            ax.add_patch(Rectangle((left - 0.5, -0.5), part.shape[1], heads, fill=False, edgecolor=edge,
+                                   linewidth=line, clip_on=False))
         ax.set(xlim=(-0.6, columns + n + 0.6), ylim=(heads - 0.4, -0.6), ylabel="layer, head")
         ax.set_title(f"{label}: {what}, max-pooled to {width}, then the query", loc="left", color=colour)
         ax.set_yticks(range(heads), [f"{layer}, {head}" for layer, head in record["heads"]])
         ax.tick_params(length=0)
         ax.spines[:].set_visible(False)
-    axes[1].set_xticks(range(columns + 1, columns + 1 + n), record["query_tokens"], rotation=90, fontsize=min(11, 330 / n))
+    axes[1].set_xticks(range(columns + 1, columns + 1 + n), record["query_tokens"], rotation=90,
+                       fontsize=min(11, 330 / n))
     fig.colorbar(image, ax=axes, label="attention", ticks=[0, 0.05, 0.2, 0.5, 1], pad=0.02)
     caption(fig, f"Fig. 5: {record['llm']}, attention of the strongest induction heads from the last query token, the "
                  f"position that predicts the first answer token; outlined in colour, what stands before the query. "
@@ -308,28 +331,32 @@ def fig5(args) -> tuple[Figure, dict]:
     return fig, record
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
-FIGURES = {"method": pictures.method, "fig3": fig3, "scaling": scaling, "fig4": fig4, "fig5": fig5, "fig6": fig6,
-           "fig7": fig7, "fig8": fig8, "curves": pictures.curves}
+FIGURES = {"method": pictures.method, "fig3": fig3, "scaling": scaling, "fig4": fig4, "fig5": fig5,
+           "fig6": fig6, "fig7": fig7, "fig8": fig8, "curves": pictures.curves}
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=FIGURES, help="which figure")
     parser.add_argument("runs", nargs="*", metavar="RUN_DIR", help="run folders, for curves")
-    parser.add_argument("--results", nargs="+", metavar="FILE", help="what to draw; default: what the figure's script "
+    parser.add_argument("--results", nargs="+", metavar="FILE",
+                        help="what to draw; default: what the figure's script "
                         "under paper/runs/, or attention.py, wrote to results/")
     parser.add_argument("--split", default="class_to_class", help="task partition of figs. 4, 6 and 7")
-    parser.add_argument("--out", default=str(common.ROOT / "results" / "figures"), help="folder of the pictures")
+    parser.add_argument("--out", default=str(common.ROOT / "results" / "figures"),
+                        help="folder of the pictures")
     return parser
 
 
 def main(argv: list[str] | None = None) -> dict:
     args = get_parser().parse_args(argv)
     check((args.split in common.SPLITS, f"--split {args.split} is unknown; {common.did_you_mean(args.split, common.SPLITS)}"),
-          (bool(args.runs) == (args.name == "curves"), (f"{args.name} with run folders {args.runs}: curves needs some, as in "
+          (bool(args.runs) == (args.name == "curves"),
+           (f"{args.name} with run folders {args.runs}: curves needs some, as in "
            "`python -m paper.figures curves out/pretrain`, and the others take none")))
     args.command = shlex.join(["python", "-m", "paper.figures", *(sys.argv[1:] if argv is None else argv)])
     out = Path(args.out)
@@ -339,7 +366,8 @@ def main(argv: list[str] | None = None) -> dict:
         fig, drawn = FIGURES[args.name](args)
         fig.savefig(out / f"{args.name}.png")
         fig.savefig(out / f"{args.name}.svg", metadata={"Date": None})  # the same figures make the same file
-    return finish({"figure": args.name, "files": [str(out / f"{args.name}.{kind}") for kind in ("png", "svg")]}
+    return finish({"figure": args.name, "files": [str(out / f"{args.name}.{kind}")
+                                                  for kind in ("png", "svg")]}
                   ) | {"drawn": drawn}
 
 

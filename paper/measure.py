@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from common import torch_dtype
 from loading import build_distiller, fuse_gelu, load_distiller, load_llm
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # FLOPs, time, memory
 
 ATEN = torch.ops.aten
@@ -129,10 +129,11 @@ def peak_in_child(prepare: Callable, *args) -> dict:
     return in_child({"MALLOC_MMAP_THRESHOLD_": "1000000"}, measure_peak, prepare, args)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Models
 
-T5 = {"model_type": "t5", "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "decoder_start_token_id": 0}
+T5 = {"model_type": "t5", "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False,
+      "decoder_start_token_id": 0}
 CONFIGS = {  # the published architectures, so that neither counting nor --random-init needs a hub
     "gpt2": {"model_type": "gpt2"},
     "gpt2-large": {"model_type": "gpt2", "n_embd": 1280, "n_layer": 36, "n_head": 20},
@@ -145,7 +146,8 @@ CONFIGS = {  # the published architectures, so that neither counting nor --rando
     "flan-t5-base": {**T5, "d_model": 768, "d_ff": 2048, "num_layers": 12, "num_heads": 12},
     "flan-t5-xl": {**T5, "d_model": 2048, "d_ff": 5120, "num_layers": 24, "num_heads": 32},
 }
-PAIRS = {"gpt2-large": "gpt2", "gpt2-xl": "gpt2", "opt-6.7b": "opt-125m"}  # the paper's LLMs and their distillers
+PAIRS = {"gpt2-large": "gpt2", "gpt2-xl": "gpt2",
+         "opt-6.7b": "opt-125m"}  # the paper's LLMs and their distillers
 T5_PAIRS = {"t5-large-lm-adapt": "t5-small-lm-adapt", "flan-t5-xl": "flan-t5-base"}
 
 
@@ -155,7 +157,8 @@ def build_random(llm_name: str, distiller_name: str, distill_len: int, dtype: to
     config = AutoConfig.for_model(**config) if config else AutoConfig.from_pretrained(llm_name)
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     llm = kind.from_config(config, dtype=dtype)
-    if getattr(config, "scale_decoder_outputs", None) is False:  # T5 v1.1 has a head of its own; from_config ties it
+    if getattr(config, "scale_decoder_outputs",
+               None) is False:  # T5 v1.1 has a head of its own; from_config ties it
         llm.lm_head.weight = nn.Parameter(llm.lm_head.weight.detach().clone())
     llm = llm.to(device).eval().requires_grad_(False)
     backbone = None if distiller_name.startswith("layers:") else CONFIGS.get(Path(distiller_name).name) or \
@@ -181,7 +184,8 @@ def with_flags(args: argparse.Namespace, **changes) -> argparse.Namespace:
 @contextlib.contextmanager
 def no_weights():
     """Within it tensors have shapes and no data, and operations cost nothing: for `Count`."""
-    with FakeTensorMode(), mock.patch.object(nn.Module, "to", lambda module, *_, **__: module):  # nothing to move
+    with FakeTensorMode(), mock.patch.object(nn.Module, "to", lambda module, *_,
+                                             **__: module):  # nothing to move
         yield
 
 

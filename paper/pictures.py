@@ -18,7 +18,8 @@ METHODS = {"mend": ("#0072B2", "o", "MEND"), "icl": ("#D55E00", "s", "Vanilla IC
            "zero_shot": ("#777777", "v", "no context"), "icl_budget": ("#E69F00", "P", "last $l$ tokens")}
 INK, GREY = "#222222", "#666666"
 STYLE = {"font.size": 12, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": GREY,
-         "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.titlesize": 12, "legend.frameon": False,
+         "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.titlesize": 12,
+         "legend.frameon": False,
          "legend.fontsize": 11, "lines.linewidth": 2, "lines.markersize": 7, "mathtext.fontset": "dejavusans",
          "svg.hashsalt": "mend", "savefig.dpi": 200}
 
@@ -32,7 +33,7 @@ def caption(fig: Figure, text: str) -> None:
     fig.text(0.015, 0.08 / height, "\n".join(lines), fontsize=8, color=GREY, va="bottom", linespacing=1.25)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Our own method figure, the paper's Figs. 1 and 2 in one. The canvas is 100 units wide and 86 high; a unit is 0.08 inch,
 # so that 14-point text is 2.4 units high and can be read at 400 pixels.
 
@@ -41,18 +42,19 @@ TRAINED, VECTOR = "#CFE4F3", "#0072B2"   # MEND's
 QUERY, GOLD, FROZEN = "#FAF0A8", "#8A7A00", "#E4E7EA"
 
 
-def box(ax: Axes, x: float, y: float, w: float, h: float, text: str = "", face: str = "white", edge: str = INK,
-        rounded: bool = True, colour: str = INK, size: float = 14, **style) -> None:
+def box(ax: Axes, x: float, y: float, w: float, h: float, text: str = "", face: str = "white",
+        edge: str = INK, rounded: bool = True, colour: str = INK, size: float = 14, **style) -> None:
     """A box with its lower left corner at (x, y) and `text` in its middle."""
     shape = FancyBboxPatch((x, y), w, h, boxstyle="round,pad=0,rounding_size=1") if rounded else Rectangle((x, y), w, h)
     shape.set(facecolor=face, edgecolor=edge, **({"linewidth": 1.2} | style))
     ax.add_patch(shape)
-    ax.text(x + w / 2, y + h / 2, text, ha="center", va="center", fontsize=size, color=colour, linespacing=1.3)
+    ax.text(x + w / 2, y + h / 2, text, ha="center", va="center", fontsize=size, color=colour,
+            linespacing=1.3)
 
 
 def arrow(ax: Axes, start: tuple, end: tuple, colour: str = INK, **style) -> None:
-    ax.add_patch(FancyArrowPatch(start, end, **({"arrowstyle": "-|>"} | style), mutation_scale=16, linewidth=1.8,
-                                 color=colour, shrinkA=0, shrinkB=0))
+    ax.add_patch(FancyArrowPatch(start, end, **({"arrowstyle": "-|>"} | style), mutation_scale=16,
+                                 linewidth=1.8, color=colour, shrinkA=0, shrinkB=0))
 
 
 def pairs(ax: Axes, x: float, y: float, names: str, h: float = 5.5, wide: float = 6.2) -> float:
@@ -95,7 +97,8 @@ def reading(ax: Axes) -> None:
     note(3, 58.6, "MEND: the student", ha="left", fontsize=15, weight="bold", color=VECTOR)
     end = pairs(ax, 3, 48, "1.K", wide=5.4)
     for i in range(3):
-        box(ax, end + 1 + 3.2 * i, 48, 2.8, 5.5, face="white", edge=VECTOR, rounded=False, linestyle=(0, (2, 1.5)))
+        box(ax, end + 1 + 3.2 * i, 48, 2.8, 5.5, face="white", edge=VECTOR, rounded=False,
+            linestyle=(0, (2, 1.5)))
     note(3, 44.7, "$D$ and $l$ placeholders", ha="left")
     arrow(ax, (end + 11.2, 50.7), (41, 50.7))
     box(ax, 41.5, 45.3, 17, 11, "distiller\ntrained", TRAINED, VECTOR, linewidth=2)
@@ -140,7 +143,7 @@ def method(args) -> tuple[Figure, dict]:
     return fig, {}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Training curves
 
 
@@ -159,8 +162,10 @@ def draw_run(ax: Axes, share_ax: Axes, run: Path) -> tuple[dict, str]:
     check((steps, f"{run / 'metrics.jsonl'} has no training step; give the folder of a training run"))
     _, state = load_checkpoint(run, weights=False)
     pretraining = "finetune" not in state["trained_on"]
-    loss, held_out, share, name, share_name = ("kl", "val_kl", "recovered", "KL, nats a token", "recovered, %") \
-        if pretraining else ("pred", "val_pred", "dev_headline", "answer loss, nats a token", "dev headline, %")
+    loss, held_out, share, name, share_name = ("kl", "val_kl", "recovered", "KL, nats a token",
+                                               "recovered, %") \
+        if pretraining else ("pred", "val_pred", "dev_headline", "answer loss, nats a token",
+                             "dev headline, %")
     width, colour, at = max(1, len(steps) // 40), METHODS["mend"][0], [r["step"] for r in evaluations]
     training = []  # stays empty where the run minimises something else
     if loss in steps[0]:
@@ -172,7 +177,8 @@ def draw_run(ax: Axes, share_ax: Axes, run: Path) -> tuple[dict, str]:
                 label="held out" if pretraining else "dev tasks")
         share_ax.plot(at, [100 * r[share] for r in evaluations], color=colour, marker="o")
         low, high = share_ax.get_ylim()
-        share_ax.set_ylim(min(low, high - 5), max(high, low + 5))  # a change of a hundredth shall not look like one
+        share_ax.set_ylim(min(low, high - 5),
+                          max(high, low + 5))  # a change of a hundredth shall not look like one
         for reference, method in (("val_kl_no_context", "zero_shot"), ("val_kl_last_l", "icl_budget")):
             if reference in evaluations[-1]:
                 c, _, label = METHODS[method]

@@ -29,7 +29,8 @@ def plan_one(name: str, args: argparse.Namespace, batch_size: int, checkpointing
     """
     with no_weights():
         llm, distiller = build_random(name, (PAIRS | T5_PAIRS)[name], args.distill_len, torch.bfloat16)
-        row = {"demo": [0] * args.demo_tokens, "queries": [([0] * (args.query_tokens - ANSWER), [[0] * ANSWER])]}
+        row = {"demo": [0] * args.demo_tokens,
+               "queries": [([0] * (args.query_tokens - ANSWER), [[0] * ANSWER])]}
         batch, columns = collate([row] * batch_size), torch.arange(batch_size * args.query_tokens)
         answers, read = columns[:ANSWER * batch_size], None
         if llm.config.is_encoder_decoder:
@@ -54,11 +55,11 @@ def read_answers(llm, query_ids: Tensor, prefix: Prefix) -> Tensor:
     """`model.answer_states` where a row is one query with one option, its last ANSWER tokens: the same passes, without
     a look at the data, of which there is none. query_ids: (B, T) -> (B, T, d)."""
     x, y = query_ids[:, :-ANSWER], query_ids[:, -ANSWER:]
-    embeds = torch.cat([prefix.embeds, llm.get_input_embeddings()(x)], dim=1)                        # (B, P + T_x, d)
-    mask = torch.cat([prefix.mask, torch.ones_like(x, dtype=torch.bool)], dim=1)                     # (B, P + T_x)
+    embeds = torch.cat([prefix.embeds, llm.get_input_embeddings()(x)], dim=1)           # (B, P + T_x, d)
+    mask = torch.cat([prefix.mask, torch.ones_like(x, dtype=torch.bool)], dim=1)        # (B, P + T_x)
     encoded = llm.get_encoder()(inputs_embeds=embeds, attention_mask=mask).last_hidden_state
     states = llm.get_decoder()(input_ids=y, encoder_hidden_states=encoded, encoder_attention_mask=mask,
-                               use_cache=False).last_hidden_state                                    # (B, T_y, d)
+                               use_cache=False).last_hidden_state                       # (B, T_y, d)
     return F.pad(states, (0, 0, x.shape[1], 0))
 
 
@@ -89,5 +90,6 @@ def plan(args: argparse.Namespace) -> list[dict]:
             fits[bits] = [card for card in CARDS if r["peak_bytes"][bits] + 1.5 * GB <= card * GB]
             line += f"{r['peak_bytes'][bits] / GB:{width}.1f}{' '.join(map(str, fits[bits])) or 'none':>14s}"
         print(line)
-        found.append({"llm": name, "batch_size": batch_size, "checkpointing": checkpointing, **r, "fits_gb": fits})
+        found.append({"llm": name, "batch_size": batch_size, "checkpointing": checkpointing, **r,
+                      "fits_gb": fits})
     return found

@@ -24,7 +24,8 @@ PRESETS = {"paper": {}, "pocket": {}}
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     common.add_shared_flags(parser)
     group = parser.add_argument_group("probe")
     group.add_argument("--checkpoint", required=True, help="run folder or checkpoint file")
@@ -35,12 +36,12 @@ def get_parser() -> argparse.ArgumentParser:
 @torch.no_grad()
 def start_and_correction(distiller, demo: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
     """Where the vectors of demonstration tokens start, and what the distiller adds to that, both (l, d)."""
-    ids = torch.tensor([demo], device=device)                                                      # (1, T_d)
+    ids = torch.tensor([demo], device=device)                                           # (1, T_d)
     vectors, embed = distiller(ids, torch.ones_like(ids, dtype=torch.bool))[0], distiller.residual_embed
     if embed is None:
         return torch.zeros_like(vectors), vectors
-    rows = embed(ids[0, -len(vectors):]).float()                                                   # (<= l, d)
-    start = F.pad(rows, (0, 0, len(vectors) - len(rows), 0))                                       # (l, d)
+    rows = embed(ids[0, -len(vectors):]).float()                                        # (<= l, d)
+    start = F.pad(rows, (0, 0, len(vectors) - len(rows), 0))                            # (l, d)
     return start, vectors - start
 
 
@@ -54,14 +55,14 @@ def figures_of(starts: Tensor, corrections: Tensor, swapped: Tensor) -> dict:
         least_change and most_change (of |swapped - correction| / |correction|), all None without any correction;
         rms_correction and rms_start.
     """
-    flat, other = corrections.flatten(1), swapped.flatten(1)                                       # (n, l d)
+    flat, other = corrections.flatten(1), swapped.flatten(1)                            # (n, l d)
     n, rms = len(flat), {"rms_correction": corrections.pow(2).mean().sqrt().item(),
                          "rms_start": starts.pow(2).mean().sqrt().item()}
     if not flat.any():
         return dict.fromkeys(("shared_energy", "mean_cosine", "least_change", "most_change")) | rms
     unit = F.normalize(flat, dim=1)
     cosines = (unit @ unit.T).triu(diagonal=1).sum() / (n * (n - 1) / 2)
-    change = (other - flat).norm(dim=1) / flat.norm(dim=1)                                         # (n,)
+    change = (other - flat).norm(dim=1) / flat.norm(dim=1)                              # (n,)
     return {"shared_energy": (n * flat.mean(dim=0).pow(2).sum() / flat.pow(2).sum()).item(),
             "mean_cosine": cosines.item(),
             "least_change": change.min().item(), "most_change": change.max().item(), **rms}
@@ -69,7 +70,8 @@ def figures_of(starts: Tensor, corrections: Tensor, swapped: Tensor) -> dict:
 
 def main(argv: list[str] | None = None) -> dict:
     args = parse(get_parser(), argv, PRESETS)
-    check(*common.shared_rules(args), (args.seed in SEEDS, f"--seed {args.seed}: MetaICL's are {sorted(SEEDS)}"),
+    check(*common.shared_rules(args), (args.seed in SEEDS,
+                                       f"--seed {args.seed}: MetaICL's are {sorted(SEEDS)}"),
           (args.context_len >= 1, f"--context-len is {args.context_len}; give at least 1 token"))
     device = setup(args, training=False)
     tasks = load_tasks(args.tasks, args.split, args.llm, args.k)

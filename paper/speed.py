@@ -33,7 +33,7 @@ from sources import Tasks, Tokenizer, load_tasks
 
 SQUARE = 4096  # width of the matrices whose product gives the machine's rate
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Training
 
 
@@ -52,10 +52,10 @@ def training_step(llm, distiller, batch: dict[str, Tensor], where: tuple[Tensor,
     tokens, answers = where
     read = read or functools.partial(query_states, llm, batch=batch)
     with torch.no_grad():
-        teacher = read(demo_prefix(llm, batch["demo_ids"], batch["demo_mask"])).flatten(0, 1)        # (B * T, d)
+        teacher = read(demo_prefix(llm, batch["demo_ids"], batch["demo_mask"])).flatten(0, 1)  # (B * T, d)
     with autocast(llm.device, dtype):
-        vectors = distiller(batch["demo_ids"], batch["demo_mask"])                                   # (B, l, d)
-    student = read(vector_prefix(llm, vectors)).flatten(0, 1)                                        # (B * T, d)
+        vectors = distiller(batch["demo_ids"], batch["demo_mask"])                      # (B, l, d)
+    student = read(vector_prefix(llm, vectors)).flatten(0, 1)                           # (B * T, d)
     loss = finetune_loss(pred_loss(llm, student[answers], batch["query_ids"].flatten()[answers]),
                          distill_loss(llm, student[tokens], teacher[tokens]), 1.0)
     loss.backward()
@@ -67,9 +67,10 @@ def plain_step(llm, distiller, rows: list[dict], dtype: str) -> None:
     queries = [(row["demo"], query) for row in rows for query in row["queries"]]
     for demo, (x, (y,)) in queries:
         with autocast(llm.device, dtype):
-            vectors = plain.Distiller.forward(distiller, demo)                                           # (l, d)
+            vectors = plain.Distiller.forward(distiller, demo)                          # (l, d)
         teacher, student = plain.teacher_and_student(llm, demo, vectors.float(), x, y)
-        loss = plain.finetune_loss(plain.pred_loss(student[-len(y):], y), plain.distill_loss(student, teacher), 1.0)
+        loss = plain.finetune_loss(plain.pred_loss(student[-len(y):], y),
+                                   plain.distill_loss(student, teacher), 1.0)
         (loss / len(queries)).backward()
 
 
@@ -89,15 +90,18 @@ def training_speed(llm, distiller, rows: list[dict], dtype: str, repeats: int) -
                          "ours": step(lambda: training_step(llm, distiller, batch, where, dtype)),
                          "matmul again": lambda: square @ square,
                          "plain": step(lambda: plain_step(llm, distiller, rows, dtype))}, repeats, device)
-    rates = [2 * SQUARE ** 3 * 2 / (a + b) for a, b in zip(times["matmul"], times["matmul again"], strict=True)]
+    rates = [2 * SQUARE ** 3 * 2 / (a + b)
+             for a, b in zip(times["matmul"], times["matmul again"], strict=True)]
     tokens = int(batch["query_mask"].sum())
     seconds = {name: statistics.median(times[name]) for name in ("ours", "plain")}
-    return {"dtype": dtype, "sets": len(rows), "queries_per_demo": len(rows[0]["queries"]), "query_tokens": tokens,
-            "demo_tokens": int(batch["demo_mask"].sum()), "distill_len": distiller.distill_len, "seconds": seconds,
-            "tokens_per_second": {name: tokens / s for name, s in seconds.items()},
+    return {"dtype": dtype, "sets": len(rows), "queries_per_demo": len(rows[0]["queries"]),
+            "query_tokens": tokens,
+            "demo_tokens": int(batch["demo_mask"].sum()), "distill_len": distiller.distill_len,
+            "seconds": seconds, "tokens_per_second": {name: tokens / s for name, s in seconds.items()},
             "ratio": statistics.median(p / o for p, o in zip(times["plain"], times["ours"], strict=True)),
             "flops": count.flops, "matmul_flops_per_second": statistics.median(rates),
-            "share": statistics.median(count.flops / t / rate for t, rate in zip(times["ours"], rates, strict=True)),
+            "share": statistics.median(count.flops / t / rate
+                                       for t, rate in zip(times["ours"], rates, strict=True)),
             "times": times}
 
 
@@ -105,7 +109,8 @@ def typical_rows(tasks: Tasks, encoder: Encoder, seed: int, k: int, sets: int, q
     """The rows of that one of the first 64 training steps whose size is the median."""
     rows_of = step_rows(lambda first, count: [sample_row(tasks, encoder, seed, i, k, queries)
                                               for i in range(first, first + count)], seed, sets)
-    steps = sorted((rows_of(step) for step in range(64)), key=lambda rows: sum(len(row["demo"]) for row in rows))
+    steps = sorted((rows_of(step) for step in range(64)),
+                   key=lambda rows: sum(len(row["demo"]) for row in rows))
     return steps[32]
 
 
@@ -123,7 +128,7 @@ def padding(tasks: Tasks, encoder: Encoder, seed: int, k: int, queries: int, bat
             "as_drawn": share(rows[i:i + batch_size] for i in range(0, len(rows), batch_size))}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The loss's memory
 
 
@@ -165,7 +170,7 @@ def loss_memory(tokens: int = 1024, width: int = 1280, vocab: int = 50257) -> di
             "gradient_difference": difference.item()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Scoring
 
 
@@ -195,14 +200,16 @@ def scoring_speed(llm, distiller, tasks: Tasks, encoder: Encoder, args, n: int =
 
     def fast(method: str, queries: list) -> list[Tensor]:
         prefix = one_prefix(method, demos, limit, llm, distiller, encoder, args)
-        return [scores for batch in passes(queries, llm.device) for scores in score_options(llm, prefix, batch)[0]]
+        return [scores for batch in passes(queries, llm.device)
+                for scores in score_options(llm, prefix, batch)[0]]
 
     def plainly(method: str) -> list[list[float]]:
         scores = []
         for x, answers in some:
             scores.append([])
             for option in answers:
-                prefix = plain.embed(llm, demo) if method == "icl" else plain.Distiller.forward(distiller, demo)
+                prefix = plain.embed(llm,
+                                     demo) if method == "icl" else plain.Distiller.forward(distiller, demo)
                 scores[-1] += plain.score_options(llm, prefix, x, [option]).tolist()
         return scores
 
@@ -210,7 +217,8 @@ def scoring_speed(llm, distiller, tasks: Tasks, encoder: Encoder, args, n: int =
     for method in ("icl", "mend"):
         both = [(a, b) for scores, expected in zip(fast(method, some), plainly(method), strict=True)
                 for a, b in zip(scores.tolist(), expected, strict=True)]
-        ways = {"plain": functools.partial(plainly, method), "cached": functools.partial(fast, method, queries)}
+        ways = {"plain": functools.partial(plainly, method),
+                "cached": functools.partial(fast, method, queries)}
         times = interleaved(ways, repeats, llm.device, warm_up=False)
         plain_seconds, cached = (statistics.median(times[name]) for name in ("plain", "cached"))
         seconds = {"plain": plain_seconds * n / n_plain, "cached": cached}
@@ -219,7 +227,7 @@ def scoring_speed(llm, distiller, tasks: Tasks, encoder: Encoder, args, n: int =
     return found
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Threads
 
 
@@ -230,7 +238,8 @@ def time_steps(load: Callable, args: tuple, threads: int, repeats: int) -> float
     batch = collate(rows, llm.device)
     where = counted_positions(llm, batch)
     distiller.train()
-    times = interleaved({"step": lambda: training_step(llm, distiller, batch, where, dtype)}, repeats, llm.device)
+    times = interleaved({"step": lambda: training_step(llm, distiller, batch, where, dtype)}, repeats,
+                        llm.device)
     return statistics.median(times["step"])
 
 
@@ -243,7 +252,7 @@ def thread_settings(load: Callable, *args, repeats: int = 3) -> list[dict]:
     return found
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The suite
 
 
@@ -255,7 +264,8 @@ def load_step(args: argparse.Namespace, dtype: str, random_llm: str | None = Non
         llm, distiller = load(with_flags(args, dtype=dtype), torch.device(args.device))
     else:
         llm, distiller = build_random(random_llm, PAIRS[random_llm], 100, torch_dtype(dtype), args.device)
-    encoder = make_encoder(with_flags(args, distill_len=distiller.distill_len), Tokenizer(args.llm), llm, distiller)
+    encoder = make_encoder(with_flags(args, distill_len=distiller.distill_len), Tokenizer(args.llm), llm,
+                           distiller)
     rows = typical_rows(tasks, encoder, args.seed, args.k, 2, 4)
     return llm, distiller, rows if random_llm is None else rows[:1], dtype
 
@@ -268,7 +278,8 @@ def suite(args: argparse.Namespace, device: torch.device, methods: dict[str, dic
     def line(name: str, value: float, goal: float, what: str) -> None:
         ratios[name] = value
         lines.append({"name": name, "value": value, "goal": goal, "met": value >= goal, "figures": what})
-        print(f"{name:46s}{value:8.2f}  (goal {goal:g}{'' if value >= goal else ', MISSED'})  {what}", flush=True)
+        print(f"{name:46s}{value:8.2f}  (goal {goal:g}{'' if value >= goal else ', MISSED'})  {what}",
+              flush=True)
 
     for (name, rows), goal in zip(methods.items(), (3.5, 4.0), strict=True):
         results[f"methods_{name}"] = rows
@@ -291,7 +302,8 @@ def suite(args: argparse.Namespace, device: torch.device, methods: dict[str, dic
         line(f"scoring_cached_over_plain_{m}", r[m]["ratio"], 10,
              f"{s['cached']:.1f} against {s['plain']:.0f} s for {r['queries']} queries of {r['task']} with "
              f"{r['demo_tokens']} demonstration tokens, scores at most {r[m]['score_difference']:.0e} apart")
-    ratios["scoring_cached_over_plain"] = min(ratios[f"scoring_cached_over_plain_{m}"] for m in ("icl", "mend"))
+    ratios["scoring_cached_over_plain"] = min(ratios[f"scoring_cached_over_plain_{m}"]
+                                              for m in ("icl", "mend"))
     del llm, distiller
     shares = 0.4 if device.type == "cuda" else 0.7
     for label, dtype in itertools.product(("smollm2", "gpt2_large"), ("fp32", "bf16")):

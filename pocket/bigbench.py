@@ -119,7 +119,7 @@ def write_family(family: str, examples: list[dict], plan: dict, out: Path) -> No
         write_tests(family, test, rest, SHOTS, out)
 
 
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # BIG-bench's functions: only the demonstrations say what is to be done with an input
 
 

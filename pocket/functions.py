@@ -203,7 +203,8 @@ DOMAINS: dict[str, dict[str, Function]] = {
 }
 FORMS: dict[str, Function] = {  # what may follow a function, in training
     "": str, "upper case": str.upper, "capitalised": lambda y: y[:1].upper() + y[1:],
-    "in quotes": lambda y: f'"{y}"', "exclaimed": lambda y: f"{y}!", "arrow": lambda y: f"=> {y}", "in square brackets": lambda y: f"[{y}]"}
+    "in quotes": lambda y: f'"{y}"', "exclaimed": lambda y: f"{y}!", "arrow": lambda y: f"=> {y}",
+    "in square brackets": lambda y: f"[{y}]"}
 
 
 @functools.cache
