@@ -1,17 +1,17 @@
 """The figures: drawn from results/ as PNG and SVG, each with a caption that says n and the command.
 
-    python -m paper.figures method                                        # our own: Figs. 1 and 2 in one
-    python -m paper.figures fig3                                          # what each method costs at inference (Sec. 4.3)
-    python -m paper.figures scaling                                       # our own: FLOPs over demonstration length and over l
-    python -m paper.figures fig4                                          # over K and over l (Sec. 5.1)
-    python -m paper.figures fig6                                          # over beta and gamma (App. B)
-    python -m paper.figures fig7                                          # over lambda (App. B)
-    python -m paper.figures fig5                                          # attention of the induction heads (Sec. 5.3)
-    python -m paper.figures fig8                                          # which heads these are (App. C)
-    python -m paper.figures curves out/pretrain out/finetune              # what training runs logged
+    python -m paper.figures method                             # our own: Figs. 1 and 2 in one
+    python -m paper.figures fig3                               # what a query costs (Sec. 4.3)
+    python -m paper.figures scaling                            # our own: FLOPs over demonstrations and over l
+    python -m paper.figures fig4                               # over K and over l (Sec. 5.1)
+    python -m paper.figures fig6                               # over beta and gamma (App. B)
+    python -m paper.figures fig7                               # over lambda (App. B)
+    python -m paper.figures fig5                               # attention of the induction heads (Sec. 5.3)
+    python -m paper.figures fig8                               # which heads these are (App. C)
+    python -m paper.figures curves out/pretrain out/finetune   # what training runs logged
 
-Each function that draws returns the figure and the numbers in it. An average is a mean over tasks for each seed, then
-mean and sample standard deviation over seeds; error bars are that deviation.
+Each function that draws returns the figure and the numbers in it. An average is a mean over tasks for each
+seed, then mean and sample standard deviation over seeds; error bars are that deviation.
 """
 
 import argparse
@@ -43,7 +43,7 @@ COSTS = {"icl": ("vanilla ICL", "#000000", "", "-"), "icl_cached": ("ICL, cached
          "mend_kv": ("MEND, stored keys and values", "#009E73", "\\\\", "--")}
 COST_SPLITS = {"class_to_class": "Class→\nClass", "hr_to_lr": "HR→\nLR", "qa_to_qa": "QA→\nQA",
                "non_nli_to_nli": "non-NLI\n→NLI", "non_para_to_para": "non-Para\n→Para"}
-SOURCES = {"fig4": "fig4", "fig6": "ablations", "fig7": "ablations"}  # paper/runs/NAME.sh makes their results
+SCRIPTS = {"fig4": "runs/fig4.sh", "fig6": "runs/ablations.sh", "fig7": "runs/ablations.sh"}  # of paper/
 
 
 # --------------------------------------------------------------------------------------------------
@@ -60,7 +60,7 @@ def load_json(args: argparse.Namespace, name: str, needs: tuple[str, ...], comma
             raise ValueError(f"it lacks {', '.join(lacking)}")
         return record
     except (OSError, ValueError) as error:
-        raise UserError(f"{paths[0]} does not hold what {args.name} draws ({error}); make it with {command}") from error
+        raise UserError(f"{paths[0]} is not what {args.name} draws ({error}); run {command}") from error
 
 
 def load_costs(args: argparse.Namespace) -> dict:
@@ -138,14 +138,15 @@ def scaling(args) -> tuple[Figure, dict]:
 def load_records(args: argparse.Namespace) -> list[dict]:
     """The records of evaluate.py of one split, with MetaICL's own demonstrations, unperturbed."""
     paths = [Path(p) for p in args.results or sorted((common.ROOT / "results").glob(f"{args.name}*.jsonl"))]
-    check(*((path.is_file(), f"--results {path} is no file; run paper/runs/{SOURCES[args.name]}.sh, which makes it") for path in paths))
+    script = f"run paper/{SCRIPTS[args.name]}, which makes it"
+    check(*((path.is_file(), f"--results {path} is no file; {script}") for path in paths))
     records = [r for path in paths for r in read_results(path)]
     require_fields(records, args.name)
     chosen = [r for r in records if r["split"] == args.split and r["retrieval"] is None
               and r["perturbation"] is None]
     if not chosen:
-        raise UserError(f"{', '.join(p.name for p in paths) or 'results/'}: {len(records)} records, none of --split "
-                        f"{args.split} without retrieval and perturbation; run paper/runs/{SOURCES[args.name]}.sh, which makes them")
+        raise UserError(f"{', '.join(p.name for p in paths) or 'results/'}: {len(records)} records, none of "
+                        f"--split {args.split} without retrieval and perturbation; {script}")
     return chosen
 
 
@@ -156,10 +157,10 @@ def most_varied(records: list[dict], hold: str, vary: str):
 
 
 def averages(records: list[dict], methods: tuple[str, ...], x: Callable[[dict], float | None]) -> dict:
-    """The points of one panel: {"points": {method: [[x, mean, std], ...]}, "tasks", "seeds", "queries"}, in percent.
+    """A panel's points: {"points": {method: [[x, mean, std], ...]}, "tasks", "seeds", "queries"}, in percent.
 
-    A point that lacks some (task, seed) of the others would average over something else: it is left out, with a note.
-    Raises UserError where records of different settings would be mixed.
+    A point that lacks some (task, seed) of the others would average over something else: it is left out, with
+    a note. Raises UserError where records of different settings would be mixed.
     """
     groups = defaultdict(list)
     for r in records:
@@ -168,8 +169,8 @@ def averages(records: list[dict], methods: tuple[str, ...], x: Callable[[dict], 
     used = [r for group in groups.values() for r in group]
     settings = {f: {r[f] for r in used} for f in ("llm", "tasks", "template", "context_len", "limit",
                                                   "dtype")}
-    check(*((len(values) <= 1, (f"records with {field} {' and '.join(sorted(map(str, values)))} cannot share a panel; "
-                                "give --results a file with one of them"))
+    check(*((len(values) <= 1, (f"records with {field} {' and '.join(sorted(map(str, values)))} cannot share "
+                                "a panel; give --results a file with one of them"))
             for field, values in settings.items()))
     everything = {(r["task"], r["seed"]) for r in used}
     data = {"points": {m: [] for m in methods}, "tasks": len({t for t, _ in everything}),
@@ -182,7 +183,7 @@ def averages(records: list[dict], methods: tuple[str, ...], x: Callable[[dict], 
             data["points"][method].append([value, found["mean"], found["std"]])
             data["queries"] = sum(r["n"] for r in group)
         else:
-            print(f"note: {method} at {value} has {len(here)} of {len(everything)} (task, seed): the point is left out")
+            print(f"note: {method} at {value} has {len(here)} of {len(everything)} (task, seed): left out")
     for method in [m for m, points in data["points"].items() if not points]:
         print(f"note: no complete records of {method}: its line is left out")
     return data
@@ -193,7 +194,7 @@ def draw_averages(args, panels: list[tuple[str, str, dict]], records: list[dict]
     """One panel for each (x label, x scale, averages)."""
     panels = [panel for panel in panels if len({x for points in panel[2]["points"].values()
                                                 for x, _, _ in points}) > 1]
-    check((panels, f"{args.name} needs two complete points at least; run paper/runs/{SOURCES[args.name]}.sh to its end"))
+    check((panels, f"{args.name} needs two complete points; run paper/{SCRIPTS[args.name]} to its end"))
     fig = Figure(figsize=(4.2 * len(panels) if len(panels) > 1 else 5.4, 4), layout="constrained")
     axes = fig.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     methods = [m for m in METHODS if any(data["points"].get(m) for *_, data in panels)]
@@ -223,10 +224,11 @@ def draw_averages(args, panels: list[tuple[str, str, dict]], records: list[dict]
                    columnspacing=1.2)
     n = "; ".join(dict.fromkeys(f"{d['tasks']} tasks × {d['seeds']} seeds, {d['queries']:,} queries a point"
                                 for _, _, d in panels))
-    caption(fig, f"{what} {records[0]['llm']}, {args.split}, {n}. Headline: macro-F1 for classification, accuracy "
-                 f"otherwise; mean over tasks, bars: standard deviation over seeds{', methods side by side' * (len(handles) > 1)}."
-                 f"\nruns/{SOURCES[args.name]}.sh; "
-                 f"{args.command} · commit {', '.join(sorted({r['commit'] for r in records}))}")
+    order, commits = ", methods side by side" * (len(handles) > 1), sorted({r["commit"] for r in records})
+
+    caption(fig, f"{what} {records[0]['llm']}, {args.split}, {n}. Headline: macro-F1 for classification, "
+                 f"accuracy otherwise; mean over tasks, bars: standard deviation over seeds{order}.\n"
+                 f"{SCRIPTS[args.name]}; {args.command} · commit {', '.join(commits)}")
     return fig, {f"{args.name}{letter}" if len(panels) > 1 else args.name: p[2]
                  for letter, p in zip("ab", panels, strict=False)}
 
@@ -263,7 +265,7 @@ def fig6(args) -> tuple[Figure, dict]:
 
 
 def fig7(args) -> tuple[Figure, dict]:
-    """Fig. 7: over lambda of Eq. (4), after pretraining with Eq. (3). lambda = 0 has no place on a log axis (Tab. 4)."""
+    """Fig. 7: over lambda of Eq. (4), after pretraining with Eq. (3). For lambda = 0 see Table 4."""
     records = [r for r in load_records(args) if r["method"] == "mend"
                and trained(r, "pretrain", "objective") == "kl"
                and trained(r, "finetune", "pred_weight") and trained(r, "finetune", "lam")]
@@ -292,15 +294,15 @@ def fig8(args) -> tuple[Figure, dict]:
     ax.spines[:].set_visible(True)
     fig.colorbar(image, ax=ax, label="induction score", pad=0.02)
     names = ", ".join(f"layer {l} head {h} ({scores[l, h]:.2f})" for l, h in record["heads"])
-    caption(fig, f"Fig. 8: {record['llm']}, mean attention from each token of the second copy of a random sequence to "
-                 f"what followed that token in the first; {record['sequences']} sequences of {record['length']} tokens, "
-                 f"seed {record['seed']}. Outlined: {names}; counted from 0.\n"
+    caption(fig, f"Fig. 8: {record['llm']}, mean attention from each token of the second copy of a random "
+                 f"sequence to what followed that token in the first; {record['sequences']} sequences of "
+                 f"{record['length']} tokens, seed {record['seed']}. Outlined: {names}; counted from 0.\n"
                  f"{record['command']} · commit {record['commit']}")
     return fig, record
 
 
 def fig5(args) -> tuple[Figure, dict]:
-    """Fig. 5: attention of the top four induction heads from where the answer is predicted, ICL above MEND."""
+    """Fig. 5: attention of the top induction heads from where the answer is predicted, ICL above MEND."""
     record = load_json(args, "attention.json", ("icl", "mend", "heads"),
                        "`python -m paper.attention --checkpoint DIR`")
     columns, n = max(len(record[m]["prefix"][0]) for m in ("icl", "mend")), len(record["query_tokens"])
@@ -323,10 +325,11 @@ def fig5(args) -> tuple[Figure, dict]:
     axes[1].set_xticks(range(columns + 1, columns + 1 + n), record["query_tokens"], rotation=90,
                        fontsize=min(11, 330 / n))
     fig.colorbar(image, ax=axes, label="attention", ticks=[0, 0.05, 0.2, 0.5, 1], pad=0.02)
-    caption(fig, f"Fig. 5: {record['llm']}, attention of the strongest induction heads from the last query token, the "
-                 f"position that predicts the first answer token; outlined in colour, what stands before the query. "
-                 f"{record['task']}, test example {record['example']}, seed {record['seed']}, K = {record['k']}. Checkpoint "
-                 f"{record['checkpoint']}, step {record['step']:,} of {' + '.join(record['trained_on'])}.\n"
+    caption(fig, f"Fig. 5: {record['llm']}, attention of the strongest induction heads from the last query "
+                 "token, the position that predicts the first answer token; outlined in colour, what stands "
+                 f"before the query. {record['task']}, test example {record['example']}, seed "
+                 f"{record['seed']}, K = {record['k']}. Checkpoint {record['checkpoint']}, step "
+                 f"{record['step']:,} of {' + '.join(record['trained_on'])}.\n"
                  f"{record['command']} · commit {record['commit']}")
     return fig, record
 
@@ -354,7 +357,8 @@ def get_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> dict:
     args = get_parser().parse_args(argv)
-    check((args.split in common.SPLITS, f"--split {args.split} is unknown; {common.did_you_mean(args.split, common.SPLITS)}"),
+    check((args.split in common.SPLITS,
+           f"--split {args.split} is unknown; {common.did_you_mean(args.split, common.SPLITS)}"),
           (bool(args.runs) == (args.name == "curves"),
            (f"{args.name} with run folders {args.runs}: curves needs some, as in "
            "`python -m paper.figures curves out/pretrain`, and the others take none")))

@@ -1,6 +1,6 @@
 """What bench.py measures with: FLOPs and live bytes, times, peak memory, and models without weights.
 
-Within `no_weights` a model of any size is made of tensors without data, and `Count` sees what it would cost to run.
+Within `no_weights` a model of any size is made of tensors without data, and `Count` sees what running costs.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from loading import build_distiller, fuse_gelu, load_distiller, load_llm
 # FLOPs, time, memory
 
 ATEN = torch.ops.aten
-FORMULAS = flop_registry | {  # torch's own formulas, and the same for its attention on a CPU, which has none there
+FORMULAS = flop_registry | {  # torch's own, and the same for its attention on a CPU, which has none there
     ATEN._scaled_dot_product_flash_attention_for_cpu:
         lambda q, k, v, *_, **__: sdpa_flop_count(q.shape, k.shape, v.shape),
     ATEN._scaled_dot_product_flash_attention_for_cpu_backward:
@@ -40,9 +40,9 @@ class Count(TorchDispatchMode):
     """Counts FLOPs and the bytes of tensors that are alive at once, in `with Count() as count:`.
 
     flops: of matrix products and attention, a multiplication and an addition each, by the formulas of torch's
-    FlopCounterMode; that class itself cannot follow the gradient taken within a forward pass (`model.sum_in_chunks`).
-    Attention counts all pairs of positions, masked or not. peak: bytes that were made since, without what stood before
-    and without what an operation needs inside itself.
+    FlopCounterMode; that class itself cannot follow the gradient taken within a forward pass
+    (`model.sum_in_chunks`). Attention counts all pairs of positions, masked or not. peak: bytes that were
+    made since, without what stood before and without what an operation needs inside itself.
     """
 
     def __init__(self):
@@ -75,7 +75,7 @@ class Count(TorchDispatchMode):
 
 def interleaved(functions: dict[str, Callable], repeats: int, device: torch.device,
                 warm_up: bool = True) -> dict[str, list[float]]:
-    """Seconds of each function, `repeats` times and in turns, so that other work on the machine meets all alike."""
+    """Seconds of each function, `repeats` times and in turns, so that other work meets all alike."""
     times = {name: [] for name in functions}
     for i in range(-warm_up, repeats):
         for name, function in functions.items():
@@ -97,7 +97,7 @@ def resident(field: str) -> int:
 
 
 def measure_peak(prepare: Callable, args: tuple) -> dict:
-    """In a child: prepare(*args) gives a function; the peak resident set while it runs, and above what stood before."""
+    """In a child: the peak resident set while prepare(*args)() runs, in all and above what stood before."""
     function = prepare(*args)
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak of the preparation
     before = resident("VmRSS")
@@ -124,8 +124,8 @@ def set_environment(values: dict[str, str]) -> None:
 
 
 def peak_in_child(prepare: Callable, *args) -> dict:
-    """`measure_peak` in a process of its own (Linux). There, tensors over 1 MB go back to the system as soon as they
-    are free: glibc would keep pieces of its heap, and the peak would be its own."""
+    """`measure_peak` in a process of its own (Linux). There, tensors over 1 MB go back to the system as soon
+    as they are free: glibc would keep pieces of its heap, and the peak would be its own."""
     return in_child({"MALLOC_MMAP_THRESHOLD_": "1000000"}, measure_peak, prepare, args)
 
 

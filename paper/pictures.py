@@ -1,5 +1,6 @@
 """What the figures share, and two that are not the paper's: the method, and the curves of training runs."""
 
+import functools
 import textwrap
 from pathlib import Path
 
@@ -19,9 +20,8 @@ METHODS = {"mend": ("#0072B2", "o", "MEND"), "icl": ("#D55E00", "s", "Vanilla IC
 INK, GREY = "#222222", "#666666"
 STYLE = {"font.size": 12, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": GREY,
          "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.titlesize": 12,
-         "legend.frameon": False,
-         "legend.fontsize": 11, "lines.linewidth": 2, "lines.markersize": 7, "mathtext.fontset": "dejavusans",
-         "svg.hashsalt": "mend", "savefig.dpi": 200}
+         "legend.frameon": False, "legend.fontsize": 11, "lines.linewidth": 2, "lines.markersize": 7,
+         "mathtext.fontset": "dejavusans", "svg.hashsalt": "mend", "savefig.dpi": 200}
 
 
 def caption(fig: Figure, text: str) -> None:
@@ -34,8 +34,8 @@ def caption(fig: Figure, text: str) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-# Our own method figure, the paper's Figs. 1 and 2 in one. The canvas is 100 units wide and 86 high; a unit is 0.08 inch,
-# so that 14-point text is 2.4 units high and can be read at 400 pixels.
+# Our own method figure, the paper's Figs. 1 and 2 in one. The canvas is 100 units wide and 86 high; a unit is
+# 0.08 inch, so that 14-point text is 2.4 units high and can be read at 400 pixels.
 
 DEMO, ANSWER = "#F8DCC8", "#D55E00"      # Vanilla ICL's colour in METHODS, and a tint of it
 TRAINED, VECTOR = "#CFE4F3", "#0072B2"   # MEND's
@@ -45,7 +45,8 @@ QUERY, GOLD, FROZEN = "#FAF0A8", "#8A7A00", "#E4E7EA"
 def box(ax: Axes, x: float, y: float, w: float, h: float, text: str = "", face: str = "white",
         edge: str = INK, rounded: bool = True, colour: str = INK, size: float = 14, **style) -> None:
     """A box with its lower left corner at (x, y) and `text` in its middle."""
-    shape = FancyBboxPatch((x, y), w, h, boxstyle="round,pad=0,rounding_size=1") if rounded else Rectangle((x, y), w, h)
+    round_box = functools.partial(FancyBboxPatch, boxstyle="round,pad=0,rounding_size=1")
+    shape = (round_box if rounded else Rectangle)((x, y), w, h)
     shape.set(facecolor=face, edgecolor=edge, **({"linewidth": 1.2} | style))
     ax.add_patch(shape)
     ax.text(x + w / 2, y + h / 2, text, ha="center", va="center", fontsize=size, color=colour,
@@ -58,7 +59,7 @@ def arrow(ax: Axes, start: tuple, end: tuple, colour: str = INK, **style) -> Non
 
 
 def pairs(ax: Axes, x: float, y: float, names: str, h: float = 5.5, wide: float = 6.2) -> float:
-    """Demonstrations side by side, (x_i, y_i) for each i of `names`, "." for an ellipsis; returns where they end."""
+    """Demonstrations side by side, (x_i, y_i) for each i of `names`, "." an ellipsis; returns their end."""
     for name in names:
         if name == ".":
             ax.text(x + 2, y + h / 2, "…", ha="center", va="center", fontsize=14, color=INK)
@@ -79,7 +80,7 @@ def distribution(ax: Axes, x: float, y: float, heights: tuple[float, ...], label
 
 
 def reading(ax: Axes) -> None:
-    """The upper two panels: the LLM reads D and x (teacher), or what the distiller makes of D, and x (student)."""
+    """The upper two panels: the LLM reads D and x (teacher), or vectors of D and x (student)."""
     def note(x, y, text, **style):
         ax.text(x, y, text, **({"fontsize": 13, "color": INK, "ha": "center", "va": "center"} | style))
 
@@ -153,7 +154,7 @@ def running_mean(values: list[float], width: int) -> np.ndarray:
 
 
 def draw_run(ax: Axes, share_ax: Axes, run: Path) -> tuple[dict, str]:
-    """One run: its loss and references, and beside it what the vectors recover (pretraining) or the dev headline.
+    """One run: its loss and references, beside it what the vectors recover (pretraining) or the dev headline.
 
     Returns what is drawn, {"training": [[step, running mean], ...], "evaluations": records}, and a note.
     """
@@ -162,10 +163,9 @@ def draw_run(ax: Axes, share_ax: Axes, run: Path) -> tuple[dict, str]:
     check((steps, f"{run / 'metrics.jsonl'} has no training step; give the folder of a training run"))
     _, state = load_checkpoint(run, weights=False)
     pretraining = "finetune" not in state["trained_on"]
-    loss, held_out, share, name, share_name = ("kl", "val_kl", "recovered", "KL, nats a token",
-                                               "recovered, %") \
-        if pretraining else ("pred", "val_pred", "dev_headline", "answer loss, nats a token",
-                             "dev headline, %")
+    loss, held_out, share, name, share_name = (
+        ("kl", "val_kl", "recovered", "KL, nats a token", "recovered, %") if pretraining else
+        ("pred", "val_pred", "dev_headline", "answer loss, nats a token", "dev headline, %"))
     width, colour, at = max(1, len(steps) // 40), METHODS["mend"][0], [r["step"] for r in evaluations]
     training = []  # stays empty where the run minimises something else
     if loss in steps[0]:
@@ -177,8 +177,7 @@ def draw_run(ax: Axes, share_ax: Axes, run: Path) -> tuple[dict, str]:
                 label="held out" if pretraining else "dev tasks")
         share_ax.plot(at, [100 * r[share] for r in evaluations], color=colour, marker="o")
         low, high = share_ax.get_ylim()
-        share_ax.set_ylim(min(low, high - 5),
-                          max(high, low + 5))  # a change of a hundredth shall not look like one
+        share_ax.set_ylim(min(low, high - 5), max(high, low + 5))  # a hundredth shall not look like much
         for reference, method in (("val_kl_no_context", "zero_shot"), ("val_kl_last_l", "icl_budget")):
             if reference in evaluations[-1]:
                 c, _, label = METHODS[method]
@@ -194,8 +193,8 @@ def draw_run(ax: Axes, share_ax: Axes, run: Path) -> tuple[dict, str]:
         ax.legend()
     held_out_n = f", {state['flags']['eval_docs']} held-out windows" if pretraining else ""
     return {"training": training, "evaluations": evaluations}, (
-        f"{run.name}: {steps[-1]['step']:,} of {state['flags']['steps']:,} steps, one run, training loss averaged over "
-        f"{width} steps{held_out_n}, commit {state['commit']}.")
+        f"{run.name}: {steps[-1]['step']:,} of {state['flags']['steps']:,} steps, one run, training loss "
+        f"averaged over {width} steps{held_out_n}, commit {state['commit']}.")
 
 
 def curves(args) -> tuple[Figure, dict]:

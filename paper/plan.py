@@ -1,4 +1,4 @@
-"""What one training step needs, and so which card it fits: `python bench.py --plan`. Nothing is run or loaded."""
+"""What one training step needs, and so which card it fits, without weights: `python bench.py --plan`."""
 
 import argparse
 import functools
@@ -21,11 +21,11 @@ ANSWER = 4                # tokens of the answer in a planned step
 
 
 def plan_one(name: str, args: argparse.Namespace, batch_size: int, checkpointing: bool) -> dict:
-    """FLOPs and memory of one step of Eq. (4), LLM in 16 bit: weights, AdamW's state and what is alive at once.
+    """FLOPs and memory of one step of Eq. (4), LLM in 16 bit: weights, AdamW's state, what is alive at once.
 
-    With checkpointing the frozen LLM's layers are run again in the backward pass. In 8 bit (bitsandbytes) each weight
-    of the layers' matrices takes one byte, but for T5's `wo`, which stays as it is, and the backward pass unpacks one
-    matrix at a time.
+    With checkpointing the frozen LLM's layers are run again in the backward pass. In 8 bit (bitsandbytes)
+    each weight of the layers' matrices takes one byte, but for T5's `wo`, which stays as it is, and the
+    backward pass unpacks one matrix at a time.
     """
     with no_weights():
         llm, distiller = build_random(name, (PAIRS | T5_PAIRS)[name], args.distill_len, torch.bfloat16)
@@ -52,8 +52,8 @@ def plan_one(name: str, args: argparse.Namespace, batch_size: int, checkpointing
 
 
 def read_answers(llm, query_ids: Tensor, prefix: Prefix) -> Tensor:
-    """`model.answer_states` where a row is one query with one option, its last ANSWER tokens: the same passes, without
-    a look at the data, of which there is none. query_ids: (B, T) -> (B, T, d)."""
+    """`model.answer_states` where a row is one query with one option, its last ANSWER tokens: the same
+    passes, without a look at the data, of which there is none. query_ids: (B, T) -> (B, T, d)."""
     x, y = query_ids[:, :-ANSWER], query_ids[:, -ANSWER:]
     embeds = torch.cat([prefix.embeds, llm.get_input_embeddings()(x)], dim=1)           # (B, P + T_x, d)
     mask = torch.cat([prefix.mask, torch.ones_like(x, dtype=torch.bool)], dim=1)        # (B, P + T_x)
@@ -64,8 +64,8 @@ def read_answers(llm, query_ids: Tensor, prefix: Prefix) -> Tensor:
 
 
 def let_attention_fuse(distiller: nn.Module) -> None:
-    """Turn off what a GPU does within the fused attention, where the CPU's kernels would write all scores out: dropout,
-    which elsewhere takes a byte a number, left out, and the gradient of T5's position bias."""
+    """Turn off what a GPU does within the fused attention, where the CPU's kernels would write all scores
+    out: dropout, which elsewhere takes a byte a number, left out, and the gradient of T5's position bias."""
     for module in distiller.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -76,7 +76,8 @@ def let_attention_fuse(distiller: nn.Module) -> None:
 
 
 def plan(args: argparse.Namespace) -> list[dict]:
-    """Which card a training step fits: counted memory, and 1.5 GB for what torch itself takes and cannot use."""
+    """Which card a training step fits: counted memory, and 1.5 GB for what torch itself takes and cannot
+    use."""
     print(f"one step of Eq. (4): {args.demo_tokens} demonstration and {args.query_tokens} query tokens, "
           f"l = {args.distill_len}")
     print(f"{'LLM':18s}{'batch':>6s}{'checkpointing':>14s}{'TFLOP':>8s}"

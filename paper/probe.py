@@ -3,8 +3,8 @@
     python -m paper.probe --checkpoint out/finetune-LLM --tasks FOLDER --split class_to_class
 
 The correction is what the distiller adds to where its vectors start: the embeddings of D's last l tokens with
-`--vector-start residual`, else nothing. A distiller that passes on what demonstrations say corrects the vectors of
-each task in another way; one that does not adds much the same to all of them. Not in the paper.
+`--vector-start residual`, else nothing. A distiller that passes on what demonstrations say corrects the
+vectors of each task in another way; one that does not adds much the same to all of them. Not in the paper.
 """
 
 import argparse
@@ -46,14 +46,16 @@ def start_and_correction(distiller, demo: list[int], device: torch.device) -> tu
 
 
 def figures_of(starts: Tensor, corrections: Tensor, swapped: Tensor) -> dict:
-    """What the corrections of n tasks have in common, and what other text before the same last l tokens changes.
+    """What the corrections of n tasks have in common, and what other text before the same last l tokens
+    changes.
 
     Args:
-        starts, corrections, swapped: (n, l, d); swapped are the corrections with another task's text in front.
+        starts, corrections, swapped: (n, l, d); swapped are the corrections with another task's text in
+        front.
     Returns:
-        shared_energy (share of the corrections' sum of squares that their mean holds), mean_cosine (over pairs),
-        least_change and most_change (of |swapped - correction| / |correction|), all None without any correction;
-        rms_correction and rms_start.
+        shared_energy (share of the corrections' sum of squares that their mean holds), mean_cosine (over
+        pairs), least_change and most_change (of |swapped - correction| / |correction|), all None without any
+        correction; rms_correction and rms_start.
     """
     flat, other = corrections.flatten(1), swapped.flatten(1)                            # (n, l d)
     n, rms = len(flat), {"rms_correction": corrections.pow(2).mean().sqrt().item(),
@@ -70,12 +72,12 @@ def figures_of(starts: Tensor, corrections: Tensor, swapped: Tensor) -> dict:
 
 def main(argv: list[str] | None = None) -> dict:
     args = parse(get_parser(), argv, PRESETS)
-    check(*common.shared_rules(args), (args.seed in SEEDS,
-                                       f"--seed {args.seed}: MetaICL's are {sorted(SEEDS)}"),
+    check(*common.shared_rules(args),
+          (args.seed in SEEDS, f"--seed {args.seed}: MetaICL's are {sorted(SEEDS)}"),
           (args.context_len >= 1, f"--context-len is {args.context_len}; give at least 1 token"))
     device = setup(args, training=False)
     tasks = load_tasks(args.tasks, args.split, args.llm, args.k)
-    check((len(tasks.test) > 1, f"--tasks {' '.join(args.tasks)} has one meta-test task of {args.split}, and tasks are compared"))
+    check((len(tasks.test) > 1, f"--tasks {' '.join(args.tasks)} has one meta-test task of {args.split}, not two"))
     llm = load_llm(args.llm, device, torch.float32)
     distiller, state = load_distiller(args.checkpoint, llm)
     distiller.eval()
@@ -98,7 +100,7 @@ def main(argv: list[str] | None = None) -> dict:
               f"{len(tasks.test)} tasks; mean cosine between tasks {figures['mean_cosine']:.3f}")
         print(f"another task's text before the same last {args.distill_len} tokens changes a correction by "
               f"{figures['least_change']:.0%} to {figures['most_change']:.0%}")
-    print(f"root mean square {figures['rms_correction']:.4f}, of where the vectors start {figures['rms_start']:.4f}")
+    print(f"root mean square {figures['rms_correction']:.4f}, of the start {figures['rms_start']:.4f}")
     return finish({"split": args.split, "tasks": len(tasks.test), "seed": args.seed, **figures})
 
 

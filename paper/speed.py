@@ -38,14 +38,16 @@ SQUARE = 4096  # width of the matrices whose product gives the machine's rate
 
 
 def counted_positions(llm, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Indices into the batch's flattened (B * T) columns: of the tokens of `loss_mask`, and of answer tokens."""
+    """Indices into the batch's flattened (B * T) columns: of the tokens of `loss_mask`, and of answer
+    tokens."""
     mask, answers = loss_mask(llm, batch), batch["query_mask"] & (batch["branch"] > 0)
     return mask.flatten().nonzero()[:, 0], answers.flatten().nonzero()[:, 0]
 
 
 def training_step(llm, distiller, batch: dict[str, Tensor], where: tuple[Tensor, Tensor], dtype: str,
                   read: Callable[[Prefix], Tensor] | None = None) -> Tensor:
-    """Forward and backward of Eq. (4) as in train_finetune.py, the gradient left in the distiller; returns the loss.
+    """Forward and backward of Eq. (4) as in train_finetune.py, the gradient left in the distiller; returns
+    the loss.
 
     where: `counted_positions` of the batch. read: prefix -> (B, T, d) stands in for `query_states`.
     """
@@ -63,7 +65,8 @@ def training_step(llm, distiller, batch: dict[str, Tensor], where: tuple[Tensor,
 
 
 def plain_step(llm, distiller, rows: list[dict], dtype: str) -> None:
-    """The same samples the plain way: each query with a demonstration set of its own, full logits, nothing shared."""
+    """The same samples the plain way: each query with a demonstration set of its own, full logits, nothing
+    shared."""
     queries = [(row["demo"], query) for row in rows for query in row["queries"]]
     for demo, (x, (y,)) in queries:
         with autocast(llm.device, dtype):
@@ -75,7 +78,8 @@ def plain_step(llm, distiller, rows: list[dict], dtype: str) -> None:
 
 
 def training_speed(llm, distiller, rows: list[dict], dtype: str, repeats: int) -> dict:
-    """Query tokens a second of a step over `rows`, ours and plain, and ours as a share of the matrix-product rate."""
+    """Query tokens a second of a step over `rows`, ours and plain, and ours as a share of the matrix-product
+    rate."""
     device, batch = llm.device, collate(rows, llm.device)
     where = counted_positions(llm, batch)
     square = torch.randn(SQUARE, SQUARE, device=device, dtype=torch_dtype(dtype))
@@ -145,7 +149,8 @@ class Head(nn.Module):
 
 
 def prepare_loss(kind: str, tokens: int, width: int, vocab: int) -> Callable[[], Tensor]:
-    """Eq. (3) over `tokens` positions and its gradient with respect to the student's states, chunked or plain."""
+    """Eq. (3) over `tokens` positions and its gradient with respect to the student's states, chunked or
+    plain."""
     torch.manual_seed(0)
     llm = Head(width, vocab)
     teacher = torch.randn(tokens, width)
@@ -161,7 +166,8 @@ def prepare_loss(kind: str, tokens: int, width: int, vocab: int) -> Callable[[],
 
 
 def loss_memory(tokens: int = 1024, width: int = 1280, vocab: int = 50257) -> dict:
-    """Peak memory of the loss in processes of their own, and how far the two gradients are apart, relative."""
+    """Peak memory of the loss in processes of their own, and how far the two gradients are apart,
+    relative."""
     found = {kind: peak_in_child(prepare_loss, kind, tokens, width, vocab) for kind in ("plain", "chunked")}
     gradients = {kind: f.pop("result") for kind, f in found.items()}
     difference = (gradients["plain"] - gradients["chunked"]).norm() / gradients["plain"].norm()
@@ -180,8 +186,8 @@ def scoring_task(tasks: Tasks, seed: int, n: int, options: int) -> tuple[str, di
         files = tasks.files(task, seed)
         if len(files["test"]) >= n and all(len(q["options"]) == options for q in files["test"][:n]):
             return task, files
-    raise UserError(f"no meta-test task of {tasks.split} in {tasks.folder} has {n} test queries of {options} options; "
-                    "give another --split or --tasks")
+    raise UserError(f"no meta-test task of {tasks.split} in {tasks.folder} has {n} test queries of {options} "
+                    "options; give another --split or --tasks")
 
 
 @torch.no_grad()
@@ -189,8 +195,8 @@ def scoring_speed(llm, distiller, tasks: Tasks, encoder: Encoder, args, n: int =
                   options: int = 4, repeats: int = 3) -> dict:
     """Seconds for one (task, seed) of n queries: evaluate.py's way and re-reading everything per option.
 
-    The plain way is timed on n_plain queries and taken n / n_plain times. In it MEND distils for every option, as the
-    prompt is read anew for each. Scores of the same queries must agree.
+    The plain way is timed on n_plain queries and taken n / n_plain times. In it MEND distils for every
+    option, as the prompt is read anew for each. Scores of the same queries must agree.
     """
     task, files = scoring_task(tasks, args.seed, n, options)
     demos, queries = files["train"][:args.k], [encoder.scoring_query(q) for q in files["test"][:n]]
@@ -208,8 +214,8 @@ def scoring_speed(llm, distiller, tasks: Tasks, encoder: Encoder, args, n: int =
         for x, answers in some:
             scores.append([])
             for option in answers:
-                prefix = plain.embed(llm,
-                                     demo) if method == "icl" else plain.Distiller.forward(distiller, demo)
+                prefix = (plain.embed(llm, demo) if method == "icl" else
+                          plain.Distiller.forward(distiller, demo))
                 scores[-1] += plain.score_options(llm, prefix, x, [option]).tolist()
         return scores
 
@@ -232,7 +238,8 @@ def scoring_speed(llm, distiller, tasks: Tasks, encoder: Encoder, args, n: int =
 
 
 def time_steps(load: Callable, args: tuple, threads: int, repeats: int) -> float:
-    """In a child: median seconds of a step with so many threads. load(*args) gives llm, distiller, rows and dtype."""
+    """In a child: median seconds of a step with so many threads. load(*args) gives llm, distiller, rows and
+    dtype."""
     torch.set_num_threads(threads)
     llm, distiller, rows, dtype = load(*args)
     batch = collate(rows, llm.device)
@@ -244,7 +251,7 @@ def time_steps(load: Callable, args: tuple, threads: int, repeats: int) -> float
 
 
 def thread_settings(load: Callable, *args, repeats: int = 3) -> list[dict]:
-    """Seconds of a training step under the thread settings that matter on a CPU, each in a process of its own."""
+    """Seconds of a training step under the thread settings that matter on a CPU, each in its own process."""
     found = []
     for threads, spin in itertools.product(sorted({1, os.cpu_count() or 1}), ("100", "")):
         seconds = in_child({"GOMP_SPINCOUNT": spin}, time_steps, load, args, threads, repeats)
@@ -257,8 +264,8 @@ def thread_settings(load: Callable, *args, repeats: int = 3) -> list[dict]:
 
 
 def load_step(args: argparse.Namespace, dtype: str, random_llm: str | None = None):
-    """LLM, distiller, the rows of a typical step (2 sets, Q = 4) and dtype; random_llm: of that architecture with
-    random weights and l = 100, and one row."""
+    """LLM, distiller, the rows of a typical step (2 sets, Q = 4) and dtype; random_llm: of that architecture
+    with random weights and l = 100, and one row."""
     tasks = load_tasks(args.tasks, args.split)
     if random_llm is None:
         llm, distiller = load(with_flags(args, dtype=dtype), torch.device(args.device))
@@ -271,7 +278,7 @@ def load_step(args: argparse.Namespace, dtype: str, random_llm: str | None = Non
 
 
 def suite(args: argparse.Namespace, device: torch.device, methods: dict[str, dict]) -> dict:
-    """Every ratio of the speed claims, each with both figures. methods: LLM -> `bench.counted` at 900 tokens."""
+    """Every ratio of the speed claims, with both figures. methods: LLM -> `bench.counted` at 900 tokens."""
     args.device, args.context_len, args.dtype = str(device), 900, "fp32"
     results, lines, ratios = {}, [], {}
 
@@ -288,8 +295,8 @@ def suite(args: argparse.Namespace, device: torch.device, methods: dict[str, dic
              f"{icl / 1e9:.0f} against {mend / 1e9:.0f} GFLOP: {1 - mend / icl:.0%} fewer")
     r = results["loss_memory"] = loss_memory()
     line("loss_memory_plain_over_chunked", r["ratio"], 4,
-         f"{r['bytes']['chunked'] / 1e6:.0f} against {r['bytes']['plain'] / 1e6:.0f} MB for {r['tokens']:,} tokens, "
-         f"gradients {r['gradient_difference']:.0e} apart")
+         f"{r['bytes']['chunked'] / 1e6:.0f} against {r['bytes']['plain'] / 1e6:.0f} MB for "
+         f"{r['tokens']:,} tokens, gradients {r['gradient_difference']:.0e} apart")
     tasks = load_tasks(args.tasks, args.split)
     llm, distiller = load(args, device)
     encoder = make_encoder(args, Tokenizer(args.llm), llm, distiller)
@@ -312,13 +319,14 @@ def suite(args: argparse.Namespace, device: torch.device, methods: dict[str, dic
         line(f"training_q4_over_plain_{label}_{dtype}", r["ratio"], 2.5,
              f"{t['ours']:.1f} against {t['plain']:.1f} query tokens/s")
         line(f"training_share_of_matmul_rate_{label}_{dtype}", r["share"], shares,
-             f"{r['flops'] / r['seconds']['ours'] / 1e9:.0f} of {r['matmul_flops_per_second'] / 1e9:.0f} GFLOP/s")
+             f"{r['flops'] / r['seconds']['ours'] / 1e9:.0f} of "
+             f"{r['matmul_flops_per_second'] / 1e9:.0f} GFLOP/s")
     ratios["training_q4_over_plain"] = ratios["training_q4_over_plain_smollm2_fp32"]
     ratios["training_share_of_matmul_rate"] = ratios["training_share_of_matmul_rate_gpt2_large_fp32"]
     if device.type == "cpu":
         results["threads"] = thread_settings(load_step, args, "fp32")
         for t in results["threads"]:
-            print(f"training step, {t['threads']} threads, GOMP_SPINCOUNT {t['GOMP_SPINCOUNT']}: {t['seconds']:.1f} s")
+            print(f"step, {t['threads']} threads, GOMP_SPINCOUNT {t['GOMP_SPINCOUNT']}: {t['seconds']:.1f} s")
     return {"ratios": ratios, "lines": lines, "details": results}
 
 

@@ -2,7 +2,7 @@
 
     python -m pocket.assets              # all three: 455 MB of downloads and under a minute of conversion
     python -m pocket.assets --only llm   # only the language model (93 MB)
-    python -m pocket.assets --only gemma # a second one (238 MB), under the Gemma terms; never made unless asked for
+    python -m pocket.assets --only gemma # a second one (238 MB), under the Gemma terms; only when asked for
 
     llm     assets/SmolLM2-135M-Instruct/   a folder for AutoModelForCausalLM and AutoTokenizer
     corpus  assets/sotu/                    the State of the Union addresses as .txt files, for pretraining
@@ -34,12 +34,10 @@ HERE = Path(__file__).parent.parent
 def get_parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("--dir", default=str(HERE / "assets"),
-                        help="folder to write to; downloads go to its downloads/")
+    parser.add_argument("--dir", default=str(HERE / "assets"), help="folder to write to, and to download to")
     parser.add_argument("--only", choices=tuple(TARGETS), help="make this one asset (default: all but gemma)")
     tables = parser.add_argument_group("tables beside this file")
-    tables.add_argument("--pins", default=str(HERE / "pocket" / "assets.txt"),
-                        help="file of requirements with hashes")
+    tables.add_argument("--pins", default=str(HERE / "pocket/assets.txt"), help="requirements with hashes")
     tables.add_argument("--splits", default=str(HERE / "splits.json"), help="file of BIG-bench families")
     return parser
 

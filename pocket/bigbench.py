@@ -1,4 +1,4 @@
-"""BIG-bench in MetaICL's layout: tasks for meta-training and meta-test, and functions that only demonstrations tell."""
+"""BIG-bench in MetaICL's layout: tasks for both stages, and functions that only demonstrations tell."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""The word functions of synthetic.py: the words, the functions of each domain, and what they are applied to."""
+"""The word functions of synthetic.py: the words, each domain's functions, and what they are applied to."""
 
 import functools
 import itertools
@@ -27,7 +27,8 @@ poor happy heavy easy busy dirty pretty funny noisy lazy angry lucky safe large 
 brave strange simple clean clear deep dark bright light loud quiet soft hard thick thin sharp smooth rough
 sweet fresh green blue black white long high low near kind proud calm great cheap""".split()
 SUBJECTS = "king queen farmer doctor sailor teacher singer child pirate lady lion monkey wizard robot".split()
-OBJECTS = "bread river guitar letter horse stone garden apple ticket mirror carpet bottle camera castle".split()
+OBJECTS = """bread river guitar letter horse stone garden apple ticket mirror carpet bottle
+camera castle""".split()
 TRANSITIVE = "carry watch touch clean paint pull push want need find hold keep lose buy sell see draw".split()
 SUFFIXES = "txt pdf jpg csv doc png mp3 zip html".split()
 N_INPUTS = 240  # inputs of a domain at most

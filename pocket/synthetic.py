@@ -1,16 +1,16 @@
-"""Tasks that cannot be done without their demonstrations, made on the spot: word functions, early evidence, recall.
+"""Made tasks that need their demonstrations: word functions, early evidence, associative recall.
 
     python data.py --tasks functions --show 4              # one function's demonstrations, from text to batch
     python train_finetune.py --tasks functions recall --template newline
     python evaluate.py --tasks early --template newline --checkpoint DIR
 
-functions  a task is a function of a word, three words, a number, a date, a country, a path or a sentence (plural,
-           last of three, weekday, ...). Its answer stands among those of other functions to the same input, so only
-           the demonstrations tell which is right. Meta-test functions are held out whole, in every form.
-early      as functions, for pairs of functions: the first demonstrations tell them apart, all later ones fit both.
+functions  a task is a function of a word, three words, a number, a date, a country, a path or a sentence
+           (plural, last of three, weekday, ...). Its answer stands among those of other functions to the same
+           input: only demonstrations tell which is right. Meta-test functions are held out, in every form.
+early      as functions, for pairs of them: the first demonstrations tell the two apart, later ones fit both.
            Whoever reads the last tokens only cannot know which is meant.
-recall     demonstrations are pairs of words, drawn anew for each set; a query is one key, its options all values.
-           Words of the meta-test tasks never stand in training. Here the content has to survive, not only its gist.
+recall     demonstrations are pairs of words, new in each set; a query is one key, its options all values.
+           Words of the meta-test never stand in training. The content has to survive, not only its gist.
 """
 
 import hashlib
@@ -68,7 +68,7 @@ def example(task: str, x: str, other: str | None = None) -> dict:
 
 
 class Functions(Tasks):
-    """The word functions, as the tasks of a split. A function in another form is a meta-training task of its own."""
+    """The word functions as the tasks of a split. Each further form is a meta-training task of its own."""
 
     def __init__(self):
         held_out = {name for names in HELD_OUT.values() for name in names}
@@ -106,8 +106,8 @@ def cut(examples: list[dict]) -> dict[str, list[dict]]:
 
 
 class Early(Functions):
-    """PAIRS of functions: "trio: first / last" is the first of three words; on the inputs of its first N_TELLING
-    demonstrations the two functions differ, on those of all later ones they agree. On a query they differ."""
+    """PAIRS of functions: "trio: first / last" is the first of three words; on its first N_TELLING
+    demonstrations the two functions differ, on all later ones they agree. On a query they differ."""
 
     def __init__(self):
         super().__init__()
@@ -140,8 +140,8 @@ class Recall(Tasks):
     """Associative recall: k pairs of words, of which a query asks for one. Every set has other pairs.
 
     Args:
-        tokenizer: the first 5,000 English words of its vocabulary, of one token behind a space each, make the pairs;
-            every fifth stands in the meta-test tasks only. k: pairs in a set.
+        tokenizer: the first 5,000 English words of its vocabulary, of one token behind a space each, make the
+            pairs; every fifth stands in the meta-test tasks only. k: pairs in a set.
     """
 
     def __init__(self, tokenizer: Tokenizer, k: int):
@@ -150,8 +150,8 @@ class Recall(Tasks):
         words = [t[1:] for t in texts if t[0:1] == " " and len(t) > 3 and t[1:].isascii() and t[1:].isalpha()
                  and t[1:].islower() and getAllLemmas(t[1:])][:5000]
         if len(words) < 10 * k:
-            raise UserError(f"--tasks recall with --k {k} draws from {10 * k} words or more of one token each, and "
-                            f"the vocabulary of {tokenizer.name} has {len(words)}; give a lower --k")
+            raise UserError(f"--tasks recall with --k {k} draws from {10 * k} words or more of one token "
+                            f"each, and the vocabulary of {tokenizer.name} has {len(words)}; give a lower --k")
         test = [f"recall {i}" for i in range(1, 9)]
         super().__init__(Path("recall"), "recall", "recall", ["recall"], test, [], [],
                          dict.fromkeys(["recall", *test], "multiple-choice"))
