@@ -201,7 +201,7 @@ def scaling(name: str, query_tokens: int, distill_len: int) -> dict:
     found = {"llm": name}
     for axis, xs, settings in (("demo_tokens", by_demo, [(n, distill_len) for n in by_demo]),
                                ("distill_len", by_l, [(900, n) for n in by_l])):
-        points = [counted(name, T_d, query_tokens, l, False, names) for T_d, l in settings]
+        points = [counted(name, T_d, query_tokens, n, False, names) for T_d, n in settings]
         flops = {n: [rows[n]["query_flops"] for rows in points] for n in names}
         crossings = {f"{a} and {b}": at for a, b in itertools.combinations(names, 2)
                      if (at := crossing(xs, flops[a], flops[b])) is not None}
@@ -311,7 +311,7 @@ def get_parser() -> argparse.ArgumentParser:
     group.add_argument("--memory", action="store_true", help="on a CPU, measure peak memory, in processes")
     group.add_argument("--repeats", type=int, default=3, help="timed runs; with --fig3 0 = only count")
     group.add_argument("--out", default="",
-                       help="results file; default with --suite, --fig3: results/bench.json, results/fig3.json")
+                       help="results file; default with --suite, --fig3: bench.json, fig3.json of results/")
     return parser
 
 

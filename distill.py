@@ -143,15 +143,13 @@ def answer(llm, encoder: Encoder, prefix: Tensor, queries: list[dict], tokens: i
             for query in queries]
 
 
-def main(argv: list[str] | None = None) -> dict:
-    args = get_parser().parse_args(argv)
-    args.seed, asks = 0, bool(args.ask or args.queries)
+def check_flags(args: argparse.Namespace) -> None:
+    """Raise UserError, with every fault, for flags that do not go together."""
     flag, path = ("--export", args.export) if args.export else ("--out", args.out)
     others = [name for name in ("demos", "vectors", "ask", "queries", "out") if getattr(args, name)]
     check((not (args.export and others), f"--export only copies; leave out --{' and --'.join(others)}"),
-          (bool(args.demos) != bool(args.vectors) or args.export,
-           "give --demos FILE or --vectors FILE"),
-          (asks or args.out or args.export,
+          (bool(args.demos) != bool(args.vectors) or args.export, "give --demos FILE or --vectors FILE"),
+          (args.ask or args.queries or args.out or args.export,
            "nothing to do: --ask or --queries to answer, --out to keep the vectors"),
           (not (args.vectors and args.out),
            "--out writes the vectors of --demos; --vectors are in a file already"),
@@ -161,6 +159,12 @@ def main(argv: list[str] | None = None) -> dict:
           *common.device_rules(args),
           (args.answer_tokens >= 1, f"--answer-tokens is {args.answer_tokens}; give at least 1"),
           (args.context_len >= 1, f"--context-len is {args.context_len}; give at least 1 token"))
+
+
+def main(argv: list[str] | None = None) -> dict:
+    args = get_parser().parse_args(argv)
+    args.seed = 0
+    check_flags(args)
     if args.export:
         export_checkpoint(args.checkpoint, Path(args.export))
         return finish({"checkpoint": checkpoint_id(args.export), "bytes": Path(args.export).stat().st_size})
@@ -177,7 +181,8 @@ def main(argv: list[str] | None = None) -> dict:
         distiller, state = load_distiller(args.checkpoint, llm)
         distiller.eval()
         check((distiller.backbone is not None,
-               f"--checkpoint {args.checkpoint} holds free vectors, which read no demonstrations"))
+               f"--checkpoint {args.checkpoint} holds free vectors, which read no "
+               "demonstrations; give another"))
         args.distill_len, args.template = state["model"]["distill_len"], state["model"]["template"]
     encoder = make_encoder(args, Tokenizer(args.llm), llm, distiller)
     limit, prefixes = encoder.limit(demos + queries), {}

@@ -54,7 +54,8 @@ def attend(llm, embeds: Tensor, bos_id: int | None, keep: Callable[[Tensor], Ten
     layers = [m for m in llm.base_model.modules() if type(m).__name__.endswith("Attention")]
     check((len(layers) == llm.config.num_hidden_layers, (
         f"{type(llm).__name__} has {len(layers)} modules named ...Attention in "
-        f"{llm.config.num_hidden_layers} layers; this needs a decoder-only LLM with one in each, as GPT-2, OPT and Llama have")))
+        f"{llm.config.num_hidden_layers} layers; this needs a decoder-only LLM with one in each, as GPT-2, "
+        "OPT and Llama have")))
     kept, implementation = [], llm.config._attn_implementation
     hooks = [m.register_forward_hook(lambda module, inputs, out: kept.append(keep(out[1][0].float()).cpu()))
              for m in layers]
@@ -168,13 +169,13 @@ def main(argv: list[str] | None = None) -> dict:
     tokenizer = Tokenizer(args.llm)
     limit, length = max_positions(llm.config), 2 * COPY_LEN + (tokenizer.bos_id is not None)
     check((limit is None or length <= limit,
-           (f"--llm {Path(args.llm).name} reads {limit} tokens, and the induction test "
-                                              f"needs {length}; take another LLM")))
+           (f"--llm {Path(args.llm).name} reads {limit} tokens, and the induction test needs {length}; "
+            "take another LLM")))
     ids = torch.randint(llm.config.vocab_size, (SEQUENCES, COPY_LEN),
                         generator=torch.Generator().manual_seed(args.seed))
     scores = induction_scores(llm, ids.to(device), tokenizer.bos_id)                    # (layers, heads)
-    heads = [divmod(i, scores.shape[1]) for i in scores.flatten().topk(min(TOP,
-                                                                           scores.numel())).indices.tolist()]
+    top = scores.flatten().topk(min(TOP, scores.numel())).indices.tolist()
+    heads = [divmod(i, scores.shape[1]) for i in top]
     folder = "$METAICL_DIR" if Path(args.tasks[0]).is_dir() else args.tasks[0]  # no machine's path
     words = [f'"{folder}"' if word == args.tasks[0] else shlex.quote(word)
              for word in (sys.argv[1:] if argv is None else argv)]
@@ -187,8 +188,8 @@ def main(argv: list[str] | None = None) -> dict:
     Path(args.out).mkdir(parents=True, exist_ok=True)
     for name, record in records.items():
         (Path(args.out) / f"{name}.json").write_text(json.dumps(record) + "\n")
-    return finish({"heads": [{"layer": l, "head": h, "score": round(scores[l, h].item(), 4)}
-                             for l, h in heads],
+    found = [{"layer": a, "head": b, "score": round(scores[a, b].item(), 4)} for a, b in heads]
+    return finish({"heads": found,
                    "files": [str(Path(args.out) / f"{name}.json") for name in records]})
 
 

@@ -85,7 +85,7 @@ def bm25_neighbours(pool: list[str], queries: list[str], k: int) -> np.ndarray:
 
 def dense_neighbours(pool: list[str], queries: list[str], k: int,
                      embed: Callable[[list[str]], Tensor]) -> np.ndarray:
-    """The k texts of `pool` of highest cosine similarity a query: (queries, k) indices. embed: to unit vectors."""
+    """The k texts of `pool` of highest cosine similarity of `embed` a query: (queries, k) indices."""
     similarity = embed(queries) @ embed(pool).T                                         # (queries, pool)
     return similarity.argsort(dim=1, descending=True, stable=True)[:, :k].cpu().numpy()
 
@@ -109,7 +109,8 @@ class SentenceEncoder:
             self.backbone = AutoModel.from_pretrained(name).to(llm.device).eval()
         except (OSError, ValueError) as error:
             raise UserError(f"--dense-model {name} cannot be loaded ({str(error).splitlines()[0]}); give an "
-                            "encoder's hub name or folder, or leave the flag out to use the LLM") from error
+                            "encoder's hub name or folder, or leave the flag out to use the LLM "
+                            "itself") from error
 
     @torch.no_grad()
     def __call__(self, texts: list[str]) -> Tensor:
@@ -141,7 +142,8 @@ def retrieve(kind: str, pool: list[dict], queries: list[dict], k: int,
         for each query k examples of the pool, by similarity of the inputs, the nearest first.
     """
     if len(pool) < k:
-        raise UserError(f"task {queries[0]['task']}: {len(pool)} examples for --k {k}; give less")
+        raise UserError(f"task {queries[0]['task']}: {len(pool)} examples to retrieve from, and --k is {k}; "
+                        "give less")
     texts, asked = [e["input"] for e in pool], [q["input"] for q in queries]
     rows = bm25_neighbours(texts, asked, k) if kind == "bm25" else dense_neighbours(texts, asked, k, encoder)
     return [[pool[i] for i in row] for row in rows]

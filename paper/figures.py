@@ -60,7 +60,8 @@ def load_json(args: argparse.Namespace, name: str, needs: tuple[str, ...], comma
             raise ValueError(f"it lacks {', '.join(lacking)}")
         return record
     except (OSError, ValueError) as error:
-        raise UserError(f"{paths[0]} is not what {args.name} draws ({error}); run {command}") from error
+        raise UserError(f"{paths[0]} does not hold what {args.name} draws ({error}); "
+                        f"make it with {command}") from error
 
 
 def load_costs(args: argparse.Namespace) -> dict:
@@ -236,12 +237,12 @@ def draw_averages(args, panels: list[tuple[str, str, dict]], records: list[dict]
 def fig4(args) -> tuple[Figure, dict]:
     """Fig. 4: (a) over K at one l, (b) over l at one K."""
     records = load_records(args)
-    l, k = most_varied(records, "distill_len", "k"), most_varied(records, "k", "distill_len")
-    over_k = averages([r for r in records if r["distill_len"] == l], ("icl", "hypertuning", "mend"),
+    distill_len, k = most_varied(records, "distill_len", "k"), most_varied(records, "k", "distill_len")
+    over_k = averages([r for r in records if r["distill_len"] == distill_len], ("icl", "hypertuning", "mend"),
                       lambda r: r["k"])
     over_l = averages([r for r in records if r["k"] == k], ("prompt_tuning", "hypertuning", "mend"),
                       lambda r: r["distill_len"])
-    return draw_averages(args, [(f"$K$ demonstrations ($l$ = {l})", "log", over_k),
+    return draw_averages(args, [(f"$K$ demonstrations ($l$ = {distill_len})", "log", over_k),
                                 (f"$l$ vectors ($K$ = {k})", "log", over_l)],
                          records, "Fig. 4: the distillation ratio.")
 
@@ -293,7 +294,7 @@ def fig8(args) -> tuple[Figure, dict]:
            yticks=range(0, scores.shape[1], 2))
     ax.spines[:].set_visible(True)
     fig.colorbar(image, ax=ax, label="induction score", pad=0.02)
-    names = ", ".join(f"layer {l} head {h} ({scores[l, h]:.2f})" for l, h in record["heads"])
+    names = ", ".join(f"layer {a} head {b} ({scores[a, b]:.2f})" for a, b in record["heads"])
     caption(fig, f"Fig. 8: {record['llm']}, mean attention from each token of the second copy of a random "
                  f"sequence to what followed that token in the first; {record['sequences']} sequences of "
                  f"{record['length']} tokens, seed {record['seed']}. Outlined: {names}; counted from 0.\n"

@@ -77,7 +77,8 @@ def main(argv: list[str] | None = None) -> dict:
           (args.context_len >= 1, f"--context-len is {args.context_len}; give at least 1 token"))
     device = setup(args, training=False)
     tasks = load_tasks(args.tasks, args.split, args.llm, args.k)
-    check((len(tasks.test) > 1, f"--tasks {' '.join(args.tasks)} has one meta-test task of {args.split}, not two"))
+    check((len(tasks.test) > 1,
+           f"--tasks {' '.join(args.tasks)} has one meta-test task of {args.split}, and tasks are compared"))
     llm = load_llm(args.llm, device, torch.float32)
     distiller, state = load_distiller(args.checkpoint, llm)
     distiller.eval()

@@ -105,7 +105,7 @@ def group(records: list[dict], number: str) -> dict[tuple[str, str, str], list[d
 
 
 def summary(scores: Scores) -> dict:
-    """One cell: for each seed the mean over tasks, then mean and std over seeds. Tasks that a seed lacks are out.
+    """A cell: mean over tasks for each seed, then mean and std over seeds. Tasks that a seed lacks are out.
 
     Returns:
         mean, std (percent), tasks, seeds, queries (test examples, each counted once).

@@ -194,7 +194,7 @@ DOMAINS: dict[str, dict[str, Function]] = {
         "negative": lambda s: "The {0} does not {v} the {2}".format(*verb_of(s), v=lemma(verb_of(s)[1])),
         "passive": lambda s: "The {2} is {v} by the {0}".format(*verb_of(s), v=past(s, "VBN")),
         "turned": lambda s: "The {2} {1} the {0}".format(*verb_of(s)), "same": str,
-        "shouted": lambda s: f"{s}!", "without articles": lambda s: "{0} {1} {2}".format(*verb_of(s)),
+        "shouted": lambda s: f"{s}!", "without articles": lambda s: "{} {} {}".format(*verb_of(s)),
         "lemma": lambda s: lemma(verb_of(s)[1]),
         "future": lambda s: "The {0} will {v} the {2}".format(*verb_of(s), v=lemma(verb_of(s)[1])),
         "who": lambda s: "Who {1} the {2}?".format(*verb_of(s)),

@@ -151,7 +151,7 @@ class Recall(Tasks):
                  and t[1:].islower() and getAllLemmas(t[1:])][:5000]
         if len(words) < 10 * k:
             raise UserError(f"--tasks recall with --k {k} draws from {10 * k} words or more of one token "
-                            f"each, and the vocabulary of {tokenizer.name} has {len(words)}; give a lower --k")
+                            f"each, the vocabulary of {tokenizer.name} has {len(words)}; give a lower --k")
         test = [f"recall {i}" for i in range(1, 9)]
         super().__init__(Path("recall"), "recall", "recall", ["recall"], test, [], [],
                          dict.fromkeys(["recall", *test], "multiple-choice"))
