@@ -34,12 +34,12 @@ demo: assets
 	$(BIN)/python evaluate.py --preset pocket --checkpoint $(DEMO)/finetune --seeds 100 --limit 16 --out $(DEMO)/results.jsonl
 	$(BIN)/python -m paper.figures curves $(DEMO)/pretrain $(DEMO)/finetune --out $(DEMO)
 
-# the paper's tables and figures: make table2 SCALE=gpu (runs/settings.sh has the other settings)
+# the paper's tables and figures: make table2 SCALE=gpu (paper/runs/settings.sh has the other settings)
 tables table1 table2 table3 table6 table7 fig3 fig4 fig5 ablations lr: setup
-	PYTHON=$(BIN)/python runs/$@.sh
+	PYTHON=$(BIN)/python paper/runs/$@.sh
 
 test: setup
 	$(BIN)/python -m pytest
 
 lint: setup
-	$(BIN)/ruff check --line-length 110 .
+	$(BIN)/ruff check .

@@ -6,8 +6,8 @@
     python bench.py --preset paper --plan                       # which card a training step fits
     python bench.py --suite --tasks FOLDER                      # every ratio that the README states
 
-Covers Fig. 3 and the inference efficiency paragraph of Sec. 4 of the paper. Counting needs no weights: tensors without
-data go through the same code. In all rows a query is read with batch size 1; MEND's cost includes distilling.
+Covers Fig. 3 and the inference efficiency paragraph of Sec. 4. Counting needs no weights: tensors without
+data go through the same code. A query is always read with batch size 1; MEND's cost includes distilling.
 """
 
 import argparse
@@ -37,7 +37,7 @@ from model import (
     run_backbone,
     vector_prefix,
 )
-from paper import speed
+from paper import plan, speed
 from paper.measure import (
     CONFIGS,
     PAIRS,
@@ -51,48 +51,52 @@ from paper.measure import (
     with_flags,
 )
 
-CONTEXTS = {"class_to_class": 469, "hr_to_lr": 652, "qa_to_qa": 639, "non_nli_to_nli": 848, "non_para_to_para": 818}
+CONTEXTS = {"class_to_class": 469, "hr_to_lr": 652, "qa_to_qa": 639, "non_nli_to_nli": 848,
+            "non_para_to_para": 818}
 QUERY = 56                          # tokens of a query with its answer; the paper names no figure
 SCALING = {"demo_tokens": (16, 32, 64, 100, 128, 192, 256, 384, 512, 768, 1024, 1536),
            "distill_len": (1, 10, 25, 50, 100, 200, 400)}
 METHODS = ("zero_shot", "icl", "icl_cached", "prompt_tuning", "mend", "mend_vectors", "mend_kv")
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The seven methods
 
 
-def methods(llm, distiller, demo_ids: Tensor, query_ids: Tensor, dtype: str, all_logits: bool) -> dict[str, tuple]:
-    """name -> (prepare, read): prepare() gives what is kept of a demonstration set, read(kept) a query's logits.
+def methods(llm, distiller, demo_ids: Tensor, query_ids: Tensor, dtype: str,
+            all_logits: bool) -> dict[str, tuple]:
+    """name -> (prepare, read): prepare() gives what is kept of a demonstration set, read(kept) logits.
 
-    zero_shot reads the query alone, icl the demonstrations with it, icl_cached behind their stored keys and values,
-    prompt_tuning behind l trained vectors; mend distils for the query, mend_vectors keeps the vectors, mend_kv their
-    keys and values in the LLM.
+    zero_shot reads the query alone, icl the demonstrations with it, icl_cached behind their stored keys and
+    values, prompt_tuning behind l trained vectors; mend distils for the query, mend_vectors keeps the
+    vectors, mend_kv their keys and values in the LLM.
 
     Args:
-        demo_ids: (1, T_d). query_ids: (1, T). all_logits: logits at every position that is read, as the original code
-            makes them; else at the last one, (1, V).
+        demo_ids: (1, T_d). query_ids: (1, T). all_logits: logits at every position that is read, as the
+            original code makes them; else at the last one, (1, V).
     """
     ones = torch.ones_like
     demo_mask = ones(demo_ids, dtype=torch.bool)
     column = torch.arange(query_ids.shape[1], device=query_ids.device)[None]
     batch = {"query_ids": query_ids, "query_mask": ones(query_ids, dtype=torch.bool), "position": column,
-             "segment": torch.zeros_like(query_ids), "branch": torch.zeros_like(query_ids), "predictor": column + 1}
+             "segment": torch.zeros_like(query_ids), "branch": torch.zeros_like(query_ids),
+             "predictor": column + 1}
     embed = llm.get_input_embeddings()
 
     def logits(states: Tensor) -> Tensor:
         return head_logits(llm, states[0] if all_logits else states[0, -1:])
 
     def read(*parts: Tensor) -> Tensor:
-        embeds = torch.cat([*parts, embed(query_ids)], dim=1)                                        # (1, P + T, d)
+        embeds = torch.cat([*parts, embed(query_ids)], dim=1)                           # (1, P + T, d)
         mask = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
-        return logits(run_backbone(llm.base_model, embeds, causal_mask(mask), positions_of(mask)).last_hidden_state)
+        out = run_backbone(llm.base_model, embeds, causal_mask(mask), positions_of(mask))
+        return logits(out.last_hidden_state)
 
     def read_behind(prefix) -> Tensor:
         return logits(query_states(llm, prefix, batch))
 
     def distil() -> Tensor:
         with autocast(llm.device, dtype):
-            return distiller(demo_ids, demo_mask).to(llm.dtype)                                      # (1, l, d)
+            return distiller(demo_ids, demo_mask).to(llm.dtype)                         # (1, l, d)
 
     def nothing() -> None:
         return None
@@ -118,7 +122,7 @@ def kept_bytes(kept) -> int:
 @torch.no_grad()
 def count_methods(llm, distiller, demo_tokens: int, query_tokens: int, dtype: str, all_logits: bool,
                   names=METHODS) -> dict[str, dict]:
-    """FLOPs to prepare and a query, memory (weights, what is kept, what is alive at once beside it) and storage."""
+    """FLOPs to prepare and a query, memory (weights, what is kept, what else is alive at once), storage."""
     ids = torch.zeros(1, demo_tokens + query_tokens, dtype=torch.long, device=llm.device)
     made, found = methods(llm, distiller, ids[:, :demo_tokens], ids[:, demo_tokens:], dtype, all_logits), {}
     for name, (prepare, read) in made.items():
@@ -142,33 +146,16 @@ def pays_off_after(prepare: int, query: int, other_prepare: int, other_query: in
 
 
 def pay_off(rows: dict[str, dict]) -> dict:
-    """Queries of one demonstration set after which distilling it once is cheaper than ICL without and with a cache."""
+    """Queries of one set after which distilling it once is cheaper than ICL without and with a cache."""
     def after(ours: str, theirs: str) -> float | None:
-        return pays_off_after(*(rows[name][f] for name in (ours, theirs) for f in ("prepare_flops", "query_flops")))
+        return pays_off_after(*(rows[name][f] for name in (ours, theirs)
+                                for f in ("prepare_flops", "query_flops")))
 
     return {f"{ours} against {theirs}": after(ours, theirs)
             for ours in ("mend_vectors", "mend_kv") for theirs in ("icl", "icl_cached")}
 
 
-def flops_by_hand(config, demo_tokens: int, query_tokens: int, distiller_config, distill_len: int) -> dict[str, float]:
-    """ICL's and MEND's FLOPs with all logits from the published sizes: the check of what is counted.
-
-    A layer of width d has 12 d^2 weights, 2 FLOPs each a token, and 4 d FLOPs for each pair of positions; the head has
-    2 d V a token.
-    """
-    def layers(c, tokens: int) -> float:
-        return c.num_hidden_layers * (24 * c.hidden_size ** 2 * tokens + 4 * c.hidden_size * tokens ** 2)
-
-    def head(tokens: int) -> float:
-        return 2 * config.hidden_size * config.vocab_size * tokens
-
-    icl, mend = demo_tokens + query_tokens, distill_len + query_tokens
-    project = 2 * distiller_config.hidden_size * config.hidden_size * distill_len
-    return {"icl": layers(config, icl) + head(icl),
-            "mend": layers(distiller_config, demo_tokens + distill_len) + project + layers(config, mend) + head(mend)}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Fig. 3 and scaling, counted
 
 
@@ -181,8 +168,8 @@ def counted(llm_name: str, demo_tokens: int, query_tokens: int, distill_len: int
 
 
 def fig3(args: argparse.Namespace, device: torch.device) -> dict:
-    """Fig. 3: the seven methods at the paper's context lengths for its LLMs, logits at every position as there; with
-    --repeats above 0 --llm also runs here, with random weights."""
+    """Fig. 3: the seven methods at the paper's context lengths for its LLMs, logits at every position as
+    there; with --repeats above 0 --llm also runs here, with random weights."""
     settings, ratios = [], {}
     for name in PAIRS:
         for split, demo_tokens in CONTEXTS.items():
@@ -191,19 +178,21 @@ def fig3(args: argparse.Namespace, device: torch.device) -> dict:
                              "pay_off": pay_off(rows)})
             ratios.setdefault(name, []).append(rows["icl"]["query_flops"] / rows["mend"]["query_flops"])
     for name, values in ratios.items():
-        print(f"{name:10s} ICL over MEND, FLOPs:", *(f"{s} {v:.2f}" for s, v in zip(CONTEXTS, values, strict=True)))
+        print(f"{name:10s} ICL over MEND, FLOPs:",
+              *(f"{s} {v:.2f}" for s, v in zip(CONTEXTS, values, strict=True)))
     measured, args.all_logits, args.random_init = [], True, True
     if args.repeats:
         llm, distiller = load(args, device)
         measured = [here(with_flags(args, demo_tokens=n), llm, distiller) for n in CONTEXTS.values()]
     return {"query_tokens": args.query_tokens, "distill_len": args.distill_len, "settings": settings,
             "measured": measured, "icl_over_mend_flops": ratios,
-            "icl_over_mend_seconds": [m["rows"]["icl"]["seconds"] / m["rows"]["mend"]["seconds"] for m in measured],
+            "icl_over_mend_seconds": [m["rows"]["icl"]["seconds"] / m["rows"]["mend"]["seconds"]
+                                      for m in measured],
             "scaling": [scaling(name, args.query_tokens, args.distill_len) for name in PAIRS]}
 
 
 def scaling(name: str, query_tokens: int, distill_len: int) -> dict:
-    """FLOPs of a query against T_d, up to what both models read, and against l at T_d = 900; logits where a score is."""
+    """A query's FLOPs against T_d, up to what both models read, and l at T_d = 900; few logits."""
     names = [n for n in METHODS if n != "zero_shot"]
     config, distiller = (AutoConfig.for_model(**CONFIGS[n]) for n in (name, PAIRS[name]))
     longest = min(max_positions(config) - query_tokens, max_positions(distiller) - distill_len)
@@ -212,23 +201,24 @@ def scaling(name: str, query_tokens: int, distill_len: int) -> dict:
     found = {"llm": name}
     for axis, xs, settings in (("demo_tokens", by_demo, [(n, distill_len) for n in by_demo]),
                                ("distill_len", by_l, [(900, n) for n in by_l])):
-        points = [counted(name, T_d, query_tokens, l, False, names) for T_d, l in settings]
+        points = [counted(name, T_d, query_tokens, n, False, names) for T_d, n in settings]
         flops = {n: [rows[n]["query_flops"] for rows in points] for n in names}
-        pairs = itertools.combinations(names, 2)
-        found[axis] = {"x": xs, "flops": flops, "crossings": {f"{a} and {b}": at for a, b in pairs
-                                                             if (at := crossing(xs, flops[a], flops[b])) is not None}}
+        crossings = {f"{a} and {b}": at for a, b in itertools.combinations(names, 2)
+                     if (at := crossing(xs, flops[a], flops[b])) is not None}
+        found[axis] = {"x": xs, "flops": flops, "crossings": crossings}
     return found
 
 
 def crossing(x: list[float], a: list[float], b: list[float]) -> float | None:
-    """Where the curves a and b over x first change places, on straight lines between points; None where nowhere."""
-    for (x0, d0), (x1, d1) in itertools.pairwise(zip(x, (p - q for p, q in zip(a, b, strict=True)), strict=True)):
+    """Where curves a and b over x first change places, on straight lines between points; None if nowhere."""
+    gaps = [p - q for p, q in zip(a, b, strict=True)]
+    for (x0, d0), (x1, d1) in itertools.pairwise(zip(x, gaps, strict=True)):
         if d0 * d1 < 0 or (d1 == 0 and d0 != 0):
             return x0 + (x1 - x0) * d0 / (d0 - d1)
     return None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The seven methods on this machine
 
 
@@ -259,10 +249,10 @@ def here(args: argparse.Namespace, llm, distiller) -> dict:
     limits = (max_positions(llm.config), max_positions(distiller.backbone.config))
     device, longest = llm.device, min((limit for limit in limits if limit is not None), default=sys.maxsize)
     check((not llm.config.is_encoder_decoder,
-           f"--llm {args.llm} is an encoder-decoder, which keeps no keys and values; give a decoder-only LLM, or --plan"),
+           f"--llm {args.llm} is an encoder-decoder, which keeps no keys and values; only --plan takes it"),
           (args.demo_tokens + max(args.query_tokens, distiller.distill_len) <= longest,
-           (f"--demo-tokens {args.demo_tokens} with a query or {distiller.distill_len} placeholders passes the "
-            f"{longest} tokens that the models read; give less")))
+           (f"--demo-tokens {args.demo_tokens} with a query or {distiller.distill_len} placeholders passes "
+            f"the {longest} tokens that the models read; give less")))
     rows = count_methods(llm, distiller, args.demo_tokens, args.query_tokens, args.dtype, args.all_logits)
     made = real_methods(args, llm, distiller, args.demo_tokens)
     queries = {}
@@ -279,18 +269,20 @@ def here(args: argparse.Namespace, llm, distiller) -> dict:
             rows[name]["measured_peak_bytes"] = peak
         spread = sorted(times[name])
         rows[name] |= {"seconds": statistics.median(spread), "seconds_range": [spread[0], spread[-1]]}
-    print(f"{'':14s}{'GFLOP a query':>15s}{'ms a query':>12s}{'range':>18s}{'peak MB':>10s}{'stored kB':>11s}")
+    print(f"{'':14s}{'GFLOP a query':>15s}{'ms a query':>12s}{'range':>18s}"
+          f"{'peak MB':>10s}{'stored kB':>11s}")
     for name, r in rows.items():
         low, high = (1e3 * s for s in r["seconds_range"])
         peak = r.get("measured_peak_bytes", r["peak_bytes"])
-        print(f"{name:14s}{r['query_flops'] / 1e9:15.2f}{1e3 * r['seconds']:12.1f}{f'{low:.1f} to {high:.1f}':>18s}"
-              f"{peak / 1e6:10.0f}{r['stored_bytes'] / 1e3:11.1f}")
+        print(f"{name:14s}{r['query_flops'] / 1e9:15.2f}{1e3 * r['seconds']:12.1f}"
+              f"{f'{low:.1f} to {high:.1f}':>18s}{peak / 1e6:10.0f}{r['stored_bytes'] / 1e3:11.1f}")
     return {"llm": Path(args.llm).name, "distiller": args.distiller, "random_init": args.random_init,
             "dtype": args.dtype, "demo_tokens": args.demo_tokens, "query_tokens": args.query_tokens,
-            "distill_len": distiller.distill_len, "all_logits": args.all_logits, "rows": rows, "pay_off": pay_off(rows)}
+            "distill_len": distiller.distill_len, "all_logits": args.all_logits, "rows": rows,
+            "pay_off": pay_off(rows)}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def machine(device: torch.device) -> str:
@@ -307,18 +299,18 @@ def get_parser() -> argparse.ArgumentParser:
     group = group.add_mutually_exclusive_group()
     group.add_argument("--fig3", action="store_true",
                        help="Fig. 3 and scaling, counted, and measured for --llm where --repeats is above 0")
-    group.add_argument("--plan", action="store_true", help="memory and FLOPs of a training step of the paper's LLMs")
-    group.add_argument("--suite", action="store_true", help="every ratio of the README, against the plain reference")
+    group.add_argument("--plan", action="store_true", help="memory and FLOPs of the paper's training steps")
+    group.add_argument("--suite", action="store_true", help="every stated ratio, against plain.py")
     group = parser.add_argument_group("measuring")
-    group.add_argument("--random-init", action="store_true", help="random weights: speed and memory need no others")
-    group.add_argument("--checkpoint", help="run folder or checkpoint file of a distiller; default: an untrained one")
+    group.add_argument("--random-init", action="store_true", help="random weights, of the same speed")
+    group.add_argument("--checkpoint", help="run folder or checkpoint file; default: an untrained distiller")
     group.add_argument("--demo-tokens", type=int, default=900, help="tokens of the demonstrations")
     group.add_argument("--query-tokens", type=int, default=QUERY, help="tokens of the query with its answer")
-    group.add_argument("--all-logits", action="store_true", help="logits at every position, not only where a score is")
-    group.add_argument("--memory", action="store_true", help="on a CPU, measure peak memory, a process for each method")
-    group.add_argument("--repeats", type=int, default=3, help="timed runs of each; with --fig3 0 = only count")
-    group.add_argument("--out", default="", help="results file (JSON); default results/bench.json or fig3.json with "
-                                                 "--suite or --fig3, else none")
+    group.add_argument("--all-logits", action="store_true", help="logits at every position that is read")
+    group.add_argument("--memory", action="store_true", help="on a CPU, measure peak memory, in processes")
+    group.add_argument("--repeats", type=int, default=3, help="timed runs; with --fig3 0 = only count")
+    group.add_argument("--out", default="",
+                       help="results file; default with --suite, --fig3: bench.json, fig3.json of results/")
     return parser
 
 
@@ -335,7 +327,7 @@ def main(argv: list[str] | None = None) -> dict:
         results = speed.suite(args, device, rows)
         print(speed.markdown(results))
     elif mode == "plan":
-        results = {"plan": speed.plan(args)}
+        results = {"plan": plan.plan(args)}
     elif mode == "fig3":
         results = fig3(args, device)
     else:

@@ -1,14 +1,14 @@
 """Your own demonstrations: distil them once into l vectors, and let the frozen LLM answer behind these.
 
-    python distill.py --demos demos.jsonl --ask "the plot is thin but the actors shine" "two hours I want back"
-    python distill.py --demos demos.jsonl --queries queries.jsonl          # labelled queries: accuracies, side by side
+    python distill.py --demos demos.jsonl --ask "thin plot, but the actors shine" "two hours I want back"
+    python distill.py --demos demos.jsonl --queries queries.jsonl          # labelled queries: accuracies
     python distill.py --demos demos.jsonl --out vectors.safetensors        # keep the vectors
     python distill.py --vectors vectors.safetensors --ask "..."            # no demonstration is read any more
-    python distill.py --checkpoint out/finetune-LLM --export my.safetensors   # a run's weights alone, to be published
+    python distill.py --checkpoint out/finetune-LLM --export my.safetensors   # a run's weights, to publish
 
-A line of either file is {"input": ..., "output": ..., "options": [...]}; queries need no output, and options are optional. An
-answer is chosen among the query's options, else among the demonstrations', else among their labels where one of these
-repeats (C of Eq. 1); where none does, it is written freely. Vectors of Eq. (2), Sec. 2; they belong to one LLM.
+A line of either file is {"input": ..., "output": ..., "options": [...]}; queries need no output, and nothing
+needs options. An answer is chosen among the query's options, else the demonstrations', else their labels
+where one repeats (C of Eq. 1); else it is written freely. Vectors of Eq. (2), Sec. 2, belong to one LLM.
 """
 
 import argparse
@@ -40,30 +40,33 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--ask", nargs="+", default=[], metavar="TEXT", help="inputs to answer")
     parser.add_argument("--queries", metavar="FILE", help="inputs to answer, one JSON object a line")
     parser.add_argument("--out", metavar="FILE", help="write the vectors here")
-    parser.add_argument("--export", metavar="FILE", help="write --checkpoint's weights here in bf16, without optimiser and flags")
+    parser.add_argument("--export", metavar="FILE",
+                        help="write --checkpoint's weights here in bf16, without optimiser and flags")
     parser.add_argument("--checkpoint", default=str(PUBLISHED),
-                        help="run folder or checkpoint file; default: the published one, which belongs to SmolLM2-135M-Instruct")
-    parser.add_argument("--llm", default=common.PRESETS["pocket"]["llm"], help="its frozen LLM: a hub name or a folder; "
-                        "default: SmolLM2-135M-Instruct, from `make assets`")
+                        help="run folder or checkpoint file; default: the published one")
+    parser.add_argument("--llm", default=common.PRESETS["pocket"]["llm"],
+                        help="its frozen LLM: a hub name or a folder; default: that of `make assets`")
     parser.add_argument("--context-len", type=int, default=900, help="demonstration tokens at most")
     parser.add_argument("--answer-tokens", type=int, default=16, help="tokens of a written answer at most")
     return parser
 
 
 def read_lines(path: str, needs: tuple[str, ...]) -> list[dict]:
-    """{"task", "input", "output", "options"} of a JSON-lines file; `needs` are the fields that a line must have.
+    """{"task", "input", "output", "options"} of a JSON-lines file; `needs` are the fields that it must have.
 
     Raises UserError, with the line's number, for anything that is not text where text belongs.
     """
-    check((Path(path).is_file(), f"{path} is no file; expected JSON lines such as {{\"input\": ..., \"output\": ...}}"))
-    examples = []
-    for where, row in json_lines(Path(path), '{"input": ..., "output": ...}'):
-        example = {name: row.get(name, "") for name in ("input", "output")} | {"options": row.get("options", [])}
+    examples, line = [], '{"input": ..., "output": ...}'
+    check((Path(path).is_file(), f"{path} is no file; expected JSON lines such as {line}"))
+    for where, row in json_lines(Path(path), line):
+        example = {"input": "", "output": "", "options": []} | row
         is_text = all(isinstance(text, str) for text in (example["input"], example["output"]))
-        is_list = isinstance(example["options"], list) and all(isinstance(o, str) and o.strip() for o in example["options"])
+        options = example["options"]
+        is_list = isinstance(options, list) and all(isinstance(o, str) and o.strip() for o in options)
         check((is_text, f"{where}: input and output must be text in quotes"),
               (is_list, f'{where}: options must be a list of texts, as in ["yes", "no"]'))
-        example = {"task": Path(path).name, "input": example["input"].strip(), "output": example["output"].strip(),
+        example = {"task": Path(path).name, "input": example["input"].strip(),
+                   "output": example["output"].strip(),
                    "options": [option.strip() for option in example["options"]]}
         missing = [name for name in needs if not example[name]]
         check((not missing, f"{where}: {' and '.join(missing)} must not be empty"),
@@ -75,8 +78,8 @@ def read_lines(path: str, needs: tuple[str, ...]) -> list[dict]:
 
 
 def labels_of(demos: list[dict]) -> list[str]:
-    """What an answer is chosen among where a query names no options: the demonstrations' options, else their labels (C
-    of Eq. 1) where one repeats, else nothing: then the answer is written."""
+    """What an answer is chosen among where a query names no options: the demonstrations' options, else their
+    labels (C of Eq. 1) where one repeats, else nothing: then the answer is written."""
     options = sorted({option for demo in demos for option in demo["options"]})
     counts = Counter(demo["output"] for demo in demos)
     return options or (sorted(counts) if max(counts.values()) > 1 else [])
@@ -105,47 +108,57 @@ def read_vectors(path: str, llm) -> tuple[Tensor, dict]:
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"--vectors {path} is no file that --out has written ({error})") from error
     found = identity(llm)
-    check((owner == found, f"--vectors {path} belong to the LLM {owner}, and this one is {found}; give its own --llm"))
+    check((owner == found,
+           f"--vectors {path} belong to the LLM {owner}, this one is {found}; give its own --llm"))
     return vectors.to(llm.device), about
 
 
 @torch.no_grad()
 def write_answer(llm, prefix: Tensor, encoder: Encoder, query: dict, tokens: int) -> str:
-    """An answer of at most `tokens` tokens, decoded greedily behind a prefix (P, d) of embeddings and the query."""
+    """An answer of `tokens` at most, decoded greedily behind a prefix of embeddings (P, d) and the query."""
     ids = torch.tensor([encoder.query(query, first=len(prefix) == 0)], device=llm.device)
     prefix = prefix[None].to(llm.dtype)
     embeds, _ = with_bos(llm, prefix, torch.ones(prefix.shape[:2], dtype=torch.bool, device=llm.device),
                             encoder.tokenizer.bos_id)
-    embeds = torch.cat([embeds, llm.get_input_embeddings()(ids)], dim=1)                             # (1, P + T, d)
+    embeds = torch.cat([embeds, llm.get_input_embeddings()(ids)], dim=1)                # (1, P + T, d)
     end = llm.config.eos_token_id or 0
-    written = llm.generate(inputs_embeds=embeds, attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long, device=llm.device),
-                           max_new_tokens=tokens, do_sample=False, pad_token_id=end if isinstance(end, int) else end[0])
+    written = llm.generate(inputs_embeds=embeds,
+                           attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long, device=llm.device),
+                           max_new_tokens=tokens, do_sample=False,
+                           pad_token_id=end if isinstance(end, int) else end[0])
     return encoder.tokenizer.hf.decode(written[0], skip_special_tokens=True).strip().split("\n")[0]
 
 
 def answer(llm, encoder: Encoder, prefix: Tensor, queries: list[dict], tokens: int) -> list[str]:
-    """Each query's answer behind a prefix of embeddings (P, d): nothing, the demonstrations' or the vectors. Queries with
-    options are scored, the others' answers written, `tokens` at most."""
+    """Each query's answer behind a prefix of embeddings (P, d): nothing, the demonstrations' or the vectors.
+    Queries with options are scored, the others' answers written, `tokens` at most."""
     choosing = [query for query in queries if query["options"]]
     read = vector_prefix(llm, prefix[None], encoder.tokenizer.bos_id) if choosing else None
     chosen = iter(predict(llm, read, encoder, choosing, first=len(prefix) == 0) if choosing else [])
-    return [next(chosen) if query["options"] else write_answer(llm, prefix, encoder, query, tokens) for query in queries]
+    return [next(chosen) if query["options"] else write_answer(llm, prefix, encoder, query, tokens)
+            for query in queries]
 
 
-def main(argv: list[str] | None = None) -> dict:
-    args = get_parser().parse_args(argv)
-    asks = bool(args.ask or args.queries)
+def check_flags(args: argparse.Namespace) -> None:
+    """Raise UserError, with every fault, for flags that do not go together."""
     flag, path = ("--export", args.export) if args.export else ("--out", args.out)
     others = [name for name in ("demos", "vectors", "ask", "queries", "out") if getattr(args, name)]
-    check((not (args.export and others), f"--export only copies a checkpoint; leave out --{' and --'.join(others)}"),
-          (bool(args.demos) != bool(args.vectors) or args.export, "give --demos FILE, or --vectors FILE in its place"),
-          (asks or args.out or args.export, "nothing to do: --ask or --queries to answer, --out to keep the vectors"),
-          (not (args.vectors and args.out), "--out writes the vectors of --demos; --vectors are in a file already"),
+    check((not (args.export and others), f"--export only copies; leave out --{' and --'.join(others)}"),
+          (bool(args.demos) != bool(args.vectors) or args.export, "give --demos FILE or --vectors FILE"),
+          (args.ask or args.queries or args.out or args.export,
+           "nothing to do: --ask or --queries to answer, --out to keep the vectors"),
+          (not (args.vectors and args.out),
+           "--out writes the vectors of --demos; --vectors are in a file already"),
           (not path or not Path(path).exists() or (not args.export and is_vectors_file(path)),
            f"{flag} {path} is there already and holds something else; give another name"),
           common.place_rule(flag, path or "."),
           *common.device_rules(args),
           *common.at_least(args, 1, "answer_tokens", "context_len"))
+
+
+def main(argv: list[str] | None = None) -> dict:
+    args = get_parser().parse_args(argv)
+    check_flags(args)
     if args.export:
         export_checkpoint(args.checkpoint, Path(args.export))
         return finish({"checkpoint": checkpoint_id(args.export), "bytes": Path(args.export).stat().st_size})
@@ -162,29 +175,34 @@ def main(argv: list[str] | None = None) -> dict:
         distiller, state = load_distiller(args.checkpoint, llm)
         distiller.eval()
         check((distiller.backbone is not None,
-               f"--checkpoint {args.checkpoint} holds free vectors (PromptTuning), which read no demonstrations; give another"))
+               f"--checkpoint {args.checkpoint} holds free vectors, which read no "
+               "demonstrations; give another"))
         args.distill_len, args.template = state["model"]["distill_len"], state["model"]["template"]
     encoder = make_encoder(args, Tokenizer(args.llm), llm, distiller)
     limit, prefixes = encoder.limit(demos + queries), {}
     if demos:
         kept, pieces = zip(*encoder.pieces(demos, limit), strict=True)
-        ids = torch.tensor([[token for piece in pieces for token in piece]], device=device)          # (1, T_d)
+        ids = torch.tensor([[token for piece in pieces for token in piece]], device=device)  # (1, T_d)
         with torch.no_grad(), common.autocast(device, args.dtype):
-            vectors = distiller(ids, torch.ones_like(ids, dtype=torch.bool))[0].float()              # (l, d)
+            vectors = distiller(ids, torch.ones_like(ids, dtype=torch.bool))[0].float()  # (l, d)
         with torch.no_grad():
-            prefixes = {"zero_shot": vectors[:0], "icl": llm.get_input_embeddings()(ids[0])}         # (0, d), (T_d, d)
-        about = {"llm": identity(llm), "checkpoint": checkpoint_id(args.checkpoint), "method": method_of(state),
-                 "template": args.template,
+            embeds = llm.get_input_embeddings()(ids[0])                                 # (T_d, d)
+            prefixes = {"zero_shot": vectors[:0], "icl": embeds}
+        about = {"llm": identity(llm), "checkpoint": checkpoint_id(args.checkpoint),
+                 "method": method_of(state), "template": args.template,
                  "demonstrations": len(kept), "tokens": ids.shape[1], "labels": labels_of(kept)}
-        print(f"{len(kept)} of {len(demos)} demonstrations, {ids.shape[1]} tokens, distilled into {len(vectors)} vectors")
+        print(f"{len(kept)} of {len(demos)} demonstrations, {ids.shape[1]} tokens, "
+              f"distilled into {len(vectors)} vectors")
     if args.out:
         save_vectors(args.out, vectors, about)
         print(f"written to {args.out}: {vectors.numel() * 4 / 1e3:.0f} kB")
     result = {name: about[name] for name in ("demonstrations", "tokens")} | {"vectors": len(vectors)}
     if queries:
         queries = [query | {"options": query["options"] or about["labels"]} for query in queries]
-        unknown = [query["output"] for query in queries if query["output"] and query["options"] and query["output"] not in query["options"]]
-        check((not unknown, f"{args.queries}: the output {''.join(unknown[:1])!r} is none of the labels {about['labels']}"))
+        unknown = [q["output"] for q in queries if q["output"] and q["options"]
+                   and q["output"] not in q["options"]]
+        check((not unknown,
+               f"{args.queries}: the output {''.join(unknown[:1])!r} is no label of {about['labels']}"))
         found = {}
         for way, prefix in (prefixes | {about.get("method", "mend"): vectors}).items():
             started = time.time()
@@ -194,17 +212,20 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 def show(queries: list[dict], found: dict[str, tuple[list[str], float]]) -> dict:
-    """Print the first 20 answers side by side, and the share of right ones where the queries have outputs; return both."""
+    """Print 20 answers side by side, and the share of right ones where queries have outputs; return both."""
     for i, query in enumerate(queries):
         if i < 20:
             said = " · ".join(f"{way} {answers[i]!r}" for way, (answers, _) in found.items())
-            print(f"{query['input'][:100]!r}: {said}" + (f" · right {query['output']!r}" if query["output"] else ""))
+            right = f" · right {query['output']!r}" if query["output"] else ""
+            print(f"{query['input'][:100]!r}: {said}{right}")
     figures = {"answers": {way: answers for way, (answers, _) in found.items()},
                "seconds": {way: round(seconds, 3) for way, (_, seconds) in found.items()}}
     labelled = [i for i, query in enumerate(queries) if query["output"]]
     if labelled:
-        right = {way: sum(answers[i] == queries[i]["output"] for i in labelled) / len(labelled) for way, (answers, _) in found.items()}
-        print(f"right, of {len(labelled)}: " + " · ".join(f"{way} {share:.1%}" for way, share in right.items()))
+        right = {way: sum(answers[i] == queries[i]["output"] for i in labelled) / len(labelled)
+                 for way, (answers, _) in found.items()}
+        said = " · ".join(f"{way} {share:.1%}" for way, share in right.items())
+        print(f"right, of {len(labelled)}: {said}")
         figures["accuracy"] = {way: round(share, 4) for way, share in right.items()}
     return figures
 

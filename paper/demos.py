@@ -3,8 +3,8 @@
     python evaluate.py --methods icl --retrieve bm25
     python evaluate.py --methods icl mend --checkpoint out/finetune-LLM --perturb wrong_label
 
-Both only change the list of examples; everything after it (lengths, tokens, vectors, scoring) is the same as for
-demonstrations drawn at random, and the same for the LLM that reads them and for the distiller.
+Both only change the list of examples; everything after it (lengths, tokens, vectors, scoring) is the same as
+for demonstrations drawn at random, and the same for the LLM that reads them and for the distiller.
 """
 
 import zlib
@@ -22,7 +22,7 @@ from sources import Tokenizer, require_options
 
 PERTURBATIONS = ("no_label", "no_input", "random_label", "wrong_label")
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Perturbation
 
 
@@ -32,11 +32,11 @@ def has_labels(examples: list[dict]) -> bool:
 
 
 def perturb(examples: list[dict], kind: str, seed: int) -> list[dict]:
-    """Sec. 5.2, negative perturbations. A function of (examples' task, seed), so that every method reads the same ones.
+    """Sec. 5.2, negative perturbations: a function of (task, seed), so that every method reads the same ones.
 
     Args:
-        kind: no_label (inputs alone), no_input (labels alone), random_label (uniform over the example's options), or
-            wrong_label (uniform over its options but the right one).
+        kind: no_label (inputs alone), no_input (labels alone), random_label (uniform over the example's
+            options), or wrong_label (uniform over its options but the right one).
     """
     rng = np.random.default_rng((seed, zlib.crc32(examples[0]["task"].encode())))
     changed = []
@@ -62,16 +62,17 @@ def permute_labels(examples: list[dict]) -> list[dict]:
     return changed
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Retrieval: for each query the K nearest examples of a pool.
-# DEVIATION: the paper does not give their order. Here the nearest stands first, since what passes the context limit is
-# dropped from the end of a set.
+# DEVIATION: the paper does not give their order. Here the nearest stands first, since what passes the context
+# limit is dropped from the end of a set.
 
 
 def bm25_neighbours(pool: list[str], queries: list[str], k: int) -> np.ndarray:
-    """The k texts of `pool` with the highest BM25 score for each query: (queries, k) indices; equal scores in pool order."""
+    """The k texts of `pool` of highest BM25 score a query, ties in pool order: (queries, k) indices."""
     import bm25s  # only here: where JAX is installed it takes most of a GPU's memory on import
-    pool_words, query_words = (bm25s.tokenize(texts, return_ids=False, show_progress=False) for texts in (pool, queries))
+    pool_words, query_words = (bm25s.tokenize(texts, return_ids=False, show_progress=False)
+                               for texts in (pool, queries))
     scores = np.zeros((len(queries), len(pool)))
     if any(pool_words):  # bm25s cannot index texts without a single word
         index = bm25s.BM25()
@@ -81,9 +82,10 @@ def bm25_neighbours(pool: list[str], queries: list[str], k: int) -> np.ndarray:
     return np.argsort(-scores, axis=1, kind="stable")[:, :k]
 
 
-def dense_neighbours(pool: list[str], queries: list[str], k: int, embed: Callable[[list[str]], Tensor]) -> np.ndarray:
-    """The k texts of `pool` with the highest cosine similarity of `embed` for each query: (queries, k) indices."""
-    similarity = embed(queries) @ embed(pool).T                                                      # (queries, pool)
+def dense_neighbours(pool: list[str], queries: list[str], k: int,
+                     embed: Callable[[list[str]], Tensor]) -> np.ndarray:
+    """The k texts of `pool` of highest cosine similarity of `embed` a query: (queries, k) indices."""
+    similarity = embed(queries) @ embed(pool).T                                         # (queries, pool)
     return similarity.argsort(dim=1, descending=True, stable=True)[:, :k].cpu().numpy()
 
 
@@ -104,8 +106,9 @@ class SentenceEncoder:
         try:
             self.backbone = AutoModel.from_pretrained(name).to(llm.device).eval()
         except (OSError, ValueError) as error:
-            raise UserError(f"--dense-model {name} cannot be loaded ({str(error).splitlines()[0]}); give an encoder's hub "
-                            "name or folder, or leave the flag out to use the LLM itself") from error
+            raise UserError(f"--dense-model {name} cannot be loaded ({str(error).splitlines()[0]}); give an "
+                            "encoder's hub name or folder, or leave the flag out to use the LLM "
+                            "itself") from error
 
     @torch.no_grad()
     def __call__(self, texts: list[str]) -> Tensor:
@@ -118,15 +121,17 @@ class SentenceEncoder:
             padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids[i]) for i in rows], batch_first=True)
             mask = torch.arange(padded.shape[1])[None] < torch.tensor([len(ids[i]) for i in rows])[:, None]
             device = self.backbone.device
-            states = self.backbone(input_ids=padded.to(device), attention_mask=mask.long().to(device)).last_hidden_state
+            states = self.backbone(input_ids=padded.to(device),
+                                   attention_mask=mask.long().to(device)).last_hidden_state
             weights = mask[:, :, None].to(device)
-            mean = (states.float() * weights).sum(dim=1) / weights.sum(dim=1)                        # (n, width)
+            mean = (states.float() * weights).sum(dim=1) / weights.sum(dim=1)           # (n, width)
             for i, vector in zip(rows, torch.nn.functional.normalize(mean, dim=1).cpu(), strict=True):
                 vectors[i] = vector
         return torch.stack(vectors)
 
 
-def retrieve(kind: str, pool: list[dict], queries: list[dict], k: int, encoder: SentenceEncoder | None) -> list[list[dict]]:
+def retrieve(kind: str, pool: list[dict], queries: list[dict], k: int,
+             encoder: SentenceEncoder | None) -> list[list[dict]]:
     """Sec. 5.2, positive perturbation: each query's own demonstrations.
 
     Args:
@@ -135,7 +140,8 @@ def retrieve(kind: str, pool: list[dict], queries: list[dict], k: int, encoder: 
         for each query k examples of the pool, by similarity of the inputs, the nearest first.
     """
     if len(pool) < k:
-        raise UserError(f"task {queries[0]['task']}: {len(pool)} examples to retrieve from, and --k is {k}; give less")
+        raise UserError(f"task {queries[0]['task']}: {len(pool)} examples to retrieve from, and --k is {k}; "
+                        "give less")
     texts, asked = [e["input"] for e in pool], [q["input"] for q in queries]
     rows = bm25_neighbours(texts, asked, k) if kind == "bm25" else dense_neighbours(texts, asked, k, encoder)
     return [[pool[i] for i in row] for row in rows]

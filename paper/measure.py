@@ -1,6 +1,6 @@
 """What bench.py measures with: FLOPs and live bytes, times, peak memory, and models without weights.
 
-Within `no_weights` a model of any size is made of tensors without data, and `Count` sees what it would cost to run.
+Within `no_weights` a model of any size is made of tensors without data, and `Count` sees what running costs.
 """
 
 import argparse
@@ -25,11 +25,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from common import torch_dtype
 from loading import build_distiller, fuse_gelu, load_distiller, load_llm
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # FLOPs, time, memory
 
 ATEN = torch.ops.aten
-FORMULAS = flop_registry | {  # torch's own formulas, and the same for its attention on a CPU, which has none there
+FORMULAS = flop_registry | {  # torch's own, and the same for its attention on a CPU, which has none there
     ATEN._scaled_dot_product_flash_attention_for_cpu:
         lambda q, k, v, *_, **__: sdpa_flop_count(q.shape, k.shape, v.shape),
     ATEN._scaled_dot_product_flash_attention_for_cpu_backward:
@@ -40,9 +40,9 @@ class Count(TorchDispatchMode):
     """Counts FLOPs and the bytes of tensors that are alive at once, in `with Count() as count:`.
 
     flops: of matrix products and attention, a multiplication and an addition each, by the formulas of torch's
-    FlopCounterMode; that class itself cannot follow the gradient taken within a forward pass (`model.sum_in_chunks`).
-    Attention counts all pairs of positions, masked or not. peak: bytes that were made since, without what stood before
-    and without what an operation needs inside itself.
+    FlopCounterMode; that class itself cannot follow the gradient taken within a forward pass
+    (`model.sum_in_chunks`). Attention counts all pairs of positions, masked or not. peak: bytes that were
+    made since, without what stood before and without what an operation needs inside itself.
     """
 
     def __init__(self):
@@ -75,7 +75,7 @@ class Count(TorchDispatchMode):
 
 def interleaved(functions: dict[str, Callable], repeats: int, device: torch.device,
                 warm_up: bool = True) -> dict[str, list[float]]:
-    """Seconds of each function, `repeats` times and in turns, so that other work on the machine meets all alike."""
+    """Seconds of each function, `repeats` times and in turns, so that other work meets all alike."""
     times = {name: [] for name in functions}
     for i in range(-warm_up, repeats):
         for name, function in functions.items():
@@ -97,7 +97,7 @@ def resident(field: str) -> int:
 
 
 def measure_peak(prepare: Callable, args: tuple) -> dict:
-    """In a child: prepare(*args) gives a function; the peak resident set while it runs, and above what stood before."""
+    """In a child: the peak resident set while prepare(*args)() runs, in all and above what stood before."""
     function = prepare(*args)
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak of the preparation
     before = resident("VmRSS")
@@ -124,15 +124,16 @@ def set_environment(values: dict[str, str]) -> None:
 
 
 def peak_in_child(prepare: Callable, *args) -> dict:
-    """`measure_peak` in a process of its own (Linux). There, tensors over 1 MB go back to the system as soon as they
-    are free: glibc would keep pieces of its heap, and the peak would be its own."""
+    """`measure_peak` in a process of its own (Linux). There, tensors over 1 MB go back to the system as soon
+    as they are free: glibc would keep pieces of its heap, and the peak would be its own."""
     return in_child({"MALLOC_MMAP_THRESHOLD_": "1000000"}, measure_peak, prepare, args)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Models
 
-T5 = {"model_type": "t5", "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "decoder_start_token_id": 0}
+T5 = {"model_type": "t5", "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False,
+      "decoder_start_token_id": 0}
 CONFIGS = {  # the published architectures, so that neither counting nor --random-init needs a hub
     "gpt2": {"model_type": "gpt2"},
     "gpt2-large": {"model_type": "gpt2", "n_embd": 1280, "n_layer": 36, "n_head": 20},
@@ -145,7 +146,8 @@ CONFIGS = {  # the published architectures, so that neither counting nor --rando
     "flan-t5-base": {**T5, "d_model": 768, "d_ff": 2048, "num_layers": 12, "num_heads": 12},
     "flan-t5-xl": {**T5, "d_model": 2048, "d_ff": 5120, "num_layers": 24, "num_heads": 32},
 }
-PAIRS = {"gpt2-large": "gpt2", "gpt2-xl": "gpt2", "opt-6.7b": "opt-125m"}  # the paper's LLMs and their distillers
+PAIRS = {"gpt2-large": "gpt2", "gpt2-xl": "gpt2",
+         "opt-6.7b": "opt-125m"}  # the paper's LLMs and their distillers
 T5_PAIRS = {"t5-large-lm-adapt": "t5-small-lm-adapt", "flan-t5-xl": "flan-t5-base"}
 
 
@@ -155,7 +157,8 @@ def build_random(llm_name: str, distiller_name: str, distill_len: int, dtype: to
     config = AutoConfig.for_model(**config) if config else AutoConfig.from_pretrained(llm_name)
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     llm = kind.from_config(config, dtype=dtype)
-    if getattr(config, "scale_decoder_outputs", None) is False:  # T5 v1.1 has a head of its own; from_config ties it
+    if getattr(config, "scale_decoder_outputs",
+               None) is False:  # T5 v1.1 has a head of its own; from_config ties it
         llm.lm_head.weight = nn.Parameter(llm.lm_head.weight.detach().clone())
     llm = llm.to(device).eval().requires_grad_(False)
     backbone = None if distiller_name.startswith("layers:") else CONFIGS.get(Path(distiller_name).name) or \
@@ -181,7 +184,8 @@ def with_flags(args: argparse.Namespace, **changes) -> argparse.Namespace:
 @contextlib.contextmanager
 def no_weights():
     """Within it tensors have shapes and no data, and operations cost nothing: for `Count`."""
-    with FakeTensorMode(), mock.patch.object(nn.Module, "to", lambda module, *_, **__: module):  # nothing to move
+    with FakeTensorMode(), mock.patch.object(nn.Module, "to", lambda module, *_,
+                                             **__: module):  # nothing to move
         yield
 
 

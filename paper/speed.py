@@ -1,7 +1,6 @@
-"""How fast training and scoring are, against the plain reference, plain.py, and what a training step needs.
+"""How fast training and scoring are, against the plain reference, plain.py: `python bench.py --suite`.
 
-`python bench.py --suite` and `python bench.py --plan` run it. The step is that of train_finetune.py, Eq. (4), and the
-scoring that of evaluate.py.
+The step is that of train_finetune.py, Eq. (4), and the scoring that of evaluate.py.
 """
 
 import argparse
@@ -12,59 +11,53 @@ import statistics
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 import plain
 from common import UserError, autocast, torch_dtype
 from data import Encoder, collate, sample_row, step_rows
-from loading import checkpoint_layers, make_encoder
+from loading import make_encoder
 from model import Prefix, demo_prefix, loss_mask, query_states, vector_prefix
 from paper.measure import (
     PAIRS,
-    T5_PAIRS,
     Count,
     build_random,
     in_child,
     interleaved,
     load,
-    no_weights,
     peak_in_child,
-    weight_bytes,
     with_flags,
 )
 from score import distill_loss, finetune_loss, one_prefix, passes, pred_loss, score_options
 from sources import Tasks, Tokenizer, load_tasks
 
-CARDS = (16, 24, 40, 80)  # GB of memory
-GB = 1e9
-ANSWER = 4                # tokens of the answer in a planned step
-SQUARE = 4096             # width of the matrices whose product gives the machine's rate
+SQUARE = 4096  # width of the matrices whose product gives the machine's rate
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Training
 
 
 def counted_positions(llm, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Indices into the batch's flattened (B * T) columns: of the tokens of `loss_mask`, and of answer tokens."""
+    """Indices into the batch's flattened (B * T) columns: of the tokens of `loss_mask`, and of answer
+    tokens."""
     mask, answers = loss_mask(llm, batch), batch["query_mask"] & (batch["branch"] > 0)
     return mask.flatten().nonzero()[:, 0], answers.flatten().nonzero()[:, 0]
 
 
 def training_step(llm, distiller, batch: dict[str, Tensor], where: tuple[Tensor, Tensor], dtype: str,
                   read: Callable[[Prefix], Tensor] | None = None) -> Tensor:
-    """Forward and backward of Eq. (4) as in train_finetune.py, the gradient left in the distiller; returns the loss.
+    """Forward and backward of Eq. (4) as in train_finetune.py, the gradient left in the distiller; returns
+    the loss.
 
     where: `counted_positions` of the batch. read: prefix -> (B, T, d) stands in for `query_states`.
     """
     tokens, answers = where
     read = read or functools.partial(query_states, llm, batch=batch)
     with torch.no_grad():
-        teacher = read(demo_prefix(llm, batch["demo_ids"], batch["demo_mask"])).flatten(0, 1)        # (B * T, d)
+        teacher = read(demo_prefix(llm, batch["demo_ids"], batch["demo_mask"])).flatten(0, 1)  # (B * T, d)
     with autocast(llm.device, dtype):
-        vectors = distiller(batch["demo_ids"], batch["demo_mask"])                                   # (B, l, d)
-    student = read(vector_prefix(llm, vectors)).flatten(0, 1)                                        # (B * T, d)
+        vectors = distiller(batch["demo_ids"], batch["demo_mask"])                      # (B, l, d)
+    student = read(vector_prefix(llm, vectors)).flatten(0, 1)                           # (B * T, d)
     loss = finetune_loss(pred_loss(llm, student[answers], batch["query_ids"].flatten()[answers]),
                          distill_loss(llm, student[tokens], teacher[tokens]), 1.0)
     loss.backward()
@@ -72,18 +65,21 @@ def training_step(llm, distiller, batch: dict[str, Tensor], where: tuple[Tensor,
 
 
 def plain_step(llm, distiller, rows: list[dict], dtype: str) -> None:
-    """The same samples the plain way: each query with a demonstration set of its own, full logits, nothing shared."""
+    """The same samples the plain way: each query with a demonstration set of its own, full logits, nothing
+    shared."""
     queries = [(row["demo"], query) for row in rows for query in row["queries"]]
     for demo, (x, (y,)) in queries:
         with autocast(llm.device, dtype):
-            vectors = plain.Distiller.forward(distiller, demo)                                           # (l, d)
+            vectors = plain.Distiller.forward(distiller, demo)                          # (l, d)
         teacher, student = plain.teacher_and_student(llm, demo, vectors.float(), x, y)
-        loss = plain.finetune_loss(plain.pred_loss(student[-len(y):], y), plain.distill_loss(student, teacher), 1.0)
+        loss = plain.finetune_loss(plain.pred_loss(student[-len(y):], y),
+                                   plain.distill_loss(student, teacher), 1.0)
         (loss / len(queries)).backward()
 
 
 def training_speed(llm, distiller, rows: list[dict], dtype: str, repeats: int) -> dict:
-    """Query tokens a second of a step over `rows`, ours and plain, and ours as a share of the matrix-product rate."""
+    """Query tokens a second of a step over `rows`, ours and plain, and ours as a share of the matrix-product
+    rate."""
     device, batch = llm.device, collate(rows, llm.device)
     where = counted_positions(llm, batch)
     square = torch.randn(SQUARE, SQUARE, device=device, dtype=torch_dtype(dtype))
@@ -98,15 +94,18 @@ def training_speed(llm, distiller, rows: list[dict], dtype: str, repeats: int) -
                          "ours": step(lambda: training_step(llm, distiller, batch, where, dtype)),
                          "matmul again": lambda: square @ square,
                          "plain": step(lambda: plain_step(llm, distiller, rows, dtype))}, repeats, device)
-    rates = [2 * SQUARE ** 3 * 2 / (a + b) for a, b in zip(times["matmul"], times["matmul again"], strict=True)]
+    rates = [2 * SQUARE ** 3 * 2 / (a + b)
+             for a, b in zip(times["matmul"], times["matmul again"], strict=True)]
     tokens = int(batch["query_mask"].sum())
     seconds = {name: statistics.median(times[name]) for name in ("ours", "plain")}
-    return {"dtype": dtype, "sets": len(rows), "queries_per_demo": len(rows[0]["queries"]), "query_tokens": tokens,
-            "demo_tokens": int(batch["demo_mask"].sum()), "distill_len": distiller.distill_len, "seconds": seconds,
-            "tokens_per_second": {name: tokens / s for name, s in seconds.items()},
+    return {"dtype": dtype, "sets": len(rows), "queries_per_demo": len(rows[0]["queries"]),
+            "query_tokens": tokens,
+            "demo_tokens": int(batch["demo_mask"].sum()), "distill_len": distiller.distill_len,
+            "seconds": seconds, "tokens_per_second": {name: tokens / s for name, s in seconds.items()},
             "ratio": statistics.median(p / o for p, o in zip(times["plain"], times["ours"], strict=True)),
             "flops": count.flops, "matmul_flops_per_second": statistics.median(rates),
-            "share": statistics.median(count.flops / t / rate for t, rate in zip(times["ours"], rates, strict=True)),
+            "share": statistics.median(count.flops / t / rate
+                                       for t, rate in zip(times["ours"], rates, strict=True)),
             "times": times}
 
 
@@ -114,7 +113,8 @@ def typical_rows(tasks: Tasks, encoder: Encoder, seed: int, k: int, sets: int, q
     """The rows of that one of the first 64 training steps whose size is the median."""
     rows_of = step_rows(lambda first, count: [sample_row(tasks, encoder, seed, i, k, queries)
                                               for i in range(first, first + count)], seed, sets)
-    steps = sorted((rows_of(step) for step in range(64)), key=lambda rows: sum(len(row["demo"]) for row in rows))
+    steps = sorted((rows_of(step) for step in range(64)),
+                   key=lambda rows: sum(len(row["demo"]) for row in rows))
     return steps[32]
 
 
@@ -132,7 +132,7 @@ def padding(tasks: Tasks, encoder: Encoder, seed: int, k: int, queries: int, bat
             "as_drawn": share(rows[i:i + batch_size] for i in range(0, len(rows), batch_size))}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The loss's memory
 
 
@@ -149,7 +149,8 @@ class Head(nn.Module):
 
 
 def prepare_loss(kind: str, tokens: int, width: int, vocab: int) -> Callable[[], Tensor]:
-    """Eq. (3) over `tokens` positions and its gradient with respect to the student's states, chunked or plain."""
+    """Eq. (3) over `tokens` positions and its gradient with respect to the student's states, chunked or
+    plain."""
     torch.manual_seed(0)
     llm = Head(width, vocab)
     teacher = torch.randn(tokens, width)
@@ -165,7 +166,8 @@ def prepare_loss(kind: str, tokens: int, width: int, vocab: int) -> Callable[[],
 
 
 def loss_memory(tokens: int = 1024, width: int = 1280, vocab: int = 50257) -> dict:
-    """Peak memory of the loss in processes of their own, and how far the two gradients are apart, relative."""
+    """Peak memory of the loss in processes of their own, and how far the two gradients are apart,
+    relative."""
     found = {kind: peak_in_child(prepare_loss, kind, tokens, width, vocab) for kind in ("plain", "chunked")}
     gradients = {kind: f.pop("result") for kind, f in found.items()}
     difference = (gradients["plain"] - gradients["chunked"]).norm() / gradients["plain"].norm()
@@ -174,7 +176,7 @@ def loss_memory(tokens: int = 1024, width: int = 1280, vocab: int = 50257) -> di
             "gradient_difference": difference.item()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Scoring
 
 
@@ -184,8 +186,8 @@ def scoring_task(tasks: Tasks, seed: int, n: int, options: int) -> tuple[str, di
         files = tasks.files(task, seed)
         if len(files["test"]) >= n and all(len(q["options"]) == options for q in files["test"][:n]):
             return task, files
-    raise UserError(f"no meta-test task of {tasks.split} in {tasks.folder} has {n} test queries of {options} options; "
-                    "give another --split or --tasks")
+    raise UserError(f"no meta-test task of {tasks.split} in {tasks.folder} has {n} test queries of {options} "
+                    "options; give another --split or --tasks")
 
 
 @torch.no_grad()
@@ -193,8 +195,8 @@ def scoring_speed(llm, distiller, tasks: Tasks, encoder: Encoder, args, n: int =
                   options: int = 4, repeats: int = 3) -> dict:
     """Seconds for one (task, seed) of n queries: evaluate.py's way and re-reading everything per option.
 
-    The plain way is timed on n_plain queries and taken n / n_plain times. In it MEND distils for every option, as the
-    prompt is read anew for each. Scores of the same queries must agree.
+    The plain way is timed on n_plain queries and taken n / n_plain times. In it MEND distils for every
+    option, as the prompt is read anew for each. Scores of the same queries must agree.
     """
     task, files = scoring_task(tasks, args.seed, n, options)
     demos, queries = files["train"][:args.k], [encoder.scoring_query(q) for q in files["test"][:n]]
@@ -204,14 +206,16 @@ def scoring_speed(llm, distiller, tasks: Tasks, encoder: Encoder, args, n: int =
 
     def fast(method: str, queries: list) -> list[Tensor]:
         prefix = one_prefix(method, demos, limit, llm, distiller, encoder, args)
-        return [scores for batch in passes(queries, llm.device) for scores in score_options(llm, prefix, batch)[0]]
+        return [scores for batch in passes(queries, llm.device)
+                for scores in score_options(llm, prefix, batch)[0]]
 
     def plainly(method: str) -> list[list[float]]:
         scores = []
         for x, answers in some:
             scores.append([])
             for option in answers:
-                prefix = plain.embed(llm, demo) if method == "icl" else plain.Distiller.forward(distiller, demo)
+                prefix = (plain.embed(llm, demo) if method == "icl" else
+                          plain.Distiller.forward(distiller, demo))
                 scores[-1] += plain.score_options(llm, prefix, x, [option]).tolist()
         return scores
 
@@ -219,7 +223,8 @@ def scoring_speed(llm, distiller, tasks: Tasks, encoder: Encoder, args, n: int =
     for method in ("icl", "mend"):
         both = [(a, b) for scores, expected in zip(fast(method, some), plainly(method), strict=True)
                 for a, b in zip(scores.tolist(), expected, strict=True)]
-        ways = {"plain": functools.partial(plainly, method), "cached": functools.partial(fast, method, queries)}
+        ways = {"plain": functools.partial(plainly, method),
+                "cached": functools.partial(fast, method, queries)}
         times = interleaved(ways, repeats, llm.device, warm_up=False)
         plain_seconds, cached = (statistics.median(times[name]) for name in ("plain", "cached"))
         seconds = {"plain": plain_seconds * n / n_plain, "cached": cached}
@@ -228,23 +233,25 @@ def scoring_speed(llm, distiller, tasks: Tasks, encoder: Encoder, args, n: int =
     return found
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Threads
 
 
 def time_steps(load: Callable, args: tuple, threads: int, repeats: int) -> float:
-    """In a child: median seconds of a step with so many threads. load(*args) gives llm, distiller, rows and dtype."""
+    """In a child: median seconds of a step with so many threads. load(*args) gives llm, distiller, rows and
+    dtype."""
     torch.set_num_threads(threads)
     llm, distiller, rows, dtype = load(*args)
     batch = collate(rows, llm.device)
     where = counted_positions(llm, batch)
     distiller.train()
-    times = interleaved({"step": lambda: training_step(llm, distiller, batch, where, dtype)}, repeats, llm.device)
+    times = interleaved({"step": lambda: training_step(llm, distiller, batch, where, dtype)}, repeats,
+                        llm.device)
     return statistics.median(times["step"])
 
 
 def thread_settings(load: Callable, *args, repeats: int = 3) -> list[dict]:
-    """Seconds of a training step under the thread settings that matter on a CPU, each in a process of its own."""
+    """Seconds of a training step under the thread settings that matter on a CPU, each in its own process."""
     found = []
     for threads, spin in itertools.product(sorted({1, os.cpu_count() or 1}), ("100", "")):
         seconds = in_child({"GOMP_SPINCOUNT": spin}, time_steps, load, args, threads, repeats)
@@ -252,109 +259,34 @@ def thread_settings(load: Callable, *args, repeats: int = 3) -> list[dict]:
     return found
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What a training step needs
-
-
-def plan_one(name: str, args: argparse.Namespace, batch_size: int, checkpointing: bool) -> dict:
-    """FLOPs and memory of one step of Eq. (4), LLM in 16 bit: weights, AdamW's state and what is alive at once.
-
-    With checkpointing the frozen LLM's layers are run again in the backward pass. In 8 bit (bitsandbytes) each weight
-    of the layers' matrices takes one byte, but for T5's `wo`, which stays as it is, and the backward pass unpacks one
-    matrix at a time.
-    """
-    with no_weights():
-        llm, distiller = build_random(name, (PAIRS | T5_PAIRS)[name], args.distill_len, torch.bfloat16)
-        row = {"demo": [0] * args.demo_tokens, "queries": [([0] * (args.query_tokens - ANSWER), [[0] * ANSWER])]}
-        batch, columns = collate([row] * batch_size), torch.arange(batch_size * args.query_tokens)
-        answers, read = columns[:ANSWER * batch_size], None
-        if llm.config.is_encoder_decoder:
-            columns, read = answers, functools.partial(read_answers, llm, batch["query_ids"])
-        if checkpointing:
-            checkpoint_layers(llm)
-        distiller.train()
-        let_attention_fuse(distiller)
-        with Count() as count:
-            training_step(llm, distiller, batch, (columns, answers), "bf16", read)
-    head, kept = llm.get_output_embeddings(), tuple(llm._keep_in_fp32_modules)
-    matrices = [m.weight.numel() for n, m in llm.named_modules()
-                if isinstance(m, nn.Linear | Conv1D) and m is not head and not n.endswith(kept)]
-    adam = 8 * sum(p.numel() for p in distiller.parameters() if p.requires_grad)
-    memory = {"llm": weight_bytes(llm), "distiller": weight_bytes(distiller) + adam, "alive": count.peak}
-    in_8_bit = memory | {"llm": memory["llm"] - sum(matrices) + 2 * max(matrices)}
-    return {"flops": count.flops, "bytes": memory,
-            "peak_bytes": {"16 bit": sum(memory.values()), "8 bit": sum(in_8_bit.values())}}
-
-
-def read_answers(llm, query_ids: Tensor, prefix: Prefix) -> Tensor:
-    """`model.answer_states` where a row is one query with one option, its last ANSWER tokens: the same passes, without
-    a look at the data, of which there is none. query_ids: (B, T) -> (B, T, d)."""
-    x, y = query_ids[:, :-ANSWER], query_ids[:, -ANSWER:]
-    embeds = torch.cat([prefix.embeds, llm.get_input_embeddings()(x)], dim=1)                        # (B, P + T_x, d)
-    mask = torch.cat([prefix.mask, torch.ones_like(x, dtype=torch.bool)], dim=1)                     # (B, P + T_x)
-    encoded = llm.get_encoder()(inputs_embeds=embeds, attention_mask=mask).last_hidden_state
-    states = llm.get_decoder()(input_ids=y, encoder_hidden_states=encoded, encoder_attention_mask=mask,
-                               use_cache=False).last_hidden_state                                    # (B, T_y, d)
-    return F.pad(states, (0, 0, x.shape[1], 0))
-
-
-def let_attention_fuse(distiller: nn.Module) -> None:
-    """Turn off what a GPU does within the fused attention, where the CPU's kernels would write all scores out: dropout,
-    which elsewhere takes a byte a number, left out, and the gradient of T5's position bias."""
-    for module in distiller.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        elif isinstance(getattr(module, "dropout", None), float):  # OPT, T5
-            module.dropout = 0.0
-        if (bias := getattr(module, "relative_attention_bias", None)) is not None:
-            bias.requires_grad_(False)
-
-
-def plan(args: argparse.Namespace) -> list[dict]:
-    """Which card a training step fits: counted memory, and 1.5 GB for what torch itself takes and cannot use."""
-    print(f"one step of Eq. (4): {args.demo_tokens} demonstration and {args.query_tokens} query tokens, "
-          f"l = {args.distill_len}")
-    print(f"{'LLM':18s}{'batch':>6s}{'checkpointing':>14s}{'TFLOP':>8s}"
-          f"{'16 bit GB':>11s}{'fits':>14s}{'8 bit GB':>10s}{'fits':>14s}")
-    found = []
-    for name, batch_size, checkpointing in itertools.product(PAIRS | T5_PAIRS, (1, 8), (False, True)):
-        r = plan_one(name, args, batch_size, checkpointing)
-        line = f"{name:18s}{batch_size:6d}{'yes' if checkpointing else 'no':>14s}{r['flops'] / 1e12:8.2f}"
-        fits = {}
-        for bits, width in (("16 bit", 11), ("8 bit", 10)):
-            fits[bits] = [card for card in CARDS if r["peak_bytes"][bits] + 1.5 * GB <= card * GB]
-            line += f"{r['peak_bytes'][bits] / GB:{width}.1f}{' '.join(map(str, fits[bits])) or 'none':>14s}"
-        print(line)
-        found.append({"llm": name, "batch_size": batch_size, "checkpointing": checkpointing, **r, "fits_gb": fits})
-    return found
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The suite
 
 
 def load_step(args: argparse.Namespace, dtype: str, random_llm: str | None = None):
-    """LLM, distiller, the rows of a typical step (2 sets, Q = 4) and dtype; random_llm: of that architecture with
-    random weights and l = 100, and one row."""
+    """LLM, distiller, the rows of a typical step (2 sets, Q = 4) and dtype; random_llm: of that architecture
+    with random weights and l = 100, and one row."""
     tasks = load_tasks(args.tasks, args.split)
     if random_llm is None:
         llm, distiller = load(with_flags(args, dtype=dtype), torch.device(args.device))
     else:
         llm, distiller = build_random(random_llm, PAIRS[random_llm], 100, torch_dtype(dtype), args.device)
-    encoder = make_encoder(with_flags(args, distill_len=distiller.distill_len), Tokenizer(args.llm), llm, distiller)
+    encoder = make_encoder(with_flags(args, distill_len=distiller.distill_len), Tokenizer(args.llm), llm,
+                           distiller)
     rows = typical_rows(tasks, encoder, args.seed, args.k, 2, 4)
     return llm, distiller, rows if random_llm is None else rows[:1], dtype
 
 
 def suite(args: argparse.Namespace, device: torch.device, methods: dict[str, dict]) -> dict:
-    """Every ratio of the speed claims, each with both figures. methods: LLM -> `bench.counted` at 900 tokens."""
+    """Every ratio of the speed claims, with both figures. methods: LLM -> `bench.counted` at 900 tokens."""
     args.device, args.context_len, args.dtype = str(device), 900, "fp32"
     results, lines, ratios = {}, [], {}
 
     def line(name: str, value: float, goal: float, what: str) -> None:
         ratios[name] = value
         lines.append({"name": name, "value": value, "goal": goal, "met": value >= goal, "figures": what})
-        print(f"{name:46s}{value:8.2f}  (goal {goal:g}{'' if value >= goal else ', MISSED'})  {what}", flush=True)
+        print(f"{name:46s}{value:8.2f}  (goal {goal:g}{'' if value >= goal else ', MISSED'})  {what}",
+              flush=True)
 
     for (name, rows), goal in zip(methods.items(), (3.5, 4.0), strict=True):
         results[f"methods_{name}"] = rows
@@ -363,8 +295,8 @@ def suite(args: argparse.Namespace, device: torch.device, methods: dict[str, dic
              f"{icl / 1e9:.0f} against {mend / 1e9:.0f} GFLOP: {1 - mend / icl:.0%} fewer")
     r = results["loss_memory"] = loss_memory()
     line("loss_memory_plain_over_chunked", r["ratio"], 4,
-         f"{r['bytes']['chunked'] / 1e6:.0f} against {r['bytes']['plain'] / 1e6:.0f} MB for {r['tokens']:,} tokens, "
-         f"gradients {r['gradient_difference']:.0e} apart")
+         f"{r['bytes']['chunked'] / 1e6:.0f} against {r['bytes']['plain'] / 1e6:.0f} MB for "
+         f"{r['tokens']:,} tokens, gradients {r['gradient_difference']:.0e} apart")
     tasks = load_tasks(args.tasks, args.split)
     llm, distiller = load(args, device)
     encoder = make_encoder(args, Tokenizer(args.llm), llm, distiller)
@@ -377,7 +309,8 @@ def suite(args: argparse.Namespace, device: torch.device, methods: dict[str, dic
         line(f"scoring_cached_over_plain_{m}", r[m]["ratio"], 10,
              f"{s['cached']:.1f} against {s['plain']:.0f} s for {r['queries']} queries of {r['task']} with "
              f"{r['demo_tokens']} demonstration tokens, scores at most {r[m]['score_difference']:.0e} apart")
-    ratios["scoring_cached_over_plain"] = min(ratios[f"scoring_cached_over_plain_{m}"] for m in ("icl", "mend"))
+    ratios["scoring_cached_over_plain"] = min(ratios[f"scoring_cached_over_plain_{m}"]
+                                              for m in ("icl", "mend"))
     del llm, distiller
     shares = 0.4 if device.type == "cuda" else 0.7
     for label, dtype in itertools.product(("smollm2", "gpt2_large"), ("fp32", "bf16")):
@@ -386,13 +319,14 @@ def suite(args: argparse.Namespace, device: torch.device, methods: dict[str, dic
         line(f"training_q4_over_plain_{label}_{dtype}", r["ratio"], 2.5,
              f"{t['ours']:.1f} against {t['plain']:.1f} query tokens/s")
         line(f"training_share_of_matmul_rate_{label}_{dtype}", r["share"], shares,
-             f"{r['flops'] / r['seconds']['ours'] / 1e9:.0f} of {r['matmul_flops_per_second'] / 1e9:.0f} GFLOP/s")
+             f"{r['flops'] / r['seconds']['ours'] / 1e9:.0f} of "
+             f"{r['matmul_flops_per_second'] / 1e9:.0f} GFLOP/s")
     ratios["training_q4_over_plain"] = ratios["training_q4_over_plain_smollm2_fp32"]
     ratios["training_share_of_matmul_rate"] = ratios["training_share_of_matmul_rate_gpt2_large_fp32"]
     if device.type == "cpu":
         results["threads"] = thread_settings(load_step, args, "fp32")
         for t in results["threads"]:
-            print(f"training step, {t['threads']} threads, GOMP_SPINCOUNT {t['GOMP_SPINCOUNT']}: {t['seconds']:.1f} s")
+            print(f"step, {t['threads']} threads, GOMP_SPINCOUNT {t['GOMP_SPINCOUNT']}: {t['seconds']:.1f} s")
     return {"ratios": ratios, "lines": lines, "details": results}
 
 

@@ -2,8 +2,8 @@
 
     python evaluate.py --table 2 results/table2-gpu.jsonl
 
-A results file holds one JSON line a (method, task, seed), as evaluate.py writes them. The paper's own figures, for its
-own LLMs, stand in results/paper.json.
+A results file holds one JSON line a (method, task, seed), as evaluate.py writes them. The paper's own
+figures, for its own LLMs, stand in results/paper.json.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from evaluate import GAIN, METHODS, Scores, mean_std, recovered_gain, scores_of
 
 
 def require_fields(records: list[dict], taker: str) -> None:
-    """Raise UserError unless every line has what tables and figures read; `taker` says in it who wants that."""
+    """Raise UserError unless every line has what tables and figures read; `taker` is who wants that."""
     lacking = sorted({name for r in records for name in NEEDED - r.keys()})
     check((not lacking, f"the results lack {', '.join(lacking)}; {taker} takes lines that evaluate.py wrote"))
 
@@ -29,7 +29,7 @@ def read_paper(number: str) -> dict:
 
 
 def variant_of(record: dict) -> str:
-    """Table 4's row: mend, or what its training did otherwise, from the record's `trained_on`; else the method."""
+    """Table 4's row: mend, or what its training did otherwise, by its `trained_on`; else the method."""
     if record["method"] != "mend":
         return record["method"]
     # a checkpoint that is older than the flags for it was trained with their defaults
@@ -40,7 +40,8 @@ def variant_of(record: dict) -> str:
     if not finetune:
         changes += ["no_finetuning"]  # Fig. 6, which is no row of Table 4
     else:
-        changes += ["without_pred"] * (not finetune.get("pred_weight", 1)) + ["without_distill"] * (not finetune.get("lam", 1))
+        changes += ["without_pred"] * (not finetune.get("pred_weight", 1))
+        changes += ["without_distill"] * (not finetune.get("lam", 1))
         changes += ["another weight of L_pred"] * (finetune.get("pred_weight", 1) not in (0, 1))
         changes += ["another lambda"] * (finetune.get("lam", 1) not in (0, 1))  # Fig. 7
     return " and ".join(changes) or "mend"
@@ -53,25 +54,29 @@ def change_of(record: dict) -> str:
 
 TABLES = {  # number: (what makes a row, what makes a column, rows, columns)
     "2": ("method", "split", METHODS, SPLITS),
-    "3": ("method", "change", METHODS, ("none", "bm25", "dense", "no_label", "no_input", "random_label", "wrong_label")),
-    "4": ("variant", "split", ("icl", "mend", "no_pretraining", "clm", "clm+kl", "without_pred", "without_distill"), SPLITS),
+    "3": ("method", "change", METHODS,
+          ("none", "bm25", "dense", "no_label", "no_input", "random_label", "wrong_label")),
+    "4": ("variant", "split",
+          ("icl", "mend", "no_pretraining", "clm", "clm+kl", "without_pred", "without_distill"), SPLITS),
     "6": ("method", "split", METHODS, SPLITS),
     "7": ("method", "template", METHODS, ("space", "newline")),
 }
-FIXED = ("tasks", "split", "k", "context_len", "template", "limit")  # one value in a table, unless it makes the columns
+FIXED = ("tasks", "split", "k", "context_len", "template", "limit")  # one value a table, or one a column
 SHOWN = (*FIXED, "distill_len", "dtype", "llm_weights", "commit")
-NEEDED = {*FIXED, "distill_len", "dtype", "commit", "data_hash", "llm", "method", "checkpoint", "trained_on", "retrieval", "perturbation", "task", "seed", "headline", "n"}
+NEEDED = {*FIXED, "distill_len", "dtype", "commit", "data_hash", "llm", "method", "checkpoint", "trained_on",
+          "retrieval", "perturbation", "task", "seed", "headline", "n"}
 
 
 def latest(records: list[dict]) -> list[dict]:
-    """Of the records of one cell those made like its newest line, and of two lines of one (task, seed) the later."""
+    """A cell's records that were made like its newest line, and of two of one (task, seed) the later."""
     same = ("checkpoint", "distill_len", "dtype", "llm_weights")
-    return list({(r["task"], r["seed"]): r for r in records if all(r.get(f) == records[-1].get(f) for f in same)}.values())
+    return list({(r["task"], r["seed"]): r for r in records
+                 if all(r.get(f) == records[-1].get(f) for f in same)}.values())
 
 
 def belonging(records: list[dict], number: str) -> tuple[list[dict], int]:
-    """The records of table `number`, with their `variant` and `change`, and how many were left out since they differ from
-    the newest line in what this table does not compare.
+    """The records of table `number`, with their `variant` and `change`, and how many were left out since they
+    differ from the newest line in what this table does not compare.
 
     Raises:
         UserError: no record belongs to this table.
@@ -79,9 +84,10 @@ def belonging(records: list[dict], number: str) -> tuple[list[dict], int]:
     row, column, rows, columns = TABLES[number]
     require_fields(records, f"--table {number}")
     mine = [r | {"variant": variant_of(r), "change": change_of(r)} for r in records]
-    mine = [r for r in mine if r[row] in rows and r[column] in columns and (column == "change" or r["change"] == "none")]
+    mine = [r for r in mine if r[row] in rows and r[column] in columns
+            and (column == "change" or r["change"] == "none")]
     if not mine:
-        raise UserError(f"no line of the results belongs to table {number}; runs/ has the script that makes them")
+        raise UserError(f"no line of the results belongs to table {number}; paper/runs/ makes them")
     fixed = [name for name in FIXED if name != column]
     same = [r for r in mine if all(r.get(name) == mine[-1].get(name) for name in fixed)]
     return same, len(mine) - len(same)
@@ -94,11 +100,12 @@ def group(records: list[dict], number: str) -> dict[tuple[str, str, str], list[d
     for r in records:
         cells[r["llm"], r[row], r[column]].append(r)
     llms = dict.fromkeys(r["llm"] for r in records)
-    return {(llm, m, c): latest(cells[llm, m, c]) for llm in llms for c in columns for m in rows if (llm, m, c) in cells}
+    return {(llm, m, c): latest(cells[llm, m, c]) for llm in llms for c in columns for m in rows
+            if (llm, m, c) in cells}
 
 
 def summary(scores: Scores) -> dict:
-    """One cell: for each seed the mean over tasks, then mean and std over seeds. Tasks that a seed lacks are left out.
+    """A cell: mean over tasks for each seed, then mean and std over seeds. Tasks that a seed lacks are out.
 
     Returns:
         mean, std (percent), tasks, seeds, queries (test examples, each counted once).
@@ -106,8 +113,8 @@ def summary(scores: Scores) -> dict:
     seeds = sorted({seed for _, seed in scores})
     tasks = sorted(t for t in {task for task, _ in scores} if all((t, s) in scores for s in seeds))
     if not tasks:
-        raise UserError(f"none of {', '.join(sorted({task for task, _ in scores}))} has a result for each of the seeds "
-                        f"{seeds}; let the evaluation run to its end first")
+        raise UserError(f"none of {', '.join(sorted({task for task, _ in scores}))} has a result for each of "
+                        f"the seeds {seeds}; let the evaluation run to its end first")
     mean, std = mean_std([np.mean([scores[t, s][0] for t in tasks]) for s in seeds])
     return {"mean": mean, "std": std, "tasks": len(tasks), "seeds": len(seeds),
             "queries": sum(scores[t, seeds[0]][1] for t in tasks)}
@@ -144,19 +151,23 @@ def paired_interval(ours: Scores, base: Scores, clusters: list[list[str]]) -> di
 
 
 def table1_lines(records: list[dict], paper: dict) -> list[str]:
-    """Table 1 in Markdown from data.py's last lines: tasks here of tasks in all, and average lengths in tokens."""
+    """Table 1 in Markdown from data.py's last lines: tasks here of all tasks, average lengths in tokens."""
     check((all({"split", "train", "test"} <= r.keys() for r in records),
-           "--table 1 takes the last lines that data.py printed; runs/table1.sh collects them"))
-    lines = ["| setting | meta-train tasks | average length | meta-test tasks | average length | paper |", "|---" * 6 + "|"]
+           "--table 1 takes the last lines that data.py printed; paper/runs/table1.sh collects them"))
+    lines = ["| setting | meta-train tasks | average length | meta-test tasks | average length | paper |",
+             "|---" * 6 + "|"]
     for r in records:
-        ours = [f"{r[part]['tasks']} of {r[part]['of']} | {r[part]['avg_len']:.2f}" for part in ("train", "test")]
+        ours = [f"{r[part]['tasks']} of {r[part]['of']} | {r[part]['avg_len']:.2f}"
+                for part in ("train", "test")]
         train, train_len, test, test_len = paper[r["split"]]
-        lines.append(f"| {r['split']} | {' | '.join(ours)} | {train}, {train_len:.2f}; {test}, {test_len:.2f} |")
+        theirs = f"{train}, {train_len:.2f}; {test}, {test_len:.2f}"
+        lines.append(f"| {r['split']} | {' | '.join(ours)} | {theirs} |")
     return lines
 
 
 Row = dict[str, tuple[float, float] | None]  # column: mean and std, None where nothing is known
-DERIVED = {"2": ("AVG", lambda *means: float(np.mean(means))), "4": ("AVG", lambda *means: float(np.mean(means))),
+DERIVED = {"2": ("AVG", lambda *means: float(np.mean(means))),
+           "4": ("AVG", lambda *means: float(np.mean(means))),
            "7": ("difference", lambda space, newline: newline - space)}
 
 
@@ -183,7 +194,8 @@ def block(llm: str, rows: dict[str, Row], header: list[str]) -> list[str]:
         forms = marked(means) if column != "difference" else dict.fromkeys(rows, "{}")
         for name, row in rows.items():
             std = f" ±{row[column][1]:.2f}" if row[column] and row[column][1] >= 0.005 else ""
-            lines[name] += " – |" if row[column] is None else f" {forms[name].format(f'{means[name]:.2f}')}{std} |"
+            lines[name] += (" – |" if row[column] is None else
+                            f" {forms[name].format(f'{means[name]:.2f}')}{std} |")
     return [*lines.values()]
 
 
@@ -199,10 +211,10 @@ def notes(cells: dict[tuple[str, str, str], Scores], summaries: dict[tuple[str, 
         s = summaries[llm, row, column]
         behind[llm, column, s["tasks"], s["queries"], s["seeds"]].append(row)
         if row != "mend" and (b := paired_interval(cells.get((llm, "mend", column), {}), scores, clusters)):
-            gaps.append(f"- {llm}, {column}, mend minus {row}: {b['gap']:+.2f} [{b['low']:+.2f}, {b['high']:+.2f}] "
-                        f"(95%, t over {b['tasks']} tasks)")
-    return [f"- {llm}, {column}, {', '.join(rows)}: {tasks} of {n_tasks[column]} tasks, {queries:,} queries, {seeds} seeds"
-            for (llm, column, tasks, queries, seeds), rows in behind.items()] + gaps + [
+            gaps.append(f"- {llm}, {column}, mend minus {row}: {b['gap']:+.2f} "
+                        f"[{b['low']:+.2f}, {b['high']:+.2f}] (95%, t over {b['tasks']} tasks)")
+    return [f"- {llm}, {column}, {', '.join(rows)}: {tasks} of {n_tasks[column]} tasks, {queries:,} queries, "
+            f"{seeds} seeds" for (llm, column, tasks, queries, seeds), rows in behind.items()] + gaps + [
         f"- {llm}, {column}, recovered gain, {GAIN} over the {tasks} tasks where icl is above zero_shot: "
         f"{', '.join(rows)}" for (llm, column, tasks), rows in gains.items()]
 
@@ -215,7 +227,8 @@ def one_label(grouped: dict[tuple[str, str, str], list[dict]]) -> list[str]:
 
 
 def table_lines(records: list[dict], number: str) -> list[str]:
-    """The paper's table `number` in Markdown: ours, the paper's own, how much stands behind ours, MEND against the others.
+    """The paper's table `number` in Markdown: ours, the paper's own, how much stands behind ours, MEND
+    against the others.
 
     Raises:
         UserError: as `belonging`.
@@ -236,15 +249,19 @@ def table_lines(records: list[dict], number: str) -> list[str]:
     lines = []
     for llm in dict.fromkeys(llm for llm, _, _ in figures):
         rows = {row: {c: figures.get((llm, row, c)) for c in columns} for row in TABLES[number][2]}
-        lines += block(llm, {name: extended(row, number) for name, row in rows.items() if any(row.values())}, header)
-    collection = json.loads((ROOT / "splits.json").read_text()).get(records[0]["tasks"], {})  # none: made tasks
+        lines += block(llm, {name: extended(row, number) for name, row in rows.items() if any(row.values())},
+                       header)
+    collections = json.loads((ROOT / "splits.json").read_text())
+    collection = collections.get(records[0]["tasks"], {})  # none: made tasks
     settings = collection.get("settings", {})
     setting = {c: settings.get(c, settings.get(records[0]["split"])) for c in columns}  # none: functions
     n_tasks = {c: len(s["test"] if s else {r["task"] for r in records}) for c, s in setting.items()}
     shown = {name: sorted({str(r.get(name)) for r in records}) for name in SHOWN}
-    shown["data hash"] = [hashlib.sha256(" ".join(sorted({r["data_hash"] for r in records})).encode()).hexdigest()[:12]]
+    hashes = " ".join(sorted({r["data_hash"] for r in records}))
+    shown["data hash"] = [hashlib.sha256(hashes.encode()).hexdigest()[:12]]
     return [f"| LLM | row | {' | '.join(header)} |", "|" + "---|" * (len(header) + 2), *lines, "",
             "Headline (macro-F1 for classification, accuracy otherwise) in percent, mean ± std over seeds. "
             + " · ".join(f"{name} {', '.join(v)}" for name, v in shown.items()),
-            *[f"- left out: {left_out} lines of another {', '.join(FIXED)} than the newest line's"] * (left_out > 0),
+            *[f"- left out: {left_out} lines of another {', '.join(FIXED)} than the newest line's"
+              ] * (left_out > 0),
             *notes(cells, summaries, n_tasks, collection.get("clusters", {})), *one_label(grouped)]

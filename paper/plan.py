@@ -1,0 +1,96 @@
+"""What one training step needs, and so which card it fits, without weights: `python bench.py --plan`."""
+
+import argparse
+import functools
+import itertools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from data import collate
+from loading import checkpoint_layers
+from model import Prefix
+from paper.measure import PAIRS, T5_PAIRS, Count, build_random, no_weights, weight_bytes
+from paper.speed import training_step
+
+CARDS = (16, 24, 40, 80)  # GB of memory
+GB = 1e9
+ANSWER = 4                # tokens of the answer in a planned step
+
+
+def plan_one(name: str, args: argparse.Namespace, batch_size: int, checkpointing: bool) -> dict:
+    """FLOPs and memory of one step of Eq. (4), LLM in 16 bit: weights, AdamW's state, what is alive at once.
+
+    With checkpointing the frozen LLM's layers are run again in the backward pass. In 8 bit (bitsandbytes)
+    each weight of the layers' matrices takes one byte, but for T5's `wo`, which stays as it is, and the
+    backward pass unpacks one matrix at a time.
+    """
+    with no_weights():
+        llm, distiller = build_random(name, (PAIRS | T5_PAIRS)[name], args.distill_len, torch.bfloat16)
+        row = {"demo": [0] * args.demo_tokens,
+               "queries": [([0] * (args.query_tokens - ANSWER), [[0] * ANSWER])]}
+        batch, columns = collate([row] * batch_size), torch.arange(batch_size * args.query_tokens)
+        answers, read = columns[:ANSWER * batch_size], None
+        if llm.config.is_encoder_decoder:
+            columns, read = answers, functools.partial(read_answers, llm, batch["query_ids"])
+        if checkpointing:
+            checkpoint_layers(llm)
+        distiller.train()
+        let_attention_fuse(distiller)
+        with Count() as count:
+            training_step(llm, distiller, batch, (columns, answers), "bf16", read)
+    head, kept = llm.get_output_embeddings(), tuple(llm._keep_in_fp32_modules)
+    matrices = [m.weight.numel() for n, m in llm.named_modules()
+                if isinstance(m, nn.Linear | Conv1D) and m is not head and not n.endswith(kept)]
+    adam = 8 * sum(p.numel() for p in distiller.parameters() if p.requires_grad)
+    memory = {"llm": weight_bytes(llm), "distiller": weight_bytes(distiller) + adam, "alive": count.peak}
+    in_8_bit = memory | {"llm": memory["llm"] - sum(matrices) + 2 * max(matrices)}
+    return {"flops": count.flops, "bytes": memory,
+            "peak_bytes": {"16 bit": sum(memory.values()), "8 bit": sum(in_8_bit.values())}}
+
+
+def read_answers(llm, query_ids: Tensor, prefix: Prefix) -> Tensor:
+    """`model.answer_states` where a row is one query with one option, its last ANSWER tokens: the same
+    passes, without a look at the data, of which there is none. query_ids: (B, T) -> (B, T, d)."""
+    x, y = query_ids[:, :-ANSWER], query_ids[:, -ANSWER:]
+    embeds = torch.cat([prefix.embeds, llm.get_input_embeddings()(x)], dim=1)           # (B, P + T_x, d)
+    mask = torch.cat([prefix.mask, torch.ones_like(x, dtype=torch.bool)], dim=1)        # (B, P + T_x)
+    encoded = llm.get_encoder()(inputs_embeds=embeds, attention_mask=mask).last_hidden_state
+    states = llm.get_decoder()(input_ids=y, encoder_hidden_states=encoded, encoder_attention_mask=mask,
+                               use_cache=False).last_hidden_state                       # (B, T_y, d)
+    return F.pad(states, (0, 0, x.shape[1], 0))
+
+
+def let_attention_fuse(distiller: nn.Module) -> None:
+    """Turn off what a GPU does within the fused attention, where the CPU's kernels would write all scores
+    out: dropout, which elsewhere takes a byte a number, left out, and the gradient of T5's position bias."""
+    for module in distiller.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif isinstance(getattr(module, "dropout", None), float):  # OPT, T5
+            module.dropout = 0.0
+        if (bias := getattr(module, "relative_attention_bias", None)) is not None:
+            bias.requires_grad_(False)
+
+
+def plan(args: argparse.Namespace) -> list[dict]:
+    """Which card a training step fits: counted memory, and 1.5 GB for what torch itself takes and cannot
+    use."""
+    print(f"one step of Eq. (4): {args.demo_tokens} demonstration and {args.query_tokens} query tokens, "
+          f"l = {args.distill_len}")
+    print(f"{'LLM':18s}{'batch':>6s}{'checkpointing':>14s}{'TFLOP':>8s}"
+          f"{'16 bit GB':>11s}{'fits':>14s}{'8 bit GB':>10s}{'fits':>14s}")
+    found = []
+    for name, batch_size, checkpointing in itertools.product(PAIRS | T5_PAIRS, (1, 8), (False, True)):
+        r = plan_one(name, args, batch_size, checkpointing)
+        line = f"{name:18s}{batch_size:6d}{'yes' if checkpointing else 'no':>14s}{r['flops'] / 1e12:8.2f}"
+        fits = {}
+        for bits, width in (("16 bit", 11), ("8 bit", 10)):
+            fits[bits] = [card for card in CARDS if r["peak_bytes"][bits] + 1.5 * GB <= card * GB]
+            line += f"{r['peak_bytes'][bits] / GB:{width}.1f}{' '.join(map(str, fits[bits])) or 'none':>14s}"
+        print(line)
+        found.append({"llm": name, "batch_size": batch_size, "checkpointing": checkpointing, **r,
+                      "fits_gb": fits})
+    return found
