@@ -219,6 +219,10 @@ class Tasks:
             self.pools[task] = different(read_examples(self.folder / task / f"{task}_16384_100_train.jsonl"))
         return self.pools[task]
 
+    def size(self, task: str) -> int:
+        """How many different examples a meta-training task can give to one set."""
+        return len(self.pool(task))
+
     def draw(self, rng: np.random.Generator, k: int, queries: int) -> tuple[str, list[dict], list[dict]]:
         """A meta-training task, k of its examples as demonstrations, and `queries` others."""
         task = self.train[rng.integers(len(self.train))]
@@ -275,6 +279,9 @@ class Mixture(Tasks):
 
     def pool(self, task: str) -> list[dict]:
         return self.part_of(task).pool(task)
+
+    def size(self, task: str) -> int:
+        return self.part_of(task).size(task)
 
     def draw(self, rng: np.random.Generator, k: int, queries: int) -> tuple[str, list[dict], list[dict]]:
         return self.parts[rng.integers(len(self.parts))].draw(rng, k, queries)

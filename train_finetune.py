@@ -107,7 +107,7 @@ def main(argv: list[str] | None = None) -> dict:
         print(f"{args.split}: {len(tasks.train)} meta-training and {len(tasks.test)} meta-test tasks of "
               f"{tasks.collection} are here; reading them")
     need = args.k + args.queries_per_demo
-    check(*((len(tasks.pool(t)) >= need, f"task {t} has {len(tasks.pool(t))} different examples, and "
+    check(*((tasks.size(t) >= need, f"task {t} has {tasks.size(t)} different examples, and "
              f"--k {args.k} with --queries-per-demo {args.queries_per_demo} needs {need}")
             for t in tasks.train))
     llm = load_llm(args.llm, device, common.torch_dtype(args.dtype), args.llm_weights, args.grad_checkpoint)

@@ -69,11 +69,12 @@ def figures_of(starts: Tensor, corrections: Tensor, swapped: Tensor) -> dict:
 
 def main(argv: list[str] | None = None) -> dict:
     args = parse(get_parser(), argv)
-    check(*common.shared_rules(args), (args.seed in SEEDS, f"--seed {args.seed}: MetaICL's are {sorted(SEEDS)}"),
-          *common.at_least(args, 1, "context_len"))
+    check((args.seed in SEEDS, f"--seed {args.seed}: MetaICL's are {sorted(SEEDS)}"),
+          *common.shared_rules(args), *common.at_least(args, 1, "context_len"))
     device = setup(args, training=False)
     tasks = load_tasks(args.tasks, args.split, args.llm, args.k)
-    check((len(tasks.test) > 1, f"--tasks {' '.join(args.tasks)} has one meta-test task of {args.split}, and tasks are compared"))
+    check((len(tasks.test) > 1, f"--tasks {' '.join(args.tasks)} has one meta-test task of {args.split}, and "
+                                "tasks are compared"))
     _, distiller, _, encoder = load_all(args, device)
     demos = {}
     for task in tasks.test:

@@ -16,7 +16,6 @@ recall     demonstrations are pairs of words, new in each set; a query is one ke
 import hashlib
 import json
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -67,7 +66,17 @@ def example(task: str, x: str, other: str | None = None) -> dict:
     return {"task": task, "input": x, "output": made[name], "options": sorted([*wanted, *drawn])}
 
 
-class Functions(Tasks):
+class Made(Tasks):
+    """Tasks without files."""
+
+    def retrieval_files(self, task: str) -> list[Path]:
+        raise UserError("made tasks have no files to retrieve demonstrations from; leave --retrieve out")
+
+    def data_hash(self, task: str, seed: int, retrieval: bool = False) -> str:
+        return hashlib.sha256(json.dumps(self.files(task, seed)).encode()).hexdigest()[:12]
+
+
+class Functions(Made):
     """The word functions as the tasks of a split. Each further form is a meta-training task of its own."""
 
     def __init__(self):
@@ -83,6 +92,9 @@ class Functions(Tasks):
             self.pools[task] = [example(task, x) for x in inputs(parts_of(task)[0])]
         return self.pools[task]
 
+    def size(self, task: str) -> int:
+        return len(inputs(parts_of(task)[0]))
+
     def files(self, task: str, seed: int) -> dict[str, list[dict]]:
         pool, rng = self.pool(task), np.random.default_rng((seed, zlib.crc32(task.encode())))
         return cut([pool[i] for i in rng.permutation(len(pool))])
@@ -91,12 +103,6 @@ class Functions(Tasks):
         """Another function of the same domain, where one is among them."""
         same = [t for t in among if parts_of(t)[0] == parts_of(task)[0]]
         return super().partner(task, same if len(same) > 1 else among)
-
-    def retrieval_files(self, task: str) -> list[Path]:
-        raise UserError("made tasks have no files to retrieve demonstrations from; leave --retrieve out")
-
-    def data_hash(self, task: str, seed: int, retrieval: bool = False) -> str:
-        return hashlib.sha256(json.dumps(self.files(task, seed)).encode()).hexdigest()[:12]
 
 
 def cut(examples: list[dict]) -> dict[str, list[dict]]:
@@ -136,7 +142,7 @@ class Early(Functions):
         return {"train": shown, "dev": queries[:N_DEV], "test": queries[N_DEV:N_DEV + N_TEST]}
 
 
-class Recall(Tasks):
+class Recall(Made):
     """Associative recall: k pairs of words, of which a query asks for one. Every set has other pairs.
 
     Args:
@@ -167,13 +173,14 @@ class Recall(Tasks):
         pairs = self.pairs(self.words[0], rng)
         return "recall", pairs, [pairs[i] for i in rng.choice(self.k, queries, replace=queries > self.k)]
 
-    def limit(self, task: str, limit_of: Callable[[list[dict]], int]) -> int:
-        return limit_of(self.files(self.test[0], 100)["train"])
+    def pool(self, task: str) -> list[dict]:
+        """One set of training pairs; every draw makes another."""
+        return self.pairs(self.words[0], np.random.default_rng(0))
+
+    def size(self, task: str) -> int:
+        return len(self.words[0])
 
     def files(self, task: str, seed: int) -> dict[str, list[dict]]:
         """Demonstrations are all k pairs; dev asks for every other one, test for the rest."""
         pairs = self.pairs(self.words[1], np.random.default_rng((seed, zlib.crc32(task.encode()))))
         return {"train": pairs, "dev": pairs[::2], "test": pairs[1::2]}
-
-    def data_hash(self, task: str, seed: int, retrieval: bool = False) -> str:
-        return hashlib.sha256(json.dumps(self.files(task, seed)).encode()).hexdigest()[:12]

@@ -7,6 +7,7 @@ import pytest
 
 import data
 import sources
+import train_finetune
 from common import UserError
 from pocket import synthetic
 from pocket.functions import ADJECTIVES, DOMAINS, NOUNS, VERBS, answers, inputs
@@ -141,3 +142,20 @@ def test_a_mixture_draws_from_each_collection_and_passes_on_to_it():
     assert tasks.data_hash(task, 13) == early.data_hash(task, 13)
     noun = functions.test[0]
     assert parts_of(tasks.partner(noun, tasks.test))[0] == "noun" != tasks.partner(noun, tasks.test)
+
+
+def test_finetuning_on_recall_reads_no_file_and_builds_no_pool_before_it_draws(flags, tmp_path):
+    argv = ["--tasks", "recall", "--template", "newline", "--k", "2", "--init-from", "none", "--steps", "2",
+            "--batch-size", "2", "--out-dir", str(tmp_path / "run")]
+    final = train_finetune.main([*flags, *argv])
+    assert final["steps"] == 2 and np.isfinite(final["val_option_ce"])
+    with pytest.raises(UserError, match=r"recall has 18 different examples, and --k 2 with --queries-per-demo 17"):
+        train_finetune.main([*flags, *argv, "--queries-per-demo", "17"])
+    tasks = Functions()
+    assert min(map(tasks.size, tasks.train)) == len(inputs("adjective")) and not tasks.pools
+
+
+def test_made_tasks_have_no_files_to_retrieve_from():
+    for tasks in (Functions(), Early(), Recall(Words(200), 8)):
+        with pytest.raises(UserError, match="leave --retrieve out"):
+            tasks.retrieval_pool(tasks.test[0], 100)
