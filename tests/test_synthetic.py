@@ -159,3 +159,9 @@ def test_made_tasks_have_no_files_to_retrieve_from():
     for tasks in (Functions(), Early(), Recall(Words(200), 8)):
         with pytest.raises(UserError, match="leave --retrieve out"):
             tasks.retrieval_pool(tasks.test[0], 100)
+
+
+def test_a_mixture_draws_from_each_collection_as_often(llama):
+    tasks = sources.load_tasks(["functions", "recall"], "class_to_class", str(llama), 2)
+    drawn = [tasks.draw(np.random.default_rng(i), 2, 2)[0] for i in range(200)]
+    assert 70 < drawn.count("recall") < 130 and {*drawn} - {"recall"} <= set(Functions().train)
