@@ -27,7 +27,7 @@ from transformers import AutoConfig
 
 import common
 from common import autocast, check, finish, parse, run_main, setup
-from loading import max_positions
+from loading import max_positions, require_input_vectors
 from model import (
     causal_mask,
     demo_prefix,
@@ -246,6 +246,7 @@ def real_methods(args: argparse.Namespace, llm, distiller, demo_tokens: int) -> 
 @torch.no_grad()
 def here(args: argparse.Namespace, llm, distiller) -> dict:
     """The table of the seven methods on this machine: FLOPs, seconds a query, peak memory, storage."""
+    require_input_vectors(distiller, "bench.py")
     limits = (max_positions(llm.config), max_positions(distiller.backbone.config))
     device, longest = llm.device, min((limit for limit in limits if limit is not None), default=sys.maxsize)
     check((not llm.config.is_encoder_decoder,

@@ -58,7 +58,9 @@ FLAGS = {  # those that more than one script takes; a default of None is filled 
                    help="values for flags that are not given; default: paper where CUDA is, else pocket"),
     "llm": dict(help="frozen LLM: a hub name or a folder"),
     "distiller": dict(help="a hub name or folder of the same tokenizer family, layers:N for the LLM's own "
-                           "first N layers, or free for free vectors (PromptTuning)"),
+                           "first N layers, kv:R for keys and values in place of input vectors "
+                           "(keys_values.py; R: the adapters' rank), or free for free vectors "
+                           "(PromptTuning)"),
     "distill-len": dict(type=int, help="l, number of distilled vectors; a checkpoint brings its own"),
     "tasks": dict(nargs="+", help="one or more of metaicl (hub), bigbench (assets), functions, early, recall "
                   "(made on the spot), folders in MetaICL's layout; training draws from each as often"),

@@ -220,12 +220,15 @@ class Encoder:
         return self.query(query, first), [self.answer(option) for option in query["options"]]
 
 
-def sample_row(tasks: Tasks, encoder: Encoder, seed: int, sample: int, k: int, queries: int) -> dict:
+def sample_row(tasks: Tasks, encoder: Encoder, seed: int, sample: int, k: int, queries: int,
+               least_k: int | None = None) -> dict:
     """Sec. 3.2: draw a meta-training task, then K + `queries` different examples of it; the first K become D.
 
-    A function of (seed, sample).
+    least_k: draw K between this and `k` first. A function of (seed, sample).
     """
-    task, demos, asked = tasks.draw(np.random.default_rng((seed, sample)), k, queries)
+    rng = np.random.default_rng((seed, sample))
+    k = int(rng.integers(least_k, k + 1)) if least_k else k
+    task, demos, asked = tasks.draw(rng, k, queries)
     return {"demo": encoder.demonstrations(demos, tasks.limit(task, encoder.limit)),
             "queries": [encoder.training_query(query) for query in asked]}
 

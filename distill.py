@@ -115,17 +115,22 @@ def read_vectors(path: str, llm) -> tuple[Tensor, dict]:
 
 @torch.no_grad()
 def write_answer(llm, prefix: Tensor, encoder: Encoder, query: dict, tokens: int) -> str:
-    """An answer of `tokens` at most, decoded greedily behind a prefix of embeddings (P, d) and the query."""
+    """An answer of `tokens` at most, decoded greedily behind a prefix of embeddings (P, d), or of keys and
+    values (P, W), and the query."""
     ids = torch.tensor([encoder.query(query, first=len(prefix) == 0)], device=llm.device)
-    prefix = prefix[None].to(llm.dtype)
-    embeds, _ = with_bos(llm, prefix, torch.ones(prefix.shape[:2], dtype=torch.bool, device=llm.device),
-                            encoder.tokenizer.bos_id)
-    embeds = torch.cat([embeds, llm.get_input_embeddings()(ids)], dim=1)                # (1, P + T, d)
-    end = llm.config.eos_token_id or 0
-    written = llm.generate(inputs_embeds=embeds,
-                           attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long, device=llm.device),
-                           max_new_tokens=tokens, do_sample=False,
+    embed, end = llm.get_input_embeddings(), llm.config.eos_token_id or 0
+    mask = torch.ones((1, len(prefix)), dtype=torch.bool, device=llm.device)
+    if prefix.shape[1] == embed.embedding_dim:
+        embeds, _ = with_bos(llm, prefix[None].to(llm.dtype), mask, encoder.tokenizer.bos_id)
+        given = {"inputs_embeds": torch.cat([embeds, embed(ids)], dim=1)}               # (1, P + T, d)
+    else:  # generate() wants an id for each position that is in the cache, and does not look at it
+        given = {"input_ids": torch.cat([mask.long(), ids], dim=1),                     # (1, P + T)
+                 "past_key_values": vector_prefix(llm, prefix[None]).cache()}
+    length = next(iter(given.values())).shape[1]
+    seen = torch.ones((1, length), dtype=torch.long, device=llm.device)
+    written = llm.generate(**given, attention_mask=seen, max_new_tokens=tokens, do_sample=False,
                            pad_token_id=end if isinstance(end, int) else end[0])
+    written = written[:, length if "input_ids" in given else 0:]
     return encoder.tokenizer.hf.decode(written[0], skip_special_tokens=True).strip().split("\n")[0]
 
 
@@ -187,7 +192,7 @@ def main(argv: list[str] | None = None) -> dict:
             vectors = distiller(ids, torch.ones_like(ids, dtype=torch.bool))[0].float()  # (l, d)
         with torch.no_grad():
             embeds = llm.get_input_embeddings()(ids[0])                                 # (T_d, d)
-            prefixes = {"zero_shot": vectors[:0], "icl": embeds}
+            prefixes = {"zero_shot": embeds[:0], "icl": embeds}
         about = {"llm": identity(llm), "checkpoint": checkpoint_id(args.checkpoint),
                  "method": method_of(state), "template": args.template,
                  "demonstrations": len(kept), "tokens": ids.shape[1], "labels": labels_of(kept)}

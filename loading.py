@@ -21,6 +21,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 import common
 from common import UserError, check, require_hub, torch_dtype
 from data import Encoder
+from keys_values import KeyValueDistiller
 from model import ENCODER_DECODERS, Distiller, FreeVectors, demo_prefix, head_logits, query_states
 from run import load_checkpoint
 from sources import Tasks, Tokenizer
@@ -165,18 +166,31 @@ def max_positions(config) -> int | None:
 
 
 def build_distiller(spec: str, llm: PreTrainedModel, distill_len: int, start: str, seed: int,
-                    backbone_config: dict | None = None) -> Distiller | FreeVectors:
+                    backbone_config: dict | None = None) -> Distiller | KeyValueDistiller | FreeVectors:
     """A distiller for `llm`, on its device.
 
     Args:
         spec: layers:N for the LLM's own first layers, or the hub name or folder of a sibling with the same
-            tokenizer; free for l free vectors (PromptTuning).
+            tokenizer; kv:R for the whole LLM with adapters of rank R, read out as keys and values; free for
+            l free vectors (PromptTuning).
         start: what the vectors start from, plain, matched or residual (--vector-start).
         backbone_config: of a checkpoint: build the architecture from it and leave the weights to be loaded.
     """
     llm_embed, own = llm.get_input_embeddings(), not spec.startswith("layers:")
     if spec == "free":
         return FreeVectors(llm_embed, llm.config.vocab_size, distill_len, seed).to(llm.device)
+    if spec.startswith("kv:"):
+        rank = int(spec[3:]) if spec[3:].isdecimal() else 0
+        check((rank >= 1, f"--distiller {spec}: expected kv:R with R, the adapters' rank, as in kv:32"),
+              (distill_len >= 2, f"--distill-len {distill_len}: kv:R keeps D's first position too; give 2 or "
+                                 "more"),
+              (not llm.config.is_encoder_decoder, f"--distiller {spec} hands over what a decoder-only LLM "
+               "keeps of its prefix, and this one is an encoder-decoder; give layers:N or a sibling"),
+              (not getattr(llm, "is_loaded_in_8bit", False), f"--distiller {spec} adapts the LLM's weights, "
+               "which are in 8 bit; give --llm-weights bf16"),
+              (not getattr(llm, "checkpoints_layers", False), f"--distiller {spec} needs the LLM's cache, "
+               "which --grad-checkpoint does without; leave that out"))
+        return KeyValueDistiller(llm, distill_len, rank, seed).to(llm.device)
     if backbone_config is not None:
         config = AutoConfig.for_model(**backbone_config)
         backbone = backbone_class(config).from_config(config, dtype=torch.float32)
@@ -220,7 +234,7 @@ def check_same_tokens(distiller: str, llm: str) -> None:
            f"tokens differ, such as {named}; give a smaller model with its tokenizer, or layers:N"))
 
 
-def distiller_config(distiller: Distiller | FreeVectors, llm: PreTrainedModel, args) -> dict:
+def distiller_config(distiller: nn.Module, llm: PreTrainedModel, args) -> dict:
     """What `load_distiller` needs to build the distiller again, for a checkpoint's state. args: the flags."""
     config = distiller.backbone and distiller.backbone.config
     return {"llm": identity(llm), "distiller": args.distiller, "distill_len": args.distill_len,
@@ -228,7 +242,7 @@ def distiller_config(distiller: Distiller | FreeVectors, llm: PreTrainedModel, a
             "backbone": config and config.to_diff_dict() | {"model_type": config.model_type}}
 
 
-def load_distiller(path: str | Path, llm: PreTrainedModel) -> tuple[Distiller | FreeVectors, dict]:
+def load_distiller(path: str | Path, llm: PreTrainedModel) -> tuple[nn.Module, dict]:
     """The distiller of a checkpoint file or run folder, for this LLM, and the checkpoint's state."""
     tensors, state = load_checkpoint(path)
     config, found = state.get("model", {}), identity(llm)
@@ -240,6 +254,13 @@ def load_distiller(path: str | Path, llm: PreTrainedModel) -> tuple[Distiller | 
     distiller.load_state_dict({name.removeprefix("distiller."): t for name, t in tensors.items()
                                if name.startswith("distiller.")})
     return distiller, state
+
+
+def require_input_vectors(distiller: nn.Module, what: str) -> None:
+    """Raise UserError, naming `what` needs them, where a distiller hands over keys and values instead."""
+    check((not isinstance(distiller, KeyValueDistiller),
+           f"{what} looks at vectors at the LLM's input, and kv:R has keys and values; give another "
+           "--distiller or --checkpoint"))
 
 
 def make_encoder(args: argparse.Namespace, tokenizer: Tokenizer, llm, distiller) -> Encoder:

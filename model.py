@@ -175,9 +175,16 @@ def demo_prefix(llm: PreTrainedModel, demo_ids: Tensor, demo_mask: Tensor,
 
 
 def vector_prefix(llm: PreTrainedModel, vectors: Tensor, bos_id: int | None = None) -> Prefix:
-    """The LLM reads distilled vectors: [BOS ; S_D], Eq. (2). vectors: (B, l, d)."""
+    """The LLM reads distilled vectors: [BOS ; S_D], Eq. (2). vectors: (B, l, d), or, of other width, the keys
+    and values of keys_values.py, among them those of D's first token in BOS's place."""
     mask = torch.ones(vectors.shape[:2], dtype=torch.bool, device=vectors.device)
-    return prefill(llm, *with_bos(llm, vectors, mask, bos_id))
+    if (d := llm.get_input_embeddings().embedding_dim) == vectors.shape[2]:
+        return prefill(llm, *with_bos(llm, vectors, mask, bos_id))
+    config, vectors = llm.config, vectors.to(llm.dtype)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    layers = vectors[:, :, :-d].unflatten(2, (config.num_hidden_layers, 2, heads, -1))
+    keys_values = layers.permute(2, 3, 0, 4, 1, 5)                          # (layers, 2, B, heads, l, width)
+    return Prefix([(keys, values) for keys, values in keys_values], vectors[:, -1, -d:], mask)
 
 
 def teacher_and_student(llm: PreTrainedModel, distiller: nn.Module, batch: dict[str, Tensor],
@@ -187,7 +194,7 @@ def teacher_and_student(llm: PreTrainedModel, distiller: nn.Module, batch: dict[
     S_D) with S_D = MEND(E^_D), Eq. (2). Eq. (3) compares them, Eq. (4) reads answers off the student's.
 
     Args:
-        distiller: Distiller or FreeVectors, perhaps in DDP; dtype: of its autocast, as in --dtype.
+        distiller: Distiller, KeyValueDistiller or FreeVectors, perhaps in DDP. dtype: of its autocast.
     Returns:
         teacher (None where `with_teacher` is False), student: (B, T, d), as query_states.
     """

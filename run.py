@@ -159,8 +159,8 @@ def checkpoint_file(path: str | Path) -> Path:
                     "best.safetensors or last.safetensors in it, as the training scripts write them")
 
 
-FIXED_FLAGS = ("k", "seed", "batch_size", "grad_accum", "lr", "warmup", "clip", "window", "min_doc_len",
-               "context_len", "queries_per_demo", "dtype", "llm_weights")
+FIXED_FLAGS = ("k", "least_k", "seed", "batch_size", "grad_accum", "lr", "warmup", "clip", "window",
+               "min_doc_len", "context_len", "queries_per_demo", "dtype", "llm_weights")
 
 
 class Run:

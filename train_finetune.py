@@ -43,6 +43,8 @@ def get_parser() -> argparse.ArgumentParser:
                        help="demonstration tokens at most; those that would pass it are dropped")
     group.add_argument("--queries-per-demo", type=int,
                        help="queries that share one demonstration set; the paper: 1")
+    group.add_argument("--least-k", type=int, help="draw each set's K between this and --k; default: K is "
+                       "--k, as in the paper")
     group.add_argument("--init-from", metavar="DIR|none",
                        help="pretraining run to start from; none = no pretraining; default: the one with the "
                             "lowest held-out KL under out/ that fits --llm and --distiller")
@@ -97,7 +99,9 @@ def main(argv: list[str] | None = None) -> dict:
           (args.distiller != "free" or (args.init_from == "none" and args.lam == 0),
            "--distiller free is PromptTuning, without pretraining and L_distill; "
            "add --init-from none --lam 0"),
-          *common.at_least(args, 1, "queries_per_demo"),
+          *common.at_least(args, 1, "queries_per_demo", "least_k"),
+          (not args.least_k or args.least_k <= args.k,
+           f"--least-k is {args.least_k}, above --k {args.k}; give less"),
           (args.context_len >= MAX_INPUT, f"--context-len is {args.context_len}; give at least {MAX_INPUT}, "
                                           "so that a demonstration of the longest input fits"))
     device = setup(args, training=True)
@@ -123,7 +127,7 @@ def train(args, device, llm, distiller, trained_on, tasks, encoder) -> dict:
               distiller_config(distiller, llm, args), trained_on | {"finetune": stage})
 
     def draw(first: int, count: int) -> list[dict]:
-        return [sample_row(tasks, encoder, args.seed, i, args.k, args.queries_per_demo)
+        return [sample_row(tasks, encoder, args.seed, i, args.k, args.queries_per_demo, args.least_k)
                 for i in range(first, first + count)]
 
     rows_of = step_rows(draw, args.seed, args.batch_size * args.grad_accum)

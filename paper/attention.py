@@ -28,6 +28,7 @@ from loading import (
     max_positions,
     refuse_seen_tasks,
     refuse_wrong_method,
+    require_input_vectors,
 )
 from model import causal_mask, positions_of, run_backbone, with_bos
 from run import checkpoint_id
@@ -118,7 +119,7 @@ def answer_attention(llm, prefix: Tensor, query_ids: list[int], heads: list[tupl
 def look(args, llm, tokenizer: Tokenizer, heads: list[tuple[int, int]]) -> dict:
     """Fig. 5's record: `answer_attention` with the demonstrations of one task and with their vectors."""
     distiller, state = load_distiller(args.checkpoint, llm)
-    distiller.eval()
+    require_input_vectors(distiller.eval(), "Fig. 5")
     args.distill_len, tasks = distiller.distill_len, load_tasks(args.tasks, args.split, args.llm, args.k)
     task = args.task or tasks.test[0]
     check((task in tasks.test, (f"--task {task} is no meta-test task of {args.split} here; "

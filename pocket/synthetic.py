@@ -8,12 +8,14 @@ functions  a task is a function of a word, three words, a number, a date, a coun
            (plural, last of three, weekday, ...). Its answer stands among those of other functions to the same
            input: only demonstrations tell which is right. Meta-test functions are held out, in every form.
 early      as functions, for pairs of them: the first demonstrations tell the two apart, later ones fit both.
-           Whoever reads the last tokens only cannot know which is meant.
+           Whoever reads the last tokens only cannot know which is meant. Trained on are other such pairs.
 recall     demonstrations are pairs of words, new in each set; a query is one key, its options all values.
            Words of the meta-test never stand in training. The content has to survive, not only its gist.
 """
 
+import functools
 import hashlib
+import itertools
 import json
 import zlib
 from pathlib import Path
@@ -111,13 +113,33 @@ def cut(examples: list[dict]) -> dict[str, list[dict]]:
             "test": examples[N_SHOTS + N_DEV:N_SHOTS + N_DEV + N_TEST]}
 
 
+@functools.cache
+def split_inputs(domain: str, name: str, other: str) -> tuple[list[str], list[str]]:
+    """The inputs of a domain on which two of its functions agree, and those on which they differ."""
+    def agree(x: str) -> bool:
+        return answers(domain, x)[name] == answers(domain, x)[other]
+
+    xs = inputs(domain)
+    # three times the same word: every choice and every order of them agrees
+    alike = [", ".join(x.split(", ")[:1] * 3) for x in xs] if domain == "trio" else xs
+    return [x for x in alike if agree(x)], [x for x in xs if not agree(x)]
+
+
 class Early(Functions):
     """PAIRS of functions: "trio: first / last" is the first of three words; on its first N_TELLING
-    demonstrations the two functions differ, on all later ones they agree. On a query they differ."""
+    demonstrations the two functions differ, on all later ones they agree. On a query they differ.
+
+    Meta-training has the pairs of functions that are not held out, in each form, with enough inputs of both
+    kinds; how many of the first demonstrations tell, 1 to N_TELLING, is drawn.
+    """
 
     def __init__(self):
         super().__init__()
         self.collection = self.split = "early"
+        own = [parts_of(task) for task in self.train]
+        self.train = [f"{d}: {a} / {b}" + (f", {form}" if form else "") for d in DOMAINS
+                      for a, b in itertools.permutations([n for o, n, form in own if (o, form) == (d, "")], 2)
+                      if min(map(len, split_inputs(d, a, b))) >= N_SHOTS // 2 for form in FORMS]
         self.test = [f"{domain}: {a} / {b}" for domain, f, g in PAIRS for a, b in ((f, g), (g, f))]
         self.types = dict.fromkeys([*self.train, *self.test], "multiple-choice")
 
@@ -126,17 +148,25 @@ class Early(Functions):
         (own, other), domain = task.partition(": ")[2].split(" / "), parts_of(task)[0]
         return f"{domain}: {other} / {own}"
 
+    def examples(self, task: str, rng: np.random.Generator) -> tuple[list[dict], list[dict]]:
+        """The examples on which the two functions agree, and those on which they differ, shuffled."""
+        domain, pair, form = parts_of(task)
+        name, other = pair.split(" / ")
+        own = f"{domain}: {name}" + (f", {form}" if form else "")
+        return tuple([example(own, xs[i], other) for i in rng.permutation(len(xs))]
+                     for xs in split_inputs(domain, name, other))
+
+    def pool(self, task: str) -> list[dict]:
+        return sum(self.examples(task, np.random.default_rng(0)), [])
+
+    def draw(self, rng: np.random.Generator, k: int, queries: int) -> tuple[str, list[dict], list[dict]]:
+        task = self.train[rng.integers(len(self.train))]
+        same, differ = self.examples(task, rng)
+        telling = int(rng.integers(1, min(N_TELLING, max(1, k // 2)) + 1))
+        return task, differ[:telling] + same[:k - telling], differ[telling:telling + queries]
+
     def files(self, task: str, seed: int) -> dict[str, list[dict]]:
-        own, _, other = task.partition(" / ")
-        domain, name, _ = parts_of(own)
-        rng = np.random.default_rng((seed, zlib.crc32(task.encode())))
-        xs = [inputs(domain)[i] for i in rng.permutation(len(inputs(domain)))]
-        same, differ = [], []
-        for x in xs:
-            agree = answers(domain, x)[name] == answers(domain, x)[other]
-            (same if agree else differ).append(example(own, x, other))
-        if domain == "trio":  # three times the same word: every choice and every order of them agrees
-            same = [example(own, ", ".join(x.split(", ")[:1] * 3), other) for x in xs]
+        same, differ = self.examples(task, np.random.default_rng((seed, zlib.crc32(task.encode()))))
         shown = differ[:N_TELLING] + same[:N_SHOTS - N_TELLING]
         queries = differ[N_TELLING:]
         return {"train": shown, "dev": queries[:N_DEV], "test": queries[N_DEV:N_DEV + N_TEST]}
@@ -163,24 +193,24 @@ class Recall(Made):
                          dict.fromkeys(["recall", *test], "multiple-choice"))
         self.k, self.words = k, ([w for i, w in enumerate(words) if i % 5], words[::5])
 
-    def pairs(self, words: list[str], rng: np.random.Generator) -> list[dict]:
-        chosen = [words[i] for i in rng.choice(len(words), 2 * self.k, replace=False)]
-        keys, values = chosen[:self.k], chosen[self.k:]
+    def pairs(self, words: list[str], rng: np.random.Generator, k: int) -> list[dict]:
+        chosen = [words[i] for i in rng.choice(len(words), 2 * k, replace=False)]
+        keys, values = chosen[:k], chosen[k:]
         return [{"task": "recall", "input": x, "output": y, "options": values}
                 for x, y in zip(keys, values, strict=True)]
 
     def draw(self, rng: np.random.Generator, k: int, queries: int) -> tuple[str, list[dict], list[dict]]:
-        pairs = self.pairs(self.words[0], rng)
-        return "recall", pairs, [pairs[i] for i in rng.choice(self.k, queries, replace=queries > self.k)]
+        pairs = self.pairs(self.words[0], rng, k)
+        return "recall", pairs, [pairs[i] for i in rng.choice(k, queries, replace=queries > k)]
 
     def pool(self, task: str) -> list[dict]:
         """One set of training pairs; every draw makes another."""
-        return self.pairs(self.words[0], np.random.default_rng(0))
+        return self.pairs(self.words[0], np.random.default_rng(0), self.k)
 
     def size(self, task: str) -> int:
         return len(self.words[0])
 
     def files(self, task: str, seed: int) -> dict[str, list[dict]]:
         """Demonstrations are all k pairs; dev asks for every other one, test for the rest."""
-        pairs = self.pairs(self.words[1], np.random.default_rng((seed, zlib.crc32(task.encode()))))
+        pairs = self.pairs(self.words[1], np.random.default_rng((seed, zlib.crc32(task.encode()))), self.k)
         return {"train": pairs, "dev": pairs[::2], "test": pairs[1::2]}

@@ -1,4 +1,4 @@
-"""Made tasks: what a function gives, that options tell nothing, that nothing of the meta-test is trained on."""
+"""Made tasks: what a function gives, that options tell nothing, that nothing of the meta-test is seen."""
 
 import collections
 
@@ -10,7 +10,7 @@ import sources
 import train_finetune
 from common import UserError
 from pocket import synthetic
-from pocket.functions import ADJECTIVES, DOMAINS, NOUNS, VERBS, answers, inputs
+from pocket.functions import ADJECTIVES, DOMAINS, FORMS, NOUNS, VERBS, answers, inputs
 from pocket.synthetic import HELD_OUT, Early, Functions, Recall, example, parts_of
 
 
@@ -91,6 +91,33 @@ def test_early_evidence_is_told_by_the_first_demonstrations_only():
         assert not {e["input"] for e in demos} & {e["input"] for e in parts["dev"] + parts["test"]}
 
 
+def test_early_evidence_is_trained_on_pairs_of_functions_that_are_not_held_out():
+    tasks, telling = Early(), collections.Counter()
+    for i in range(60):
+        task, demos, asked = tasks.draw(np.random.default_rng(i), 8, 3)
+        domain, pair, form = parts_of(task)
+        own, other = pair.split(" / ")
+        assert not {own, other} & {*HELD_OUT[domain]} and task in tasks.train
+        made = [{name: FORMS[form](y) for name, y in answers(domain, e["input"]).items()} for e in demos + asked]
+        differ = [answer[own] != answer[other] for answer in made]
+        told = differ.index(False)
+        telling[told] += 1
+        assert (len(demos), len(asked)) == (8, 3)
+        assert differ == [True] * told + [False] * (8 - told) + [True] * 3
+        assert [e["output"] for e in demos + asked] == [answer[own] for answer in made]
+        assert all(answer[other] in e["options"] for answer, e in zip(made[8:], asked, strict=True))
+    assert telling.keys() == {1, 2, 3, 4}
+
+
+@pytest.mark.parametrize("name", ["functions", "recall"])
+def test_k_is_drawn_where_a_least_is_given(llama, name):
+    tasks, drawn = sources.load_tasks(name, "x", str(llama), 2 if name == "recall" else 8), []
+    encoder = data.Encoder(sources.Tokenizer(str(llama)), "space", 900)
+    tasks.draw = lambda rng, k, queries: drawn.append(k) or type(tasks).draw(tasks, rng, k, queries)
+    rows = [data.sample_row(tasks, encoder, 1, i, 8, 2, least_k=3) for i in range(60)]
+    assert {*drawn} == {3, 4, 5, 6, 7, 8} and all(len(row["queries"]) == 2 for row in rows)
+
+
 KNOWN = [w for w in dict.fromkeys(NOUNS + VERBS + ADJECTIVES) if len(w) > 2]
 
 
@@ -136,7 +163,7 @@ def test_a_mixture_draws_from_each_collection_and_passes_on_to_it():
     tasks = sources.load_tasks(["functions", "early"], "class_to_class")
     assert tasks.collection == "functions early" and tasks.test == functions.test + early.test
     drawn = [tasks.draw(np.random.default_rng(i), 4, 2)[0] for i in range(20)]
-    assert set(drawn) <= set(functions.train) and len(set(drawn)) > 5
+    assert len({*drawn} & {*functions.train}) > 3 < len({*drawn} & {*early.train})
     task = early.test[0]
     assert tasks.files(task, 13) == early.files(task, 13) and tasks.partner(task, tasks.test) == early.test[1]
     assert tasks.data_hash(task, 13) == early.data_hash(task, 13)

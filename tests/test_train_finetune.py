@@ -145,7 +145,7 @@ def test_llm_weights_overrule_dtype_for_the_llm_alone(argv, quick_dev, tmp_path,
 
 def test_every_step_draws_new_samples(argv, quick_dev, tmp_path, monkeypatch):
     drawn, sample = [], data.sample_row
-    monkeypatch.setattr(train_finetune, "sample_row", lambda tasks, encoder, seed, number, k, queries: (
+    monkeypatch.setattr(train_finetune, "sample_row", lambda tasks, encoder, seed, number, k, queries, least_k: (
         drawn.append((seed, number, k, queries)), sample(tasks, encoder, seed, number, k, queries))[1])
     read, collate = [], data.collate
     monkeypatch.setattr(train_finetune, "collate", lambda rows, device: (read.extend(rows), collate(rows, device))[1])

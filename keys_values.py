@@ -1,0 +1,100 @@
+"""A distiller that hands over keys and values: what the LLM makes of the demonstrations, at l positions.
+
+    python train_finetune.py --distiller kv:32 --tasks functions recall --template newline
+
+DEVIATION: MEND's vectors stand at the LLM's input. There a frozen LLM reads little but stretches of real text
+(results/LOG.md: trained input vectors stay level with D's last l tokens), so this one speaks to every layer.
+The distiller is the LLM itself with low-rank adapters; it reads D, then l - 1 placeholders, and what their
+positions and D's first one hold in each layer's cache is S_D. The cost: where an input vector has d numbers,
+this one has 2 a layer for each of its key and value heads' widths (21 times as many in SmolLM2-135M). What
+the LLM attends to, and the memory that its cache takes behind either, is the same l positions.
+"""
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from model import causal_mask, positions_of, run_backbone
+
+SCALE = 2.0  # of what an adapter adds
+
+
+class Adapter(nn.Module):
+    """LoRA (Hu et al., 2022): W x + SCALE B A x, of a frozen layer W, which is neither trained nor saved.
+
+    Args:
+        frozen: Linear, or GPT-2's Conv1D. rank: rows of A. B starts at zero, and so the layer as it was.
+    """
+
+    def __init__(self, frozen: nn.Module, rank: int, generator: torch.Generator):
+        super().__init__()
+        object.__setattr__(self, "frozen", frozen)  # hidden from parameters() and state_dict()
+        width_in, width_out = frozen.weight.shape if isinstance(frozen, Conv1D) else frozen.weight.shape[::-1]
+        self.A = nn.Parameter(torch.randn(rank, width_in, generator=generator) / width_in ** 0.5)
+        self.B = nn.Parameter(torch.zeros(width_out, rank))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.frozen(x)
+        return out + SCALE * F.linear(F.linear(x.to(self.A.dtype), self.A), self.B).to(out.dtype)
+
+
+class KeyValueDistiller(nn.Module):
+    """S_D as keys and values, in place of model.Distiller; `model.vector_prefix` lets the LLM read them.
+
+    The placeholders start as the embeddings of D's last l - 1 tokens, read once more behind D. D's first
+    position is kept because attention rests there (Xiao et al., 2024): without it an LLM says nothing sound.
+
+    Args:
+        llm: the frozen, decoder-only LLM; the backbone shares its weights. distill_len: l, at least 2.
+        rank: of the adapters at every linear layer.
+    """
+
+    residual_embed = None
+
+    def __init__(self, llm: PreTrainedModel, distill_len: int, rank: int, seed: int = 0):
+        super().__init__()
+        shared = {id(t): t for t in [*llm.base_model.parameters(), *llm.base_model.buffers()]}
+        backbone, generator = copy.deepcopy(llm.base_model, shared), torch.Generator().manual_seed(seed)
+        adapters = {}
+        for module in list(backbone.modules()):
+            for name, child in module.named_children():
+                if isinstance(child, nn.Linear | Conv1D):
+                    adapters[child] = Adapter(child, rank, generator)
+                    setattr(module, name, adapters[child])
+        object.__setattr__(self, "backbone", backbone)  # its weights are the LLM's
+        object.__setattr__(self, "embed", embed := llm.get_input_embeddings())
+        self.adapters = nn.ModuleList(adapters.values())
+        self.placeholders = nn.Parameter(torch.zeros(distill_len - 1, embed.embedding_dim))
+
+    @property
+    def distill_len(self) -> int:
+        return len(self.placeholders) + 1
+
+    def forward(self, demo_ids: Tensor, demo_mask: Tensor) -> Tensor:
+        """Distil each row's demonstrations.
+
+        Args:
+            demo_ids: (B, T_d) long, padded on the left. demo_mask: (B, T_d) bool.
+        Returns:
+            (B, l, layers * 2 * heads * head width + d) fp32: a position's keys and values, layer by layer,
+            and its final hidden state.
+        """
+        n, embeds = len(self.placeholders), self.embed(demo_ids)                            # (B, T_d, d)
+        short = max(0, n - demo_ids.shape[1])
+        last = F.pad(embeds * demo_mask[:, :, None], (0, 0, short, 0))[:, -n:]              # (B, n, d)
+        embeds = torch.cat([embeds, (last + self.placeholders).to(embeds.dtype)], dim=1)    # (B, T_d + n, d)
+        mask = F.pad(demo_mask, (0, n), value=True)
+        positions, cache = positions_of(mask), DynamicCache()
+        if hasattr(self.backbone, "rotary_emb"):  # only distances count: the query stands at l, whatever T_d
+            positions = positions - demo_mask.sum(dim=1, keepdim=True) + 1
+        out = run_backbone(self.backbone, embeds, causal_mask(mask), positions, cache)
+        first = (~demo_mask).sum(dim=1, keepdim=True)                                       # (B, 1)
+        last = torch.arange(embeds.shape[1] - n, embeds.shape[1], device=first.device).expand(len(first), -1)
+        kept = torch.cat([first, last], dim=1)[:, :, None]                                  # (B, l, 1)
+        parts = [t.transpose(1, 2).flatten(2) for layer in cache.layers for t in (layer.keys, layer.values)]
+        found = torch.cat([*parts, out.last_hidden_state], dim=2).float()                   # (B, T_d + n, W)
+        return found.gather(1, kept.expand(-1, -1, found.shape[2]))                         # (B, l, W)

@@ -1,0 +1,193 @@
+"""Distillers that hand over keys and values. The oracle is one forward pass of the LLM over [D ; D's last
+tokens ; query], whose mask hides from the query all of D but its first token."""
+
+import json
+
+import pytest
+import torch
+
+import distill
+import evaluate
+import train_finetune
+import train_pretrain
+from common import UserError
+from data import Encoder, collate
+from keys_values import Adapter, KeyValueDistiller
+from loading import build_distiller, load_llm
+from model import head_logits, loss_mask, query_states, teacher_and_student, vector_prefix
+from run import load_checkpoint
+from score import distill_loss
+from sources import Tokenizer
+
+CPU, L, RANK = torch.device("cpu"), 4, 3
+D, QUERIES = list(range(5, 16)), [([40, 41, 42], [[50, 51], [52]]), ([43, 44], [[53, 54, 55], [56]])]
+KV = ["--distiller", f"kv:{RANK}", "--init-from", "none", "--steps", "4", "--eval-every", "4", "--k", "4",
+      "--batch-size", "2", "--queries-per-demo", "2", "--context-len", "300"]
+
+
+@pytest.fixture(scope="module")
+def llm(llm_folder):
+    return load_llm(str(llm_folder), CPU, torch.float32)
+
+
+@pytest.fixture
+def distiller(llm) -> KeyValueDistiller:
+    return build_distiller(f"kv:{RANK}", llm, L, "residual", seed=0)
+
+
+def trained(distiller: KeyValueDistiller) -> KeyValueDistiller:
+    """With adapters and placeholders as training might leave them."""
+    generator = torch.Generator().manual_seed(1)
+    for p in distiller.parameters():
+        p.data += 0.1 * torch.randn(p.shape, generator=generator)
+    return distiller
+
+
+def read(llm, distiller, rows: list[dict]) -> tuple[torch.Tensor, dict]:
+    batch = collate(rows)
+    with torch.no_grad():
+        vectors = distiller(batch["demo_ids"], batch["demo_mask"])
+        return head_logits(llm, query_states(llm, vector_prefix(llm, vectors), batch)), batch
+
+
+def by_hand(llm, demo: list[int], x: list[int], y: list[int]) -> torch.Tensor:
+    """Logits of x and y: the LLM's own forward over all tokens at once."""
+    again, query, T = demo[-(L - 1):], x + y, len(demo)
+    ids = torch.tensor([demo + again + query])
+    n, first = ids.shape[1], T + L - 1
+    allowed = torch.ones(n, n, dtype=torch.bool).tril()
+    allowed[first:, 1:T] = False
+    mask = torch.zeros(n, n).masked_fill(~allowed, torch.finfo(torch.float32).min)[None, None]
+    positions = torch.arange(n)
+    if llm.config.model_type == "gpt2":  # learned positions: the query stands at l
+        positions[first:] = torch.arange(L, L + len(query))
+    with torch.no_grad():
+        return llm(input_ids=ids, attention_mask=mask, position_ids=positions[None]).logits[0, first - 1:-1]
+
+
+def test_untrained_the_query_reads_the_last_tokens_read_twice(llm, distiller):
+    logits, batch = read(llm, distiller, [{"demo": D, "queries": QUERIES}])
+    for s, (x, options) in enumerate(QUERIES):
+        for o, y in enumerate(options):
+            at = (batch["segment"][0] == s) & ((batch["branch"][0] == 0) | (batch["branch"][0] == o + 1))
+            found = logits[0][at & batch["query_mask"][0]]
+            torch.testing.assert_close(found, by_hand(llm, D, x, y), atol=2e-4, rtol=1e-3)
+
+
+def test_the_vectors_depend_on_all_demonstrations_and_not_on_padding(llm, distiller):
+    trained(distiller)
+    rows = [{"demo": D, "queries": QUERIES}, {"demo": [*range(100, 120), *D], "queries": QUERIES}]
+    together, _ = read(llm, distiller, rows)
+    alone, _ = read(llm, distiller, rows[:1])
+    torch.testing.assert_close(together[0], alone[0], atol=2e-4, rtol=1e-3)
+    assert (together[0] - together[1]).abs().max() > 0.01  # what stands before the same last tokens counts
+
+
+def test_demonstrations_shorter_than_the_vectors_are_read(llm, distiller):
+    logits, _ = read(llm, distiller, [{"demo": D[:2], "queries": QUERIES}, {"demo": D, "queries": QUERIES}])
+    alone, _ = read(llm, distiller, [{"demo": D[:2], "queries": QUERIES}])
+    assert logits.isfinite().all()
+    torch.testing.assert_close(logits[0], alone[0], atol=2e-4, rtol=1e-3)
+
+
+def test_only_adapters_and_placeholders_are_trained_and_saved(llm, distiller):
+    before = [p.clone() for p in llm.parameters()]
+    assert {name.rsplit(".", 1)[-1] for name in distiller.state_dict()} == {"A", "B", "placeholders"}
+    optimizer = torch.optim.SGD(distiller.parameters(), lr=0.1)
+    batch = collate([{"demo": D, "queries": [(x, options[:1]) for x, options in QUERIES]}])
+    for _ in range(2):
+        teacher, student = teacher_and_student(llm, distiller, batch, None, "fp32")
+        mask = loss_mask(llm, batch)
+        (head_logits(llm, student[mask]) - head_logits(llm, teacher[mask])).pow(2).mean().backward()
+        optimizer.step()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in distiller.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(before, llm.parameters(), strict=True))
+
+
+def test_an_adapter_adds_its_scaled_product():
+    layer = torch.nn.Linear(5, 7)
+    adapter = Adapter(layer, 2, torch.Generator().manual_seed(0))
+    x = torch.randn(3, 5)
+    assert torch.equal(adapter(x), layer(x))
+    adapter.B.data.normal_()
+    expected = x @ (layer.weight + 2 * adapter.B @ adapter.A).T + layer.bias
+    torch.testing.assert_close(adapter(x), expected)
+
+
+def test_training_resumes_and_all_commands_take_the_checkpoint(flags, tmp_path, monkeypatch):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    train_finetune.main([*flags, *KV, "--out-dir", str(whole)])
+
+    class Stop(Exception):
+        pass
+
+    def stop(run, *_):
+        if run.step == 2:
+            raise Stop
+        return begin(run)
+
+    begin = train_finetune.Run.begin_step
+    monkeypatch.setattr(train_finetune.Run, "begin_step", stop)
+    with pytest.raises(Stop):
+        train_finetune.main([*flags, *KV, "--out-dir", str(cut), "--save-every", "1"])
+    monkeypatch.undo()
+    train_finetune.main([*flags, *KV, "--out-dir", str(cut), "--resume"])
+    weights = [load_checkpoint(folder / "last.safetensors")[0] for folder in (whole, cut)]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+    at = flags.index("--distiller")
+    flags = flags[:at] + flags[at + 4:]
+    methods, results = ["last_l", "mend", "mend_swapped", "mend_constant"], tmp_path / "results.jsonl"
+    evaluate.main([*flags, "--checkpoint", str(whole), "--seeds", "100", "--limit", "4", "--k", "4",
+                   "--methods", *methods, "--out", str(results)])
+    assert {json.loads(line)["method"] for line in results.read_text().splitlines()} == {*methods}
+    lines = [{"input": f"{word} river", "output": word} for word in ("cold", "small", "green")]
+    (tmp_path / "demos.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    llm = flags[flags.index("--llm") + 1]
+    asked = ["--llm", llm, "--device", "cpu", "--answer-tokens", "3", "--ask", "music river", "war boat"]
+    kept = str(tmp_path / "v.safetensors")
+    demos = str(tmp_path / "demos.jsonl")
+    own = distill.main(["--checkpoint", str(whole), "--demos", demos, "--out", kept, *asked])
+    again = distill.main(["--vectors", kept, *asked])
+    assert own["answers"]["mend"] == again["answers"]["mend"]
+
+
+def test_an_answer_is_written_as_the_oracle_would(llm, llm_folder, distiller):
+    encoder = Encoder(Tokenizer(str(llm_folder)), "space", context_len=100)
+    with torch.no_grad():
+        vectors = distiller(torch.tensor([D]), torch.ones(1, len(D), dtype=torch.bool))[0]
+    query = {"input": "music and war", "output": "", "options": []}
+    x, written = encoder.query(query), []
+    for _ in range(4):
+        written.append(int(by_hand(llm, D, x, [*written, 0])[-1].argmax()))
+        # by_hand's last row predicts the token after all but the last, which is a stand-in
+    expected = encoder.tokenizer.hf.decode(written, skip_special_tokens=True).strip().split("\n")[0]
+    assert distill.write_answer(llm, vectors, encoder, query, 4) == expected
+
+
+def test_it_learns_what_the_hidden_demonstrations_say(llm, distiller):
+    optimizer = torch.optim.Adam(distiller.parameters(), lr=0.01)
+    batch, losses = collate([{"demo": D, "queries": [(x, options[:1]) for x, options in QUERIES]}]), []
+    for _ in range(40):
+        teacher, student = teacher_and_student(llm, distiller, batch, None, "fp32")
+        mask = loss_mask(llm, batch)
+        losses.append(loss := distill_loss(llm, student[mask], teacher[mask]))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < 0.3 * losses[0]
+
+
+def test_pretraining_runs_on_text(flags, corpus_dir, tmp_path):
+    figures = train_pretrain.main([*flags, "--distiller", f"kv:{RANK}", "--corpus", str(corpus_dir),
+                                   "--steps", "2", "--eval-docs", "3", "--window", "32", "--k", "4",
+                                   "--min-doc-len", "32", "--batch-size", "2", "--out-dir", str(tmp_path)])
+    assert figures["steps"] == 2 and 0 < figures["val_kl"] < figures["val_kl_no_context"]
+
+
+@pytest.mark.parametrize("spec, length, fault", [("kv:0", 4, "adapters' rank"), ("kv:x", 4, "adapters' rank"),
+                                                 ("kv:2", 1, "give 2 or more")])
+def test_what_cannot_be_built_is_refused(llm, spec, length, fault):
+    with pytest.raises(UserError, match=fault):
+        build_distiller(spec, llm, length, "residual", seed=0)
