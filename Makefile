@@ -25,7 +25,7 @@ setup: .venv/done
 	touch .venv/done
 
 assets: setup
-	$(BIN)/python -m pocket.assets $(if $(filter gemma,$(LLM)),--only gemma)
+	$(BIN)/python -m sources.assets $(if $(filter gemma,$(LLM)),--only gemma)
 
 demo: assets
 	$(BIN)/python evaluate.py --preset pocket --checkpoint $(PUBLISHED) --seeds 100 --limit 16 --out $(DEMO)/published.jsonl

@@ -34,9 +34,10 @@ import torch
 from tqdm import tqdm
 
 import common
-import sources
+import sources.text
 from common import UserError, at_least, check, finish, parse, run_main, shared_rules
-from sources import SEEDS, Tasks, Tokenizer, corpus_files, hub_documents, load_tasks, read_documents
+from sources.tasks import SEEDS, Tasks, load_tasks
+from sources.text import Tokenizer, corpus_files, hub_documents, read_documents
 
 MAX_INPUT = 256          # tokens of an input x; longer ones are cut at the end (App. A)
 TOGETHER = 64            # steps whose samples are dealt out by length
@@ -59,7 +60,7 @@ class Corpus:
         characters = 5 * window
         digest = hashlib.sha256(f"{tokenizer.fingerprint} {characters}".encode())
         if files is None:
-            digest.update(sources.HUB_REVISIONS[sources.HUB_TEXT].encode())
+            digest.update(sources.text.HUB_REVISIONS[sources.text.HUB_TEXT].encode())
         for path in files or []:
             digest.update(path.name.encode() + path.read_bytes())
         self.name = " ".join(Path(name).name for name in corpus)

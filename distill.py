@@ -28,7 +28,7 @@ from loading import identity, load_distiller, load_llm, make_encoder, method_of
 from model import vector_prefix, with_bos
 from run import checkpoint_id, export_checkpoint, write_tensors
 from score import predict
-from sources import Tokenizer, json_lines
+from sources.text import Tokenizer, json_lines
 
 PUBLISHED = common.ROOT / "checkpoints" / "smollm2-135m-class_to_class.safetensors"
 

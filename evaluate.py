@@ -31,7 +31,7 @@ from model import vector_prefix
 from paper.demos import PERTURBATIONS, SentenceEncoder, has_labels, permute_labels, perturb, retrieve
 from run import checkpoint_id
 from score import CONTROLS, VECTOR_METHODS, majority, one_prefix, predict, predict_each, task_figures
-from sources import SEEDS, Tasks, demonstration_set, load_tasks, require_options
+from sources.tasks import SEEDS, Tasks, demonstration_set, load_tasks, require_options
 
 METHODS = ("zero_shot", "majority", "icl", "icl_budget", "last_l", "prompt_tuning", "hypertuning", "mend",
            *CONTROLS)

@@ -24,7 +24,8 @@ from data import Encoder
 from keys_values import KeyValueDistiller
 from model import ENCODER_DECODERS, Distiller, FreeVectors, demo_prefix, head_logits, query_states
 from run import load_checkpoint
-from sources import Tasks, Tokenizer
+from sources.tasks import Tasks
+from sources.text import Tokenizer
 
 USABLE = "give a GPT-2, OPT, Llama, Qwen, Mistral, Gemma or T5"
 

@@ -26,7 +26,7 @@ from model import (
     teacher_and_student,
     vector_prefix,
 )
-from sources import SEEDS, Tasks, demonstration_set, require_options
+from sources.tasks import SEEDS, Tasks, demonstration_set, require_options
 
 
 @contextlib.contextmanager

@@ -19,7 +19,8 @@ from loading import build_distiller, distiller_config, identity, load_distiller,
 from model import answer_mask, loss_mask, teacher_and_student
 from run import Run, add_training_flags, load_checkpoint, training_rules
 from score import dev_figures, distill_loss, finetune_loss, full_precision, pred_loss
-from sources import Tokenizer, load_tasks
+from sources.tasks import load_tasks
+from sources.text import Tokenizer
 
 PRESETS = {  # the paper's Table 5, and what two CPU cores do in minutes
     "paper": {"steps": 30000, "batch_size": 8, "grad_accum": 1, "lr": 5e-5, "queries_per_demo": 1,

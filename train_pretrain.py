@@ -22,7 +22,8 @@ from loading import build_distiller, distiller_config, load_llm, make_encoder, m
 from model import loss_mask, teacher_and_student
 from run import Run, add_training_flags, training_rules
 from score import dev_figures, distill_loss, evaluate_kl, full_precision, pred_loss, pretrain_loss
-from sources import Tokenizer, load_tasks
+from sources.tasks import load_tasks
+from sources.text import Tokenizer
 
 PRESETS = {  # the paper's Table 5, and what two CPU cores do in minutes
     "paper": {"steps": 30000, "batch_size": 1, "grad_accum": 1, "lr": 5e-5, "window": 1024,

@@ -32,7 +32,8 @@ from loading import (
 )
 from model import causal_mask, positions_of, run_backbone, with_bos
 from run import checkpoint_id
-from sources import Tokenizer, load_tasks
+from sources.tasks import load_tasks
+from sources.text import Tokenizer
 
 SEQUENCES, COPY_LEN = 10, 500  # the induction test: random sequences, tokens in each before doubling (App. C)
 TOP, COLUMNS = 4, 20  # heads looked at; columns that demonstrations or vectors are pooled to (Sec. 5.3)

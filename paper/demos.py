@@ -18,7 +18,8 @@ from transformers import AutoModel
 from common import UserError
 from data import MAX_INPUT
 from loading import require_model
-from sources import Tokenizer, require_options
+from sources.tasks import require_options
+from sources.text import Tokenizer
 
 PERTURBATIONS = ("no_label", "no_input", "random_label", "wrong_label")
 

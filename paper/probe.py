@@ -18,7 +18,7 @@ import common
 from common import check, finish, parse, run_main, setup
 from evaluate import partners
 from loading import load_all
-from sources import SEEDS, demonstration_set, load_tasks
+from sources.tasks import SEEDS, demonstration_set, load_tasks
 
 
 def get_parser() -> argparse.ArgumentParser:

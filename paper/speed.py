@@ -29,7 +29,8 @@ from paper.measure import (
     with_flags,
 )
 from score import distill_loss, finetune_loss, one_prefix, passes, pred_loss, score_options
-from sources import Tasks, Tokenizer, load_tasks
+from sources.tasks import Tasks, load_tasks
+from sources.text import Tokenizer
 
 SQUARE = 4096  # width of the matrices whose product gives the machine's rate
 

@@ -16,7 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import common
 import plain
-import sources
+import sources.tasks
 
 torch.set_num_threads(1)  # these models are so small that a second thread waits more than it works (20 times slower)
 
@@ -126,7 +126,7 @@ def tasks_dir(tmp_path_factory) -> Path:
     for task in ("emotion", "glue-sst2", "trec", "rotten_tomatoes", "sms_spam"):
         write(task, "16384_100_train", 60)
     for task in ("ag_news", "emo"):
-        for seed in sources.SEEDS:
+        for seed in sources.tasks.SEEDS:
             write(task, f"16_{seed}_train", 16)
             write(task, f"16_{seed}_dev", 16)
             write(task, f"16_{seed}_test", 24)

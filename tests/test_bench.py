@@ -18,7 +18,8 @@ from common import UserError
 from data import collate
 from loading import build_distiller, checkpoint_layers, load_llm, make_encoder
 from paper import figures, measure, plan, speed
-from sources import Tokenizer, load_tasks
+from sources.tasks import load_tasks
+from sources.text import Tokenizer
 
 CPU = torch.device("cpu")
 TINY = {  # every name that the code asks for, so small that a count takes no time; widths and depths all differ

@@ -20,10 +20,12 @@ from transformers import PreTrainedTokenizerFast
 
 import common
 import data
-import sources
+import sources.tasks
+import sources.text
 from common import UserError
 from data import MAX_INPUT, Corpus, Encoder, collate, sample_row, step_rows
-from sources import SEEDS, Tokenizer, load_tasks, read_examples
+from sources.tasks import SEEDS, load_tasks, read_examples
+from sources.text import Tokenizer
 
 # Tokenizer
 
@@ -127,7 +129,7 @@ def test_another_kind_of_tokenizer_takes_transformers_way(word_tokenizer):
                                             {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]}, "x+"),
     ({"type": "ByteLevel", "add_prefix_space": False}, True)])
 def test_only_understood_pre_tokenizers_go_through_tiktoken(pre, understood):
-    pattern = sources.split_pattern(pre)
+    pattern = sources.text.split_pattern(pre)
     assert pattern == understood if isinstance(understood, str) else (pattern is not None) == understood
 
 
@@ -459,10 +461,10 @@ def test_jsonl_gz_and_txt_are_read(tmp_path, corpus_dir, tokenizer):
     assert np.array_equal(zipped.tokens, plain.tokens) and np.array_equal(zipped.spans, plain.spans)
     (tmp_path / "b.txt").write_text("\n\n".join(texts), encoding="utf-8")
     (tmp_path / "notes.md").write_text("not text to train on")
-    passages = list(sources.read_documents(sources.corpus_files([str(tmp_path / "b.txt")]), 1000))
+    passages = list(sources.text.read_documents(sources.text.corpus_files([str(tmp_path / "b.txt")]), 1000))
     assert "\n".join(passages) == "\n".join(texts)  # nothing is lost and no paragraph is split
     assert all(len(p) >= 1000 for p in passages[:-1]) and len(passages) > 2
-    assert [p.name for p in sources.corpus_files([str(tmp_path)])] == ["a.jsonl.gz", "b.txt"]
+    assert [p.name for p in sources.text.corpus_files([str(tmp_path)])] == ["a.jsonl.gz", "b.txt"]
 
 
 def test_text_is_tokenised_once(tmp_path, corpus_dir, tokenizer, monkeypatch):
@@ -502,7 +504,7 @@ def test_an_interrupted_tokenisation_is_not_taken_for_a_whole_one(corpus_dir, to
 def test_a_file_that_cannot_be_read_is_named(tmp_path, content):
     (tmp_path / "part.jsonl.gz").write_bytes(content)
     with pytest.raises(UserError, match=r"part\.jsonl\.gz cannot be read as UTF-8 text"):
-        list(sources.json_lines(tmp_path / "part.jsonl.gz", "an object"))
+        list(sources.text.json_lines(tmp_path / "part.jsonl.gz", "an object"))
 
 
 @pytest.mark.parametrize("content, message", [
@@ -674,11 +676,11 @@ def test_read_examples_strips_and_takes_missing_options(tmp_path):
 
 
 def test_scoring_needs_options_with_the_gold_answer():
-    sources.require_options([example("a"), example("b", "sad")])
+    sources.tasks.require_options([example("a"), example("b", "sad")])
     with pytest.raises(UserError, match="task t: the example 'b' cannot be scored, as it has no options"):
-        sources.require_options([example("a"), example("b", options=())])
+        sources.tasks.require_options([example("a"), example("b", options=())])
     with pytest.raises(UserError, match="its answer 'odd' is not among"):
-        sources.require_options([example("b", "odd")])
+        sources.tasks.require_options([example("b", "odd")])
 
 
 # The hub, played by a stub
@@ -691,14 +693,14 @@ def hub(monkeypatch):
     found = SimpleNamespace(rows={}, asked=[])
 
     def load_dataset(name, *configuration, split, streaming, revision):
-        assert streaming and revision == sources.HUB_REVISIONS[name]
+        assert streaming and revision == sources.text.HUB_REVISIONS[name]
         found.asked.append((name, *configuration, split))
         for row in found.rows[split]:
             if isinstance(row, BaseException):
                 raise row
             yield row
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr(sources, "require_hub", lambda what: None)
+    monkeypatch.setattr(sources.text, "require_hub", lambda what: None)
     return found
 
 
@@ -721,7 +723,7 @@ def test_hub_tasks_are_written_once_in_metaicl_layout(hub):
         shots = [example(f"shot {s} {i}", task="emo") for s in (100, 13) for i in range(3)]
         assert tasks.retrieval_pool("emo", seed) == shots
     n = len(hub.asked)
-    assert set(hub.asked) == {(sources.HUB_TASKS, split) for split in ("meta_train", "meta_eval", "meta_eval_100shot")}
+    assert set(hub.asked) == {(sources.text.HUB_TASKS, split) for split in ("meta_train", "meta_eval", "meta_eval_100shot")}
     assert load_tasks("metaicl", "class_to_class").train == ["emotion"] and len(hub.asked) == n
 
 
@@ -730,7 +732,7 @@ def test_c4_comes_from_the_hub_once(hub, corpus_dir, tokenizer):
     corpus = Corpus(["c4"], tokenizer, 128, 64)
     assert np.array_equal(corpus.tokens, Corpus([str(corpus_dir)], tokenizer, 128, 64).tokens) and corpus.name == "c4"
     Corpus(["c4"], tokenizer, 128, 64)
-    assert hub.asked == [(sources.HUB_TEXT, "en", "validation")]
+    assert hub.asked == [(sources.text.HUB_TEXT, "en", "validation")]
 
 
 def write_parquet(folder, split, rows, shards=1):
@@ -745,10 +747,11 @@ def write_parquet(folder, split, rows, shards=1):
 def local_hub(monkeypatch, tmp_path):
     """The two data sets as local folders of their repositories' layout, read by the real datasets library."""
     tasks, text = tmp_path / "EvalMetaICLAll", tmp_path / "c4"
-    monkeypatch.setattr(sources, "HUB_TASKS", str(tasks))
-    monkeypatch.setattr(sources, "HUB_TEXT", str(text))
-    monkeypatch.setattr(sources, "HUB_REVISIONS", {str(tasks): "main", str(text): "abc"})
-    monkeypatch.setattr(sources, "require_hub", lambda what: None)
+    monkeypatch.setattr(sources.tasks, "HUB_TASKS", str(tasks))
+    monkeypatch.setattr(sources.text, "HUB_TEXT", str(text))
+    monkeypatch.setitem(sources.text.HUB_REVISIONS, str(tasks), "main")
+    monkeypatch.setitem(sources.text.HUB_REVISIONS, str(text), "abc")
+    monkeypatch.setattr(sources.text, "require_hub", lambda what: None)
     return tasks, text
 
 
@@ -783,7 +786,7 @@ def test_c4_through_datasets_from_its_own_layout(local_hub, corpus_dir, tokenize
 def test_another_revision_of_c4_is_tokenised_anew(hub, corpus_dir, tokenizer, monkeypatch):
     hub.rows = {"validation": [{"text": text} for text in texts_of(corpus_dir)]}
     first = Corpus(["c4"], tokenizer, 128, 64)
-    monkeypatch.setattr(sources, "HUB_REVISIONS", sources.HUB_REVISIONS | {sources.HUB_TEXT: "0" * 40})
+    monkeypatch.setitem(sources.text.HUB_REVISIONS, sources.text.HUB_TEXT, "0" * 40)
     assert Corpus(["c4"], tokenizer, 128, 64).hash != first.hash and len(hub.asked) == 2
 
 

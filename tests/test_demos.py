@@ -24,7 +24,7 @@ from paper.demos import (
     perturb,
     retrieve,
 )
-from sources import Tokenizer
+from sources.text import Tokenizer
 
 # Perturbation
 

@@ -16,7 +16,7 @@ import run
 from data import Encoder
 from evaluate import main as evaluate_main
 from loading import build_distiller, distiller_config, load_distiller, load_llm
-from sources import Tokenizer
+from sources.text import Tokenizer
 
 CPU = torch.device("cpu")
 DEMOS = [("the boat is green", "happy"), ("war and trade", "sad"), ("bread and music", "happy"), ("rain past hills", "sad")]

@@ -18,14 +18,15 @@ import loading
 import model
 import run
 import score
-import sources
+import sources.tasks
 from common import UserError
 from data import TEMPLATES, Encoder
 from loading import build_distiller, distiller_config, load_llm
 from model import demo_prefix
 from paper.demos import PERTURBATIONS, bm25_neighbours, perturb
 from score import macro_f1, majority, one_prefix, predict, predict_each, task_figures
-from sources import SEEDS, Tasks, Tokenizer, load_tasks
+from sources.tasks import SEEDS, Tasks, load_tasks
+from sources.text import Tokenizer
 
 CPU = torch.device("cpu")
 METHODS = ["zero_shot", "icl", "icl_budget", "last_l", "mend"]
@@ -430,7 +431,7 @@ def test_a_control_of_other_tasks_is_not_taken_from_the_results_file(argv, tmp_p
 
 def test_permuted_labels_are_wrong_alike_and_of_classification(argv, llama, three_tasks, monkeypatch, capsys):
     _, by_distiller = read_by(monkeypatch)
-    load = sources.load_tasks
+    load = sources.tasks.load_tasks
 
     def with_a_choice(*a):
         tasks = load(*a)

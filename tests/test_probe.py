@@ -11,7 +11,8 @@ from common import UserError
 from data import Encoder
 from loading import build_distiller, distiller_config, load_llm
 from paper import probe
-from sources import Tokenizer, load_tasks
+from sources.tasks import load_tasks
+from sources.text import Tokenizer
 
 CPU = torch.device("cpu")
 

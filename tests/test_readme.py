@@ -16,7 +16,7 @@ import evaluate
 import train_finetune
 import train_pretrain
 from paper import attention, figures, probe, tables
-from pocket import assets
+from sources import assets
 
 SCRIPTS = {m.__name__: m for m in (assets, attention, bench, data, distill, evaluate, figures, probe,
                                    train_finetune, train_pretrain)}

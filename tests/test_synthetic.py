@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 
 import data
-import sources
+import sources.tasks
+import sources.text
 import train_finetune
 from common import UserError
-from pocket import synthetic
-from pocket.functions import ADJECTIVES, DOMAINS, FORMS, NOUNS, VERBS, answers, inputs
-from pocket.synthetic import HELD_OUT, Early, Functions, Recall, example, parts_of
+from sources import synthetic
+from sources.functions import ADJECTIVES, DOMAINS, FORMS, NOUNS, VERBS, answers, inputs
+from sources.synthetic import HELD_OUT, Early, Functions, Recall, example, parts_of
 
 
 @pytest.mark.parametrize(("domain", "name", "x", "y"), [
@@ -111,8 +112,8 @@ def test_early_evidence_is_trained_on_pairs_of_functions_that_are_not_held_out()
 
 @pytest.mark.parametrize("name", ["functions", "recall"])
 def test_k_is_drawn_where_a_least_is_given(llama, name):
-    tasks, drawn = sources.load_tasks(name, "x", str(llama), 2 if name == "recall" else 8), []
-    encoder = data.Encoder(sources.Tokenizer(str(llama)), "space", 900)
+    tasks, drawn = sources.tasks.load_tasks(name, "x", str(llama), 2 if name == "recall" else 8), []
+    encoder = data.Encoder(sources.text.Tokenizer(str(llama)), "space", 900)
     tasks.draw = lambda rng, k, queries: drawn.append(k) or type(tasks).draw(tasks, rng, k, queries)
     rows = [data.sample_row(tasks, encoder, 1, i, 8, 2, least_k=3) for i in range(60)]
     assert {*drawn} == {3, 4, 5, 6, 7, 8} and all(len(row["queries"]) == 2 for row in rows)
@@ -152,7 +153,7 @@ def test_recall_says_when_the_vocabulary_is_too_small():
 
 
 def test_a_training_row_of_functions_has_k_demonstrations_of_the_query_s_function(llama):
-    tasks, encoder = Functions(), data.Encoder(sources.Tokenizer(str(llama)), "newline", 900)
+    tasks, encoder = Functions(), data.Encoder(sources.text.Tokenizer(str(llama)), "newline", 900)
     rows, again = ([data.sample_row(tasks, encoder, 1, i, k=4, queries=2) for i in range(3)] for _ in range(2))
     assert rows == again and rows[0] != rows[1]
     assert all(len(row["queries"]) == 2 and row["demo"] for row in rows)
@@ -160,7 +161,7 @@ def test_a_training_row_of_functions_has_k_demonstrations_of_the_query_s_functio
 
 def test_a_mixture_draws_from_each_collection_and_passes_on_to_it():
     functions, early = Functions(), Early()
-    tasks = sources.load_tasks(["functions", "early"], "class_to_class")
+    tasks = sources.tasks.load_tasks(["functions", "early"], "class_to_class")
     assert tasks.collection == "functions early" and tasks.test == functions.test + early.test
     drawn = [tasks.draw(np.random.default_rng(i), 4, 2)[0] for i in range(20)]
     assert len({*drawn} & {*functions.train}) > 3 < len({*drawn} & {*early.train})
@@ -189,6 +190,6 @@ def test_made_tasks_have_no_files_to_retrieve_from():
 
 
 def test_a_mixture_draws_from_each_collection_as_often(llama):
-    tasks = sources.load_tasks(["functions", "recall"], "class_to_class", str(llama), 2)
+    tasks = sources.tasks.load_tasks(["functions", "recall"], "class_to_class", str(llama), 2)
     drawn = [tasks.draw(np.random.default_rng(i), 2, 2)[0] for i in range(200)]
     assert 70 < drawn.count("recall") < 130 and {*drawn} - {"recall"} <= set(Functions().train)

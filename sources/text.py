@@ -1,0 +1,188 @@
+"""Where text comes from: tokenizers, files and the hub. No tensors."""
+
+import gzip
+import hashlib
+import json
+import re
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from transformers import AutoTokenizer
+
+import common
+from common import UserError, check, require_hub
+
+HUB_TASKS, HUB_TEXT = "bigheiniuJ/EvalMetaICLAll", "allenai/c4"
+HUB_REVISIONS = {  # of the data sets' repositories, so that a run reads what another one read
+    HUB_TEXT: "1588ec454efa1a09f29cd18ddd04fe05fc8653a2",
+    HUB_TASKS: "main",  # not pinned: none of its commit hashes was known when this was written
+}
+
+
+class Tokenizer:
+    """A hub or local tokenizer that adds no special tokens and reads text such as <|im_end|> as plain text.
+
+    Byte-level BPE goes through tiktoken, which is faster; `reference` is always transformers' own way.
+    """
+
+    def __init__(self, name: str):
+        try:
+            self.hf = AutoTokenizer.from_pretrained(name)
+        except (OSError, ValueError) as error:
+            raise UserError(f"no tokenizer at {name}: {str(error).splitlines()[0]} Give the hub name or the "
+                            "folder of a model; the pocket preset's comes from `make assets`, and T5's needs "
+                            "the packages sentencepiece and protobuf") from error
+        self.name = name
+        first = self.hf("a")["input_ids"][:1]
+        self.bos_id = first[0] if first and first[0] == self.hf.bos_token_id else None
+        self.hf.backend_tokenizer.encode_special_tokens = True
+        self.fingerprint = hashlib.sha256(self.hf.backend_tokenizer.to_str().encode()).hexdigest()[:12]
+        self.encoding, self.to_id = tiktoken_encoding(self.hf.backend_tokenizer.to_str())
+        self.lead = self.reference("a")
+
+    def reference(self, text: str) -> list[int]:
+        return self.hf.backend_tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, without special tokens; one that starts with white space goes on another."""
+        if self.encoding is None and text[:1].isspace():
+            # behind a letter, where SentencePiece does not put a space of its own before the text's
+            return self.reference("a" + text)[len(self.lead):]
+        if self.encoding is None:
+            return self.reference(text)
+        ids = self.to_id[self.encoding.encode_ordinary(text)] if text else ()
+        return [int(i) for i in ids if i >= 0]  # transformers too drops a byte that the vocabulary lacks
+
+
+def tiktoken_encoding(tokenizer_json: str):
+    """A tiktoken Encoding from a byte-level BPE tokenizer's vocabulary, and the array from its ranks to ids.
+
+    (None, None) where the tokenizer is of another kind. Ranks are the bytes, then the merges in their order.
+    """
+    import tiktoken
+    spec = json.loads(tokenizer_json)
+    pattern = split_pattern(spec.get("pre_tokenizer") or {})
+    plain_added = [t for t in spec.get("added_tokens", []) if not t["special"]]  # matched before all others
+    if spec["model"].get("type") != "BPE" or spec.get("normalizer") or pattern is None or plain_added:
+        return None, None
+    vocab, merges = spec["model"]["vocab"], spec["model"]["merges"]
+    # byte-level BPE writes each byte as one printable character: printable Latin-1 stands for itself
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    rest = [b for b in range(256) if b not in printable]
+    characters = {**{chr(b): b for b in printable}, **{chr(256 + i): b for i, b in enumerate(rest)}}
+    ranks, to_id = {}, np.full(256 + len(merges), -1, dtype=np.int64)
+    for character, byte in characters.items():
+        ranks[bytes([byte])] = byte
+        to_id[byte] = vocab.get(character, -1)
+    for i, merge in enumerate(merges):
+        token = "".join(merge.split(" ") if isinstance(merge, str) else merge)
+        as_bytes = bytes(characters[c] for c in token)
+        if as_bytes not in ranks:
+            ranks[as_bytes] = 256 + i
+            to_id[256 + i] = vocab[token]
+    return tiktoken.Encoding("own", pat_str=pattern, mergeable_ranks=ranks, special_tokens={}), to_id
+
+
+def split_pattern(pre: dict) -> str | None:
+    """The regular expression by which a pre-tokenizer splits text; None for one that is not understood."""
+    gpt2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+    single_digits = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
+    steps = pre.get("pretokenizers", [pre])
+    kinds = [step.get("type") for step in steps]
+    if not steps or kinds[-1] != "ByteLevel" or steps[-1].get("add_prefix_space"):
+        return None
+    own_regex = steps[-1].get("use_regex", True)
+    if kinds == ["ByteLevel"] and own_regex:
+        return gpt2
+    if kinds == ["Digits", "ByteLevel"] and steps[0]["individual_digits"] and own_regex:
+        return single_digits
+    return steps[0]["pattern"].get("Regex") if kinds == ["Split", "ByteLevel"] and not own_regex else None
+
+
+def corpus_files(corpus: list[str]) -> list[Path]:
+    """The files that --corpus names: sotu from the assets, folders, or files."""
+    files = []
+    for name in corpus:
+        path = common.ASSETS / "sotu" if name == "sotu" else Path(name)
+        if not path.exists():
+            fix = "run `make assets`" if name == "sotu" else "give c4, sotu, a folder, .jsonl[.gz] or .txt"
+            raise UserError(f"--corpus {name}: {path} does not exist; {fix}")
+        found = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+        files += [p for p in found if p.name.endswith((".jsonl", ".jsonl.gz", ".json.gz", ".txt"))]
+    check((bool(files), f"--corpus {' '.join(corpus)} holds no .jsonl, .jsonl.gz or .txt file"))
+    return files
+
+
+def json_lines(path: Path, expected: str) -> Iterator[tuple[str, dict]]:
+    """(file and line, as an error names them; object) of each line of a .jsonl[.gz] file that is not blank.
+
+    Raises:
+        UserError: the file cannot be read as UTF-8; a line is not the object that was `expected` there.
+    """
+    number = 0
+    try:
+        opened = gzip.open if path.suffix == ".gz" else open
+        with opened(path, "rt", encoding="utf-8-sig", newline="\n") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    row = json.loads(line)
+                    if not isinstance(row, dict):
+                        raise TypeError(f"found a {type(row).__name__}")
+                    yield f"{path}, line {number}", row
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read as UTF-8 text ({error}); save it so, or "
+                        "fetch it again") from error
+    except (TypeError, ValueError, RecursionError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise UserError(f"{path}, line {number}: expected {expected} ({what})") from error
+
+
+def read_documents(files: list[Path], characters: int) -> Iterator[str]:
+    """Documents of text files: a line's "text" in .jsonl; in .txt, paragraphs joined up to `characters`."""
+    for path in files:
+        if path.suffix == ".txt":
+            passage = ""
+            try:
+                text = path.read_text(encoding="utf-8")
+            except UnicodeDecodeError as error:
+                raise UserError(f"{path} cannot be read as UTF-8 text ({error}); save it so") from error
+            for paragraph in re.split(r"\n\s*\n|\n", text):
+                passage = f"{passage}\n{paragraph}".strip()
+                if len(passage) >= characters:
+                    yield passage
+                    passage = ""
+            if passage:
+                yield passage
+            continue
+        for where, row in json_lines(path, form := 'a JSON object with a "text" as in C4'):
+            check((isinstance(row.get("text"), str), f"{where}: expected {form} (found {str(row)[:60]})"))
+            yield row["text"]
+
+
+def hub_rows(flag: str, name: str, *subset: str, split: str, columns: tuple[str, ...]) -> Iterator[dict]:
+    """Rows of one split of a data set on the hub, streamed, at its revision in HUB_REVISIONS.
+
+    Raises:
+        UserError, naming the offline way: no hub, no such revision, a broken connection, other columns.
+    """
+    import datasets
+    require_hub(flag)
+    revision, given = HUB_REVISIONS[name], flag.split()[1]
+    try:
+        for row in datasets.load_dataset(name, *subset, split=split, streaming=True, revision=revision):
+            if missing := [column for column in columns if column not in row]:
+                raise KeyError(f"no column {missing[0]} among {sorted(row)}")
+            yield row
+    except Exception as error:  # each of the libraries below has errors of its own
+        what = str(error).partition("\n")[0]
+        raise UserError(f"{flag}: {name}, revision {revision}, split {split} cannot be read from the hub "
+                        f"({type(error).__name__}: {what}); try again, or without the hub give a local "
+                        f"folder in place of {given}, or add --preset pocket after `make assets`") from error
+
+
+def hub_documents() -> Iterator[str]:
+    """C4 (en, validation) from the hub."""
+    for row in hub_rows("--corpus c4", HUB_TEXT, "en", split="validation", columns=("text",)):
+        yield row["text"]
