@@ -24,6 +24,7 @@ from data import Encoder
 from keys_values import KeyValueDistiller
 from model import ENCODER_DECODERS, Distiller, FreeVectors, demo_prefix, head_logits, query_states
 from run import load_checkpoint
+from sources import assets
 from sources.tasks import Tasks
 from sources.text import Tokenizer
 
@@ -61,7 +62,9 @@ def embedding_rms(embed: nn.Module, vocab: int) -> float:
 
 
 def require_model(flag: str, name: str) -> None:
-    """Raise, within two seconds, unless a model is in a folder, the hub's cache, or on a hub that answers."""
+    """Raise, within two seconds, unless a model is in a folder, the hub's cache, or on a hub that answers;
+    fetch the pocket preset's where it is not there."""
+    assets.ensure(name)
     with contextlib.suppress(HFValidationError):
         if Path(name).exists() or isinstance(try_to_load_from_cache(name, "config.json"), str):
             return

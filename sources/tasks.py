@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 import common
 from common import FUNCTIONS, ROOT, UserError, check
+from sources import assets
 from sources.text import HUB_REVISIONS, HUB_TASKS, Tokenizer, hub_rows, json_lines
 
 SEEDS = (100, 13, 21, 42, 87)
@@ -152,6 +153,7 @@ def load_tasks(spec: str | list[str], split: str, llm: str = "", k: int = 16) ->
     table = json.loads((ROOT / "splits.json").read_text())
     if spec == "bigbench":
         folder, fix = common.ASSETS / "bigbench", "run `make assets`"
+        assets.ensure(folder)
     else:
         folder = hub_tasks() if spec == "metaicl" else Path(spec)
         fix = "give metaicl, bigbench, or a folder in MetaICL's layout"

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 
 import common
 from common import UserError, check, require_hub
+from sources import assets
 
 HUB_TASKS, HUB_TEXT = "bigheiniuJ/EvalMetaICLAll", "allenai/c4"
 HUB_REVISIONS = {  # of the data sets' repositories, so that a run reads what another one read
@@ -28,6 +29,7 @@ class Tokenizer:
     """
 
     def __init__(self, name: str):
+        assets.ensure(name)
         try:
             self.hf = AutoTokenizer.from_pretrained(name)
         except (OSError, ValueError) as error:
@@ -106,6 +108,7 @@ def corpus_files(corpus: list[str]) -> list[Path]:
     files = []
     for name in corpus:
         path = common.ASSETS / "sotu" if name == "sotu" else Path(name)
+        assets.ensure(path)
         if not path.exists():
             fix = "run `make assets`" if name == "sotu" else "give c4, sotu, a folder, .jsonl[.gz] or .txt"
             raise UserError(f"--corpus {name}: {path} does not exist; {fix}")

@@ -17,6 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 import common
 import plain
 import sources.tasks
+from sources import assets
 
 torch.set_num_threads(1)  # these models are so small that a second thread waits more than it works (20 times slower)
 
@@ -144,9 +145,10 @@ def corpus_dir(tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def private_folders(monkeypatch, tmp_path):
-    """Nothing is read from or written to the repository's own cache/ and out/."""
+    """Nothing is read from or written to the repository's own cache/ and out/, nothing fetched."""
     monkeypatch.setattr(common, "CACHE", tmp_path / "cache")
     monkeypatch.setattr(common, "OUT", tmp_path / "out")
+    monkeypatch.setattr(assets, "ensure", lambda path: None)  # nothing is fetched
 
 
 @pytest.fixture

