@@ -59,7 +59,7 @@ FLAGS = {  # those that more than one script takes; a default of None is filled 
     "llm": dict(help="frozen LLM: a hub name or a folder"),
     "distiller": dict(help="a hub name or folder of the same tokenizer family, layers:N for the LLM's own "
                            "first N layers, kv:R for keys and values in place of input vectors "
-                           "(keys_values.py; R: the adapters' rank), or free for free vectors "
+                           "(variants.py; R: the adapters' rank), or free for free vectors "
                            "(PromptTuning)"),
     "distill-len": dict(type=int, help="l, number of distilled vectors; a checkpoint brings its own"),
     "tasks": dict(nargs="+", help="one or more of metaicl (hub), bigbench (assets), functions, early, recall "

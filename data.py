@@ -24,8 +24,7 @@ import argparse
 import functools
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,7 +36,7 @@ import common
 import sources.text
 from common import UserError, at_least, check, finish, parse, run_main, shared_rules
 from sources.tasks import SEEDS, Tasks, load_tasks
-from sources.text import Tokenizer, corpus_files, hub_documents, read_documents
+from sources.text import Tokenizer, corpus_files, hub_documents, read_documents, write_tokens
 
 MAX_INPUT = 256          # tokens of an input x; longer ones are cut at the end (App. A)
 TOGETHER = 64            # steps whose samples are dealt out by length
@@ -100,24 +99,6 @@ class Corpus:
             order = np.random.default_rng((seed, sample // n)).permutation(n)
             rows.append(self.row(self.train[order[sample % n]], beta))
         return rows
-
-
-def write_tokens(folder: Path, documents: Iterator[str], tokenizer: Tokenizer) -> None:
-    """Tokenise documents into folder/tokens.bin (uint32) and folder/ends.npy (each document's end)."""
-    folder.mkdir(parents=True, exist_ok=True)
-    ends, total = [], 0
-    temporary = folder / f"tokens.{os.getpid()}.tmp"
-    with temporary.open("wb") as file:
-        for text in tqdm(documents, desc="tokenising", unit=" documents"):
-            ids = np.asarray(tokenizer.encode(text), dtype=np.uint32)
-            file.write(ids.tobytes())
-            total += len(ids)
-            ends.append(total)
-    if not total:
-        raise UserError('the corpus holds no text at all; give .jsonl lines with a "text", or .txt files')
-    os.replace(temporary, folder / "tokens.bin")
-    np.save(folder / f"ends.{os.getpid()}.tmp.npy", np.asarray(ends, dtype=np.int64))
-    os.replace(folder / f"ends.{os.getpid()}.tmp.npy", folder / "ends.npy")  # last: it says "complete"
 
 
 @dataclass

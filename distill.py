@@ -26,7 +26,7 @@ from common import UserError, check, finish, run_main, setup
 from data import Encoder
 from loading import identity, load_distiller, load_llm, make_encoder, method_of
 from model import vector_prefix, with_bos
-from run import checkpoint_id, export_checkpoint, write_tensors
+from run import checkpoint_id, load_checkpoint, write_tensors
 from score import predict
 from sources.text import Tokenizer, json_lines
 
@@ -111,6 +111,24 @@ def read_vectors(path: str, llm) -> tuple[Tensor, dict]:
     check((owner == found,
            f"--vectors {path} belong to the LLM {owner}, this one is {found}; give its own --llm"))
     return vectors.to(llm.device), about
+
+
+def export_checkpoint(source: str | Path, target: Path) -> None:
+    """Write a run's distiller to a file of its own, to be published: weights in bf16, no optimiser, and
+    nothing that names this machine's folders: of flags the numbers, of a distiller's folder its name."""
+    def name_only(values: dict) -> dict:
+        return {name: Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+                for name, value in values.items()}
+    tensors, state = load_checkpoint(source)
+    weights = {name: t.to(torch.bfloat16) for name, t in tensors.items() if name.startswith("distiller.")}
+    needed = ("trained_on", "commit", "step", "figures")
+    check((not {*needed, "model"} - state.keys(),
+           f"{source} is not a whole checkpoint of this project; give a run's folder"))
+    kept = {name: state[name] for name in needed}
+    backbone = state["model"]["backbone"]
+    kept["model"] = name_only(state["model"]) | {"backbone": backbone and name_only(backbone)}
+    kept["flags"] = {name: v for name, v in state.get("flags", {}).items() if type(v) in (int, float)}
+    write_tensors(target, weights, {"state": json.dumps(kept)})
 
 
 @torch.no_grad()

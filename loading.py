@@ -21,12 +21,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 import common
 from common import UserError, check, require_hub, torch_dtype
 from data import Encoder
-from keys_values import KeyValueDistiller
-from model import ENCODER_DECODERS, Distiller, FreeVectors, demo_prefix, head_logits, query_states
+from model import ENCODER_DECODERS, Distiller, demo_prefix, head_logits, query_states
 from run import load_checkpoint
 from sources import assets
 from sources.tasks import Tasks
 from sources.text import Tokenizer
+from variants import FreeVectors, KeyValueDistiller
 
 USABLE = "give a GPT-2, OPT, Llama, Qwen, Mistral, Gemma or T5"
 

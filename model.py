@@ -110,31 +110,6 @@ class Distiller(nn.Module):
         return vectors
 
 
-class FreeVectors(nn.Module):
-    """PromptTuning (Lester et al., 2021), Sec. 4.1: l free vectors in place of S_D, the same for all D.
-
-    Stands where a Distiller stands, and starts like one's placeholders, from rows of the LLM's own embedding.
-
-    Args:
-        embed: the LLM's token embedding, of width d. vocab: V. distill_len: l. seed: of the initial ids.
-    """
-
-    backbone = residual_embed = None
-
-    def __init__(self, embed: nn.Module, vocab: int, distill_len: int, seed: int = 0):
-        super().__init__()
-        generator = torch.Generator().manual_seed(seed)
-        self.vectors = nn.Parameter(random_rows(embed, vocab, distill_len, generator))      # (l, d)
-
-    @property
-    def distill_len(self) -> int:
-        return self.vectors.shape[0]
-
-    def forward(self, demo_ids: Tensor, demo_mask: Tensor) -> Tensor:
-        """(B, T_d), (B, T_d) -> (B, l, d); what the demonstrations say does not matter."""
-        return self.vectors.expand(demo_ids.shape[0], -1, -1)
-
-
 def random_rows(embed: nn.Module, vocab: int, n: int, generator: torch.Generator) -> Tensor:
     """(n, width) fp32: embedding rows of ids drawn evenly from [100, vocab), where placeholders start (Sec.
     3)."""
@@ -176,7 +151,7 @@ def demo_prefix(llm: PreTrainedModel, demo_ids: Tensor, demo_mask: Tensor,
 
 def vector_prefix(llm: PreTrainedModel, vectors: Tensor, bos_id: int | None = None) -> Prefix:
     """The LLM reads distilled vectors: [BOS ; S_D], Eq. (2). vectors: (B, l, d), or, of other width, the keys
-    and values of keys_values.py, among them those of D's first token in BOS's place."""
+    and values of variants.py, among them those of D's first token in BOS's place."""
     mask = torch.ones(vectors.shape[:2], dtype=torch.bool, device=vectors.device)
     if (d := llm.get_input_embeddings().embedding_dim) == vectors.shape[2]:
         return prefill(llm, *with_bos(llm, vectors, mask, bos_id))
@@ -194,7 +169,7 @@ def teacher_and_student(llm: PreTrainedModel, distiller: nn.Module, batch: dict[
     S_D) with S_D = MEND(E^_D), Eq. (2). Eq. (3) compares them, Eq. (4) reads answers off the student's.
 
     Args:
-        distiller: Distiller, KeyValueDistiller or FreeVectors, perhaps in DDP. dtype: of its autocast.
+        distiller: Distiller, or one of variants.py, perhaps in DDP. dtype: of its autocast, as in --dtype.
     Returns:
         teacher (None where `with_teacher` is False), student: (B, T, d), as query_states.
     """

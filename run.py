@@ -90,11 +90,6 @@ def save_checkpoint(path: Path, distiller: nn.Module, state: dict,
         for name, p in distiller.named_parameters():
             for key, t in optimizer.state.get(p, {}).items():
                 tensors[f"optimizer.{name}.{key}"] = t.contiguous()
-    write_checkpoint(path, tensors, state)
-
-
-def write_checkpoint(path: Path, tensors: dict[str, Tensor], state: dict) -> None:
-    """One file, written whole and then renamed, with the state in its header."""
     write_tensors(path, tensors, {"state": json.dumps(state)})
 
 
@@ -109,24 +104,6 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be written ({error}); give another place, or "
                         "make room there") from error
-
-
-def export_checkpoint(source: str | Path, target: Path) -> None:
-    """Write a run's distiller to a file of its own, to be published: weights in bf16, no optimiser, and
-    nothing that names this machine's folders: of flags the numbers, of a distiller's folder its name."""
-    def name_only(values: dict) -> dict:
-        return {name: Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
-                for name, value in values.items()}
-    tensors, state = load_checkpoint(source)
-    weights = {name: t.to(torch.bfloat16) for name, t in tensors.items() if name.startswith("distiller.")}
-    needed = ("trained_on", "commit", "step", "figures")
-    check((not {*needed, "model"} - state.keys(),
-           f"{source} is not a whole checkpoint of this project; give a run's folder"))
-    kept = {name: state[name] for name in needed}
-    backbone = state["model"]["backbone"]
-    kept["model"] = name_only(state["model"]) | {"backbone": backbone and name_only(backbone)}
-    kept["flags"] = {name: v for name, v in state.get("flags", {}).items() if type(v) in (int, float)}
-    write_checkpoint(target, weights, kept)
 
 
 def load_checkpoint(path: str | Path, weights: bool = True) -> tuple[dict[str, Tensor], dict]:

@@ -31,9 +31,9 @@ from matplotlib.transforms import offset_copy
 
 import common
 from common import UserError, check, finish, run_main
-from evaluate import read_results, scores_of
 from paper import pictures
 from paper.pictures import GREY, METHODS, STYLE, caption
+from paper.summary import read_results, scores_of
 from paper.tables import latest, require_fields, summary
 
 # what stands before the query in Fig. 3: label, colour, hatch of bars, style of lines

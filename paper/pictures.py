@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
 from common import check
-from evaluate import read_results
+from paper.summary import read_results
 from run import load_checkpoint
 
 # Okabe and Ito's palette, which stays distinct for colour-blind readers: colour, marker, label

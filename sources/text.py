@@ -3,12 +3,14 @@
 import gzip
 import hashlib
 import json
+import os
 import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 from transformers import AutoTokenizer
 
 import common
@@ -189,3 +191,21 @@ def hub_documents() -> Iterator[str]:
     """C4 (en, validation) from the hub."""
     for row in hub_rows("--corpus c4", HUB_TEXT, "en", split="validation", columns=("text",)):
         yield row["text"]
+
+
+def write_tokens(folder: Path, documents: Iterator[str], tokenizer: Tokenizer) -> None:
+    """Tokenise documents into folder/tokens.bin (uint32) and folder/ends.npy (each document's end)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    ends, total = [], 0
+    temporary = folder / f"tokens.{os.getpid()}.tmp"
+    with temporary.open("wb") as file:
+        for text in tqdm(documents, desc="tokenising", unit=" documents"):
+            ids = np.asarray(tokenizer.encode(text), dtype=np.uint32)
+            file.write(ids.tobytes())
+            total += len(ids)
+            ends.append(total)
+    if not total:
+        raise UserError('the corpus holds no text at all; give .jsonl lines with a "text", or .txt files')
+    os.replace(temporary, folder / "tokens.bin")
+    np.save(folder / f"ends.{os.getpid()}.tmp.npy", np.asarray(ends, dtype=np.int64))
+    os.replace(folder / f"ends.{os.getpid()}.tmp.npy", folder / "ends.npy")  # last: it says "complete"

@@ -16,6 +16,7 @@ import common
 import evaluate
 import loading
 import model
+import paper.summary
 import run
 import score
 import sources.tasks
@@ -333,7 +334,7 @@ def test_summary_against_a_count_by_hand(seed):
 
     def spread(v):
         return np.std(v, ddof=1) if len(v) > 1 else 0.0
-    table = evaluate.summarise(records, methods)
+    table = paper.summary.summarise(records, methods)
     assert list(table) == [*tasks, "average"]
     for m in methods:
         for t in tasks:
@@ -349,7 +350,7 @@ def test_the_summary_has_accuracy_recovered_gain_and_a_star_for_a_single_label(c
     records = [{"method": m, "task": "emo", "seed": 13, "headline": f1, "accuracy": acc, "n": 9,
                 "n_predicted": n} for m, (f1, acc, n) in figures.items()]
     del records[-1]["n_predicted"]  # of a line that is older than it
-    evaluate.print_summary([*records, records[1] | {"task": "trec"}], list(figures))
+    paper.summary.print_summary([*records, records[1] | {"task": "trec"}], list(figures))
     rows = {line.split("  ")[0]: line.split() for line in capsys.readouterr().out.splitlines()}
     assert " ".join(rows["emo"]) == "emo 20.00 ± 0.00 60.00 ± 0.00 30.00 ± 0.00* 10.00 ± 0.00"
     assert " ".join(rows["trec"]) == "trec – 60.00 ± 0.00 – –"

@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.patches import FancyArrowPatch
 from PIL import Image
 
-import evaluate
+import paper.summary
 from common import UserError
 from paper import figures, pictures
 from paper.figures import averages, main
@@ -178,10 +178,10 @@ def test_a_line_that_is_being_written_is_left_alone(tmp_path):
     write(path, fig4_records())
     whole = path.read_text()
     path.write_text(whole + '{"method": "me')
-    assert evaluate.read_results(path) == fig4_records() and path.read_text() == whole + '{"method": "me'
+    assert paper.summary.read_results(path) == fig4_records() and path.read_text() == whole + '{"method": "me'
     path.write_text("no json\n")
     with pytest.raises(UserError, match="not a results file"):
-        evaluate.read_results(path)
+        paper.summary.read_results(path)
 
 
 # Figs. 5 and 8

@@ -13,6 +13,7 @@ import common
 import data
 import distill
 import evaluate
+import paper.summary
 import train_finetune
 import train_pretrain
 from paper import attention, figures, probe, tables
@@ -26,7 +27,7 @@ PLACES = [*DOCUMENTS, "Makefile", *(f"{name.replace('.', '/')}.py" for name in S
 CALLED = {f"-m {name}" if "." in name else f"{name}.py": script for name, script in SCRIPTS.items()}
 VARIABLES = {"$(DEMO)": "out/demo", "$(PUBLISHED)": "x.safetensors",
              "$(if $(filter gemma,$(LLM)),--only gemma)": "", "$": ""}
-MODULES = [path.stem for path in common.ROOT.glob("*.py")] + ["paper", "pocket"]
+MODULES = [path.stem for path in common.ROOT.glob("*.py")] + ["paper", "sources"]
 
 
 def read(place: str) -> str:
@@ -101,7 +102,7 @@ def test_the_packed_row_is_what_collate_makes():
 @pytest.mark.parametrize("name", names())
 def test_a_name_of_the_documents_exists(name):
     parts = name.split(".")
-    deep = 2 if parts[0] in ("paper", "pocket") else 1
+    deep = 2 if parts[0] in ("paper", "sources") else 1
     found = importlib.import_module(".".join(parts[:deep]))
     for part in parts[deep:]:
         found = getattr(found, part)
@@ -135,7 +136,7 @@ def test_the_tests_that_are_named_are_there():
 @pytest.mark.parametrize("file, places", [("table2-gpu.jsonl", ["README.md", "docs/results.md"]),
                                           ("table2-pocket.jsonl", ["docs/results.md"])])
 def test_the_documents_have_the_figures_of_the_committed_results(file, places):
-    records = evaluate.read_results(common.ROOT / "results" / file)
+    records = paper.summary.read_results(common.ROOT / "results" / file)
     for method in sorted({r["method"] for r in records}):
         headline, accuracy = (tables.summary({(r["task"], r["seed"]): (100 * r[name], r["n"])
                                               for r in records if r["method"] == method})

@@ -10,9 +10,11 @@ import scipy.stats
 
 import common
 import evaluate
+import paper.summary
 from common import UserError
-from evaluate import METHODS, read_results
+from evaluate import METHODS
 from paper import tables
+from paper.summary import read_results
 from paper.tables import block, group, marked, paired_interval, summary, table_lines, variant_of
 
 PAPER = json.loads((common.ROOT / "results" / "paper.json").read_text())["tables"]
@@ -72,7 +74,7 @@ def test_recovered_gain_by_hand():
     icl = scores(a=(30, 20), b=(60, 30), c=(50, 40), e=(9, 9))
     ours = scores(a=(20, 20), b=(99, 99), c=(30, 20), d=(70, 70))
     # icl gains on a (25 of 10) and c (45 of 20), not on b (45 of 50): (22.5 - 15) / (35 - 15)
-    gain = evaluate.recovered_gain
+    gain = paper.summary.recovered_gain
     assert gain(ours, icl, zero) == pytest.approx({"gain": 0.375, "tasks": 2})
     assert gain(icl, icl, zero)["gain"] == 1 and gain(zero, icl, zero)["gain"] == 0
     assert gain(ours, scores(b=(1, 1)), zero) is None and gain(ours, {}, zero) is None
@@ -339,7 +341,7 @@ def test_methods_of_the_paper_are_known():
 
 @pytest.mark.parametrize("file", sorted((common.ROOT / "results").glob("table*.jsonl")), ids=lambda path: path.stem)
 def test_committed_tables_are_those_of_the_committed_lines(file):
-    lines = tables.table_lines(evaluate.read_results(file), file.stem[len("table")])
+    lines = tables.table_lines(paper.summary.read_results(file), file.stem[len("table")])
     assert "\n".join(lines) + "\n" == file.with_suffix(".md").read_text(encoding="utf-8")
 
 

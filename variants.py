@@ -1,13 +1,14 @@
-"""A distiller that hands over keys and values: what the LLM makes of the demonstrations, at l positions.
+"""What stands where MEND's Distiller stands: keys and values in place of vectors, and PromptTuning.
 
     python train_finetune.py --distiller kv:32 --tasks functions recall --template newline
+    python train_finetune.py --distiller free --init-from none --lam 0                   # PromptTuning
 
-DEVIATION: MEND's vectors stand at the LLM's input. There a frozen LLM reads little but stretches of real text
-(results/LOG.md: trained input vectors stay level with D's last l tokens), so this one speaks to every layer.
-The distiller is the LLM itself with low-rank adapters; it reads D, then l - 1 placeholders, and what their
+DEVIATION, keys and values: MEND's vectors stand at the LLM's input. There a frozen LLM reads little but real
+text (results/LOG.md: trained input vectors stay level with D's last l tokens), so KeyValueDistiller speaks to
+every layer. It is the LLM itself with low-rank adapters; it reads D, then l - 1 placeholders, and what their
 positions and D's first one hold in each layer's cache is S_D. The cost: where an input vector has d numbers,
-this one has 2 a layer for each of its key and value heads' widths (21 times as many in SmolLM2-135M). What
-the LLM attends to, and the memory that its cache takes behind either, is the same l positions.
+this one has two widths of the key and value heads a layer and d (21 times as many in SmolLM2-135M). What the
+LLM attends to, and the memory that its cache takes behind either, is the same l positions.
 """
 
 import copy
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from model import causal_mask, positions_of, run_backbone
+from model import causal_mask, positions_of, random_rows, run_backbone
 
 SCALE = 2.0  # of what an adapter adds
 
@@ -98,3 +99,28 @@ class KeyValueDistiller(nn.Module):
         parts = [t.transpose(1, 2).flatten(2) for layer in cache.layers for t in (layer.keys, layer.values)]
         found = torch.cat([*parts, out.last_hidden_state], dim=2).float()                   # (B, T_d + n, W)
         return found.gather(1, kept.expand(-1, -1, found.shape[2]))                         # (B, l, W)
+
+
+class FreeVectors(nn.Module):
+    """PromptTuning (Lester et al., 2021), Sec. 4.1: l free vectors in place of S_D, the same for all D.
+
+    Stands where a Distiller stands, and starts like one's placeholders, from rows of the LLM's own embedding.
+
+    Args:
+        embed: the LLM's token embedding, of width d. vocab: V. distill_len: l. seed: of the initial ids.
+    """
+
+    backbone = residual_embed = None
+
+    def __init__(self, embed: nn.Module, vocab: int, distill_len: int, seed: int = 0):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.vectors = nn.Parameter(random_rows(embed, vocab, distill_len, generator))      # (l, d)
+
+    @property
+    def distill_len(self) -> int:
+        return self.vectors.shape[0]
+
+    def forward(self, demo_ids: Tensor, demo_mask: Tensor) -> Tensor:
+        """(B, T_d), (B, T_d) -> (B, l, d); what the demonstrations say does not matter."""
+        return self.vectors.expand(demo_ids.shape[0], -1, -1)

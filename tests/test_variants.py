@@ -12,12 +12,12 @@ import train_finetune
 import train_pretrain
 from common import UserError
 from data import Encoder, collate
-from keys_values import Adapter, KeyValueDistiller
 from loading import build_distiller, load_llm
 from model import head_logits, loss_mask, query_states, teacher_and_student, vector_prefix
 from run import load_checkpoint
 from score import distill_loss
 from sources.text import Tokenizer
+from variants import Adapter, KeyValueDistiller
 
 CPU, L, RANK = torch.device("cpu"), 4, 3
 D, QUERIES = list(range(5, 16)), [([40, 41, 42], [[50, 51], [52]]), ([43, 44], [[53, 54, 55], [56]])]
