@@ -48,7 +48,7 @@ def get_parser() -> argparse.ArgumentParser:
                        "--k, as in the paper")
     group.add_argument("--init-from", metavar="DIR|none",
                        help="pretraining run to start from; none = no pretraining; default: the one with the "
-                            "lowest held-out KL under out/ that fits --llm and --distiller")
+                            "lowest held-out KL under out/ that fits the flags, of beta 0.8 if there is one")
     return parser
 
 
@@ -56,7 +56,8 @@ MADE_BY = ("distiller", "distill_len", "vector_start", "template")  # flags that
 
 
 def find_pretrained(llm, args) -> Path | None:
-    """The pretraining checkpoint under out/ with the lowest held-out KL that has this LLM and these flags."""
+    """The pretraining checkpoint under out/ with the lowest held-out KL with this LLM and these flags: of the
+    paper's beta if there is one, as windows that are cut elsewhere have another KL."""
     wanted = {"llm": identity(llm)} | {name: getattr(args, name) for name in MADE_BY}
     found = []
     for path in sorted(common.OUT.glob("*/best.safetensors")):
@@ -64,8 +65,9 @@ def find_pretrained(llm, args) -> Path | None:
         stages = state["trained_on"]
         mends = stages.keys() == {"pretrain"} and stages["pretrain"].get("objective", "kl") == "kl"
         if mends and wanted.items() <= state["model"].items():
-            found.append((state["figures"]["val_kl"], path))
-    return min(found)[1] if found else None
+            beta = stages["pretrain"].get("beta")
+            found.append((beta != 0.8, state["figures"]["val_kl"], path))
+    return min(found)[-1] if found else None
 
 
 def start(args, llm):
