@@ -1,4 +1,4 @@
-"""Tests of evaluate.py: metrics against scikit-learn, packed queries against single ones, stop and resume."""
+"""Tests of evaluate.py: its results file, stop and resume, controls, changed demonstrations, errors."""
 
 import json
 import random
@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import accuracy_score, f1_score
 
 import common
 import evaluate
@@ -24,122 +23,14 @@ from data import TEMPLATES, Encoder
 from loading import build_distiller, distiller_config, load_llm
 from model import demo_prefix
 from paper.demos import PERTURBATIONS, bm25_neighbours, perturb
-from score import macro_f1, majority, one_prefix, predict, predict_each, task_figures
 from sources import SEEDS, Tasks, Tokenizer, load_tasks
 
 CPU = torch.device("cpu")
 METHODS = ["zero_shot", "icl", "icl_budget", "last_l", "mend"]
 
 
-# Metrics
-
-
-@pytest.mark.parametrize("seed", range(25))
-def test_metrics_against_scikit_learn(seed):
-    rng = random.Random(seed)
-    labels = ["b", "a", "C", "d"][:rng.randint(1, 4)]
-    n = rng.randint(1, 40)
-    golds = rng.choices(labels, k=n)
-    predictions = rng.choices([*labels, "never gold"], k=n)
-    f1 = f1_score(golds, predictions, labels=sorted(set(golds)), average="macro", zero_division=0)
-    acc = accuracy_score(golds, predictions)
-    assert macro_f1(predictions, golds) == pytest.approx(f1)
-    assert score.accuracy(predictions, golds) == pytest.approx(acc)
-    for task_type, headline in (("classification", f1), ("multi-choice", acc), ("QA", acc)):
-        assert task_figures(predictions, golds, task_type) == pytest.approx(
-            {"macro_f1": f1, "accuracy": acc, "headline": headline})
-
-
-def test_metrics_by_hand():
-    predictions, golds = ["a", "a", "b", "c"], ["a", "b", "b", "b"]
-    assert macro_f1(predictions, golds) == pytest.approx((2 / 3 + 1 / 2) / 2)  # a: P 1/2, R 1; b: P 1, R 1/3; c not gold
-    assert score.accuracy(predictions, golds) == 0.5
-
-
-def shots(*labels: str, options=("a", "b", "c")) -> list[dict]:
-    return [{"task": "t", "input": f"x{i}", "output": label, "options": list(options)} for i, label in enumerate(labels)]
-
-
-def test_majority_by_hand():
-    queries = shots("a", "a")
-    assert majority(shots("b", "a", "b"), queries) == ["b", "b"]
-    assert majority(shots("c", "a", "a", "c"), queries) == ["c", "c"]  # equally frequent: the one seen first
-    # multiple choice: the labels are no option of the query; position 1 was right twice, position 0 once
-    demos = [*shots("q", options="pq"), *shots("s", options="rs"), *shots("t", options="tu")]
-    assert majority(demos, shots("a", options="abc")) == ["b"] and majority(demos[2:], shots("a", options="abc")) == ["a"]
-    far = shots("z", options="wxyz")  # position 3 of a query with two options: its last
-    assert majority(far, shots("a", options="ab")) == ["b"]
-    assert majority(demos, shots("a", options="qa")) == ["q"]  # the most frequent label, where the query has it
-
-
-# Prediction
-
-
-@pytest.fixture(scope="module")
-def tiny(llama):
-    llm = load_llm(str(llama), CPU, torch.float32)
-    distiller = build_distiller("layers:2", llm, 4, "matched", 0).eval()
-    args = SimpleNamespace(distill_len=24, dtype="fp32")
-    return SimpleNamespace(llm=llm, distiller=distiller, args=args, tokenizer=Tokenizer(str(llama)),
-                           encoder=Encoder(Tokenizer(str(llama)), "space", context_len=900, distill_len=24))
-
-
-@pytest.fixture
-def files(tasks_dir):
-    return load_tasks(str(tasks_dir), "class_to_class").files("ag_news", 13)
-
-
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("pass_tokens", [1, 60, 100_000])
-def test_packed_queries_are_answered_like_single_ones(tiny, files, monkeypatch, method, pass_tokens):
-    queries = [q | {"options": q["options"][:2 + i % 2]} for i, q in enumerate(files["test"])]
-    prefix = one_prefix(method, files["train"], 400, tiny.llm, tiny.distiller, tiny.encoder, tiny.args)
-    one_by_one = [predict(tiny.llm, prefix, tiny.encoder, [q], prefix.state is None)[0] for q in queries]
-    sizes, scoring = [], score.score_options
-    monkeypatch.setattr(score, "score_options", lambda llm, prefix, batch: (
-        sizes.append(int(batch["query_mask"].sum())), scoring(llm, prefix, batch))[1])
-    monkeypatch.setattr(score, "PASS_TOKENS", {"cpu": pass_tokens, "cuda": pass_tokens})
-    assert predict(tiny.llm, prefix, tiny.encoder, queries, prefix.state is None) == one_by_one
-    assert len(set(one_by_one)) > 1  # else an LLM that always says the same would pass
-    assert {1: len(sizes) == len(queries), 60: max(sizes) <= 60 and 1 < len(sizes) < 24, 100_000: len(sizes) == 1}[pass_tokens]
-    encoded = [tiny.encoder.scoring_query(q, first=prefix.state is None) for q in queries]
-    assert sum(sizes) == sum(len(x) + sum(map(len, options)) for x, options in encoded)
-
-
-@pytest.mark.parametrize("method", ["icl", "icl_budget", "last_l", "mend"])
-@pytest.mark.parametrize("set_tokens", [1, 700, 100_000])
-def test_a_demonstration_set_for_each_query_is_read_like_that_set_alone(tiny, files, monkeypatch, method, set_tokens):
-    rng = random.Random(4)
-    queries = [q | {"options": q["options"][:2 + i % 2]} for i, q in enumerate(files["test"])]
-    sets = [rng.sample(files["train"], rng.randint(1, 12)) for _ in queries]
-    alone = [predict(tiny.llm, one_prefix(method, demos, 200, tiny.llm, tiny.distiller, tiny.encoder, tiny.args), tiny.encoder, [q])[0]
-             for demos, q in zip(sets, queries, strict=True)]
-    sizes, scoring = [], score.score_options
-    monkeypatch.setattr(score, "score_options", lambda llm, prefix, batch: (
-        sizes.append(len(batch["query_mask"])), scoring(llm, prefix, batch))[1])
-    monkeypatch.setattr(score, "SET_TOKENS", set_tokens)
-    assert predict_each(method, sets, 200, tiny.llm, tiny.distiller, tiny.encoder, queries, tiny.args) == alone
-    assert len(set(alone)) > 1 and sum(sizes) == 24
-    assert {1: len(sizes) == 24, 700: 24 > len(sizes) > 1, 100_000: len(sizes) == 1}[set_tokens]
-
-
-def test_what_each_method_puts_before_the_query(tiny, files):
-    demos, encoder = files["train"], tiny.encoder
-    prefix = {m: one_prefix(m, demos, 200, tiny.llm, tiny.distiller, encoder, tiny.args) for m in METHODS}
-    whole = encoder.demonstrations(demos, 200)
-    for method, ids in (("zero_shot", []), ("icl", whole), ("icl_budget", encoder.budget(demos, 24)),
-                        ("last_l", whole[-24:])):
-        expected = demo_prefix(tiny.llm, torch.tensor([ids], dtype=torch.long), torch.ones(1, len(ids), dtype=torch.bool))
-        assert prefix[method].mask.shape == (1, len(ids)) and (prefix[method].state is None) == (not ids)
-        for (k, v), (k2, v2) in zip(prefix[method].keys_values, expected.keys_values, strict=True):
-            assert torch.equal(k, k2) and torch.equal(v, v2)
-    assert prefix["mend"].mask.shape == (1, 4)
-    assert prefix["last_l"].mask.shape == (1, 24)
-    assert 24 >= prefix["icl_budget"].mask.shape[1] < prefix["icl"].mask.shape[1] <= 200
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_only_zero_shot_ignores_the_demonstrations(tiny, tasks_dir, tmp_path, monkeypatch, method):
+def test_only_zero_shot_ignores_the_demonstrations(setting, tasks_dir, tmp_path, monkeypatch, method):
     shutil.copytree(tasks_dir, tmp_path / "tasks")
     for part in ("dev", "test"):  # seed 21 gets the queries of seed 13; its demonstrations stay others
         shutil.copy(tasks_dir / "emo" / f"emo_16_13_{part}.jsonl", tmp_path / "tasks" / "emo" / f"emo_16_21_{part}.jsonl")
@@ -148,59 +39,10 @@ def test_only_zero_shot_ignores_the_demonstrations(tiny, tasks_dir, tmp_path, mo
     scores, scoring = [], score.score_options
     monkeypatch.setattr(score, "score_options", lambda *a: scores.append(scoring(*a)) or scores[-1])
     monkeypatch.setattr(score, "PASS_TOKENS", {"cpu": 100_000, "cuda": 100_000})
-    figures = [evaluate.evaluate_one(args, tiny.llm, tiny.distiller, tiny.encoder, tasks, "emo", seed, method) for seed in (13, 21)]
+    figures = [evaluate.evaluate_one(args, setting.llm, setting.distiller, setting.encoder, tasks, "emo", seed, method) for seed in (13, 21)]
     assert torch.equal(*scores) == (method == "zero_shot")
     if method == "zero_shot":
         assert figures[0] == figures[1]
-
-
-def test_dev_figures_against_one_query_at_a_time(tiny, tasks_dir, llama):
-    tasks = load_tasks(str(tasks_dir), "class_to_class")
-    args = SimpleNamespace(seed=13, k=3, distill_len=4, dtype="fp32")
-    tiny.distiller.train()
-    whole = score.dev_figures(tiny.llm, tiny.distiller, tasks, tiny.encoder, args, CPU)
-    assert tiny.distiller.training  # left as the training loop needs it
-    embed, distiller = tiny.llm.get_input_embeddings(), tiny.distiller.eval()
-    kl, clm, pred, headlines, option_ce = [], [], [], [], []
-    with torch.no_grad():
-        for task in tasks.test:
-            files = tasks.files(task, 13)
-            demo = torch.tensor([tiny.encoder.demonstrations(files["train"][:3], 900)])
-            vectors = distiller(demo, torch.ones_like(demo, dtype=torch.bool))
-            chosen, ce = [], []
-            for query in files["dev"]:
-                x, (y,) = tiny.encoder.training_query(query)
-
-                def log_p(context, tail):  # log-probabilities of x and the answer `tail` behind a context, no cache
-                    inputs = torch.cat([context, embed(torch.tensor([x + tail]))], dim=1)  # noqa: B023
-                    logits = tiny.llm(inputs_embeds=inputs, attention_mask=torch.ones(inputs.shape[:2])).logits[0]
-                    return logits[context.shape[1] - 1:-1].log_softmax(dim=1)
-                student, teacher = log_p(vectors, y), log_p(embed(demo), y)
-                kl += (teacher.exp() * (teacher - student)).sum(dim=1).tolist()
-                clm += [-student[i, token].item() for i, token in enumerate(x + y)]
-                pred += [-student[len(x) + i, token].item() for i, token in enumerate(y)]
-                options = [tiny.encoder.answer(option) for option in query["options"]]
-                scores = [np.mean([log_p(vectors, o)[len(x) + i, t].item() for i, t in enumerate(o)]) for o in options]
-                chosen.append(query["options"][int(np.argmax(scores))])
-                shares = np.exp(scores) / np.exp(scores).sum()
-                ce.append(-np.log(shares[query["options"].index(query["output"])]))
-            option_ce.append(np.mean(ce))
-            golds = [q["output"] for q in files["dev"]]
-            headlines.append(f1_score(golds, chosen, labels=sorted(set(golds)), average="macro", zero_division=0))
-    assert whole == pytest.approx({"val_pred": np.mean(pred), "val_kl": np.mean(kl), "val_clm": np.mean(clm),
-                                   "dev_headline": np.mean(headlines),
-                                   "val_option_ce": np.mean(option_ce)}, rel=1e-4)
-
-
-def test_dev_figures_are_taken_without_dropout(gpt2, tasks_dir):
-    llm = load_llm(str(gpt2), CPU, torch.float32)
-    distiller = build_distiller("layers:2", llm, 4, "matched", 0).train()
-    assert distiller.backbone.config.resid_pdrop > 0
-    encoder = Encoder(Tokenizer(str(gpt2)), "space", 300, 4, 640, 640)
-    args = SimpleNamespace(seed=13, k=3, distill_len=4, dtype="fp32")
-    tasks = load_tasks(str(tasks_dir), "class_to_class")
-    first = score.dev_figures(llm, distiller, tasks, encoder, args, CPU)
-    assert score.dev_figures(llm, distiller, tasks, encoder, args, CPU) == first and distiller.training
 
 
 # The script
@@ -579,32 +421,6 @@ def test_records_carry_what_a_checkpoint_was_trained_on(argv, tmp_path, llama):
     assert trained_on == {"icl": None, "majority": None, "mend": stages}
 
 
-KL, CLM, UNSEEN = {"objective": "kl"}, {"objective": "clm"}, {"tasks": "metaicl", "split": "class_to_class"}
-
-
-@pytest.mark.parametrize("method, distiller, stages, message", [
-    ("prompt_tuning", "layers:2", {}, "holds a distiller that was trained with L_distill"),
-    ("mend", "free", {}, "holds free vectors .*evaluate it with --methods prompt_tuning"),
-    ("hypertuning", "free", {}, "holds free vectors .*evaluate it with --methods prompt_tuning"),
-    ("hypertuning", "layers:2", {"pretrain": KL, "finetune": UNSEEN | {"lam": 0.0}}, "holds .* was trained with L_distill; evaluate it with --methods mend"),
-    ("hypertuning", "layers:2", {"pretrain": CLM, "finetune": UNSEEN | {"lam": 0.1}}, "holds .* was trained with L_distill; evaluate it with --methods mend"),
-    ("hypertuning", "layers:2", {"pretrain": {"objective": "clm+kl"}}, "holds .* was trained with L_distill; evaluate it with --methods mend"),
-    ("hypertuning", "layers:2", {"pretrain": {"corpus": "c4"}}, "holds .* was trained with L_distill; evaluate it with --methods mend"),  # before there was a choice
-    ("mend", "layers:2", {"pretrain": CLM, "finetune": UNSEEN | {"lam": 0.0}}, "holds .* was trained without L_distill; evaluate it with --methods hypertuning"),
-    ("mend", "layers:2", {"finetune": UNSEEN | {"lam": 0.0}}, "holds .* was trained without L_distill; evaluate it with --methods hypertuning"),
-    ("hypertuning", "layers:2", {"pretrain": CLM, "finetune": UNSEEN | {"lam": 0.0}}, None),
-    ("hypertuning", "layers:2", {"finetune": UNSEEN | {"lam": 0.0}}, None), ("mend", "layers:2", {"pretrain": KL}, None),
-    ("mend", "layers:2", {"pretrain": CLM, "finetune": UNSEEN | {"lam": 1.0}}, None),  # Table 4's row CLM
-    ("mend", "layers:2", {"pretrain": KL, "finetune": UNSEEN | {"lam": 0.0}}, None),   # and w/o L_distill
-    ("mend", "layers:2", {"finetune": UNSEEN}, None), ("mend", "layers:2", {"pretrain": {"corpus": "c4"}}, None)])
-def test_a_checkpoint_is_not_taken_for_another_methods(tmp_path, llama, method, distiller, stages, message):
-    state = {"model": {"distiller": distiller}, "trained_on": stages}
-    if message is None:
-        return loading.refuse_wrong_method([method], state, "run")
-    with pytest.raises(UserError, match=f"run {message}"):
-        loading.refuse_wrong_method([method], state, "run")
-
-
 def test_main_refuses_a_checkpoint_of_another_method(argv):
     with pytest.raises(UserError, match="holds a distiller that was trained with L_distill"):
         evaluate.main([*argv, "--methods", "prompt_tuning"])
@@ -668,14 +484,6 @@ def test_examples_without_options_cannot_be_scored(argv, tasks_dir, tmp_path):
     path.write_text("".join(json.dumps(e | {"options": []}) + "\n" for e in lines(path)))
     with pytest.raises(UserError, match="task emo: .* it has no options"):
         evaluate.main([*argv, "--tasks", str(tmp_path / "tasks")])
-
-
-def test_tasks_that_the_checkpoint_was_finetuned_on_are_refused(tasks_dir):
-    tasks, args = load_tasks(str(tasks_dir), "class_to_class"), SimpleNamespace(only=None)
-    loading.refuse_seen_tasks({"finetune": {"tasks": "metaicl", "split": "class_to_class"}}, tasks, args)
-    loading.refuse_seen_tasks({"finetune": {"tasks": "bigbench", "split": "hr_to_lr"}}, tasks, args)
-    with pytest.raises(UserError, match="training tasks include ag_news, emo"):
-        loading.refuse_seen_tasks({"finetune": {"tasks": "metaicl", "split": "hr_to_lr"}}, tasks, args)
 
 
 def test_functions_are_evaluated_by_accuracy(argv, tmp_path, tasks_dir):

@@ -6,13 +6,10 @@ import shlex
 import numpy as np
 import pytest
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.patches import FancyArrowPatch
 from PIL import Image
 
-import evaluate
 from common import UserError
-from paper import figures, pictures
+from paper import figures
 from paper.figures import averages, main
 from run import save_checkpoint
 
@@ -173,20 +170,7 @@ def test_an_empty_file_names_the_script_that_fills_it(tmp_path, name, script):
             main([name, "--results", str(path), "--out", str(tmp_path)])
 
 
-def test_a_line_that_is_being_written_is_left_alone(tmp_path):
-    path = tmp_path / "fig4.jsonl"
-    write(path, fig4_records())
-    whole = path.read_text()
-    path.write_text(whole + '{"method": "me')
-    assert evaluate.read_results(path) == fig4_records() and path.read_text() == whole + '{"method": "me'
-    path.write_text("no json\n")
-    with pytest.raises(UserError, match="not a results file"):
-        evaluate.read_results(path)
-
-
 # Figs. 5 and 8
-
-
 ABOUT = {"llm": "tiny", "seed": 100, "dtype": "fp32", "commit": "abc", "command": "python -m paper.attention"}
 
 
@@ -252,11 +236,6 @@ def write_run(folder, trained_on: dict, lines: list[dict]) -> str:
     return str(folder)
 
 
-def test_running_mean_by_hand():
-    np.testing.assert_allclose(pictures.running_mean([1, 2, 6, 4], 2), [1, 1.5, 4, 5])
-    np.testing.assert_allclose(pictures.running_mean([1, 2, 6], 1), [1, 2, 6])
-
-
 def test_curves(tmp_path):
     steps = range(1, 81)  # so the mean is over two steps
     pretraining = [{"step": s, "kl": float(s), "grad_norm": 1.0} for s in steps] + [
@@ -283,39 +262,6 @@ def test_curves(tmp_path):
     text = fig.texts[0].get_text().replace("\n", " ")
     assert text.count("80 of 160 steps") == 3 and text.count("64 held-out windows") == 2
     check_files(main(["curves", *runs, "--out", str(tmp_path)]), tmp_path, "curves")
-
-
-# The method figure and the command line
-
-
-def test_method_figure(tmp_path):
-    out = main(["method", "--out", str(tmp_path)])
-    check_files(out, tmp_path, "method")
-    first = (tmp_path / "method.svg").read_bytes()
-    main(["method", "--out", str(tmp_path)])
-    assert (tmp_path / "method.svg").read_bytes() == first  # no date, no random names: it can be committed
-    assert (pictures.ANSWER, pictures.VECTOR) == (figures.METHODS["icl"][0], figures.METHODS["mend"][0])
-
-
-def test_method_figure_has_no_overlaps():
-    """No text leaves the canvas, touches another text or crosses the edge of a box; all are readable at 400 pixels."""
-    fig, _ = draw("method")
-    renderer = FigureCanvasAgg(fig).get_renderer()
-    texts = [t for t in fig.axes[0].texts if t.get_text()]
-    boxes = [t.get_window_extent(renderer) for t in texts]
-    shapes = [p.get_window_extent(renderer) for p in fig.axes[0].patches if not isinstance(p, FancyArrowPatch)]
-    for i, (text, box) in enumerate(zip(texts, boxes, strict=True)):
-        assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= fig.bbox.width and box.y1 <= fig.bbox.height, text
-        assert text.get_fontsize() / 72 / fig.get_figwidth() * 400 >= 9, text
-        assert not any(box.overlaps(other) for other in boxes[i + 1:]), text
-        for shape in shapes:
-            inside = shape.x0 <= box.x0 and box.x1 <= shape.x1 and shape.y0 <= box.y0 and box.y1 <= shape.y1
-            assert inside or not box.overlaps(shape), text
-
-
-def test_palette_tells_methods_apart():
-    colours, markers, labels = zip(*figures.METHODS.values(), strict=True)
-    assert all(len(set(part)) == len(figures.METHODS) for part in (colours, markers, labels))
 
 
 @pytest.mark.parametrize("argv", ["curves", "method out/run", "fig4 --split class_to_clas"])

@@ -1,45 +1,28 @@
-"""Tests of model.py against torch.distributions, hand-worked numbers, and the plain reference in plain.py."""
+"""Tests of model.py: reading in packed, cached, padded batches equals plain.py, and so do the distiller's vectors."""
 
 import copy
-import json
 import math
-import random
-import shutil
-from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
+from conftest import LogitsAreStates, close, ids_maker, load, make_distiller, scoring_rows, training_rows
 from conftest import plain_losses as losses_of_prefixes
-from conftest import plain_scores
-from torch import nn
-from torch.distributions import Categorical, kl_divergence
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     GPT2Config,
-    GPT2LMHeadModel,
     GPT2Model,
-    T5Config,
 )
 
 import plain
-from common import UserError
 from data import collate
 from loading import (
     build_distiller,
-    distiller_config,
     embedding_rms,
-    first_layers,
-    fuse_gelu,
-    load_distiller,
-    load_llm,
-    max_positions,
 )
 from model import (
     Distiller,
-    Prefix,
     attention_mask,
     demo_prefix,
     head_logits,
@@ -47,90 +30,15 @@ from model import (
     vector_prefix,
     with_bos,
 )
-from run import make_optimizer, save_checkpoint
+from run import make_optimizer
 from score import (
     distill_loss,
     finetune_loss,
-    full_precision,
     pred_loss,
-    pretrain_loss,
     score_options,
-    sum_in_chunks,
 )
 
-CPU, BOS = torch.device("cpu"), 7
-
-
-def load(folder):
-    return load_llm(str(folder), CPU, torch.float32)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Models this small wait for threads more than they compute: ten times slower where cores are shared."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def llm(llm_folder):
-    return load(llm_folder)
-
-
-def test_the_fused_gelu_is_gpt2s(gpt2):
-    """Same logits and gradient as transformers' own, with fewer tensors kept for the backward pass."""
-    found = {}
-    for name in ("own", "fused"):
-        llm = AutoModelForCausalLM.from_pretrained(gpt2).eval()
-        if name == "fused":
-            assert fuse_gelu(llm) is llm and not any("NewGELU" in type(m).__name__ for m in llm.modules())
-        embeds, kept = torch.randn(1, 9, 32, generator=torch.Generator().manual_seed(0)).requires_grad_(), []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: (kept.append(t), t)[1], lambda t: t):
-            logits = llm(inputs_embeds=embeds).logits
-        logits.square().sum().backward()
-        found[name] = logits.detach(), embeds.grad, len(kept)
-    for own, fused in zip(found["own"][:2], found["fused"][:2], strict=True):
-        torch.testing.assert_close(fused, own, atol=1e-4, rtol=1e-4)
-    assert found["fused"][2] < found["own"][2]
-
-
-def test_gpt2_is_loaded_with_the_fused_gelu(gpt2):
-    llm = load(gpt2)
-    for model in (llm, build_distiller("layers:2", llm, 4, "plain", 0), build_distiller(str(gpt2), llm, 4, "plain", 0)):
-        assert [m for m in model.modules() if "NewGELU" in type(m).__name__] == []
-        assert any(isinstance(m, nn.GELU) for m in model.modules())
-
-
-def make_distiller(llm, spec: str = "layers:2", distill_len: int = 4, start: str = "matched", seed: int = 0):
-    """A distiller without dropout, so that two runs can be compared."""
-    return build_distiller(spec, llm, distill_len, start, seed).eval()
-
-
-def close(found, expected, tolerance: float = 1e-4):
-    torch.testing.assert_close(found, torch.as_tensor(expected, dtype=found.dtype), atol=tolerance, rtol=tolerance)
-
-
-def ids_maker(seed: int = 0):
-    rng = random.Random(seed)
-    return lambda n: [rng.randrange(1, 300) for _ in range(n)]
-
-
-def training_rows() -> list[dict]:
-    """Ragged rows with several queries of one answer each: padding on the left and on the right, and packing."""
-    ids = ids_maker(1)
-    return [{"demo": ids(9), "queries": [(ids(5), [ids(2)]), (ids(3), [ids(4)]), (ids(6), [ids(1)])]},
-            {"demo": ids(17), "queries": [(ids(2), [ids(3)])]},
-            {"demo": ids(4), "queries": [(ids(7), [ids(2)]), (ids(1), [ids(2)])]}]
-
-
-def scoring_rows() -> list[dict]:
-    """Ragged rows with different numbers of queries, and of options of different lengths."""
-    ids = ids_maker(2)
-    return [{"demo": ids(6), "queries": [(ids(5), [ids(1), ids(3), ids(2)]), (ids(2), [ids(2), ids(2)])]},
-            {"demo": ids(13), "queries": [(ids(3), [ids(2), ids(1), ids(4), ids(1)])]},
-            {"demo": ids(8), "queries": [(ids(1), [ids(2)]), (ids(4), [ids(1), ids(1)]), (ids(6), [ids(5), ids(2)])]}]
+BOS = 7
 
 
 def losses(llm, distiller, rows, bos_id=None):
@@ -166,143 +74,6 @@ def assert_same_gradients(found, expected):
         assert (found[name] - e).norm() <= 1e-5 * e.norm() + 1e-8, name
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Losses on their own
-
-
-class LogitsAreStates(nn.Module):
-    """An LLM whose head is the identity: a state is its logits."""
-
-    dtype = torch.float32
-
-    def __init__(self, **config):
-        super().__init__()
-        self.config, self.head = SimpleNamespace(**config), nn.Identity()
-
-    def get_output_embeddings(self):
-        return self.head
-
-
-def log_p(*rows) -> torch.Tensor:
-    return torch.tensor(rows).log()
-
-
-def test_distill_loss_is_forward_kl_worked_by_hand():
-    teacher, student = log_p([0.5, 0.5]), log_p([0.25, 0.75])
-    forward = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)      # 0.1438; at temperature 2: 0.0373
-    reverse = 0.25 * math.log(0.25 / 0.5) + 0.75 * math.log(0.75 / 0.5)    # 0.1308
-    assert abs(forward - reverse) > 0.01
-    close(distill_loss(LogitsAreStates(), student, teacher), forward, 1e-6)
-    close(distill_loss(LogitsAreStates(), teacher, student), reverse, 1e-6)
-    two = distill_loss(LogitsAreStates(), torch.cat([student, teacher]), torch.cat([teacher, teacher]))
-    close(two, forward / 2, 1e-6)  # a mean per token: the second one has no divergence
-
-
-def test_distill_loss_equals_torch_distributions(llm):
-    torch.manual_seed(0)
-    student, teacher = 2 * torch.randn(300, 32), 2 * torch.randn(300, 32)  # more than two chunks
-    student.requires_grad_()
-    teacher.requires_grad_()
-    loss = 3 * distill_loss(llm, student, teacher)
-    loss.backward()
-    found, student.grad = student.grad, None
-    expected = 3 * kl_divergence(*(Categorical(logits=llm.lm_head(s)) for s in (teacher.detach(), student))).mean()
-    expected.backward()
-    close(loss, expected)
-    close(found, student.grad, 1e-6)
-    assert found.abs().max() > 1e-4
-    assert teacher.grad is None
-
-
-def test_losses_never_hold_logits_for_more_than_128_positions():
-    llm, seen = LogitsAreStates(), []
-    llm.head.register_forward_hook(lambda head, args, logits: seen.append(len(logits)))
-    torch.manual_seed(0)
-    states, targets = torch.randn(300, 3, requires_grad=True), torch.randint(3, (300,))
-    pred_loss(llm, states, targets).backward()
-    distill_loss(llm, states, torch.randn(300, 3)).backward()
-    assert max(seen) <= 128 and sum(seen) == 3 * 300  # student twice, teacher once, none made again
-
-
-def test_distill_loss_is_the_same_under_autocast(llm):
-    torch.manual_seed(0)
-    student, teacher = 2 * torch.randn(9, 32), 2 * torch.randn(9, 32)
-    expected = distill_loss(llm, student, teacher), pred_loss(llm, student, torch.arange(9))
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(distill_loss(llm, student, teacher), expected[0])
-        assert torch.equal(pred_loss(llm, student, torch.arange(9)), expected[1])
-
-
-def test_distill_loss_rejects_different_positions():
-    with pytest.raises(ValueError, match=r"\(3, 2\).*\(4, 2\)"):
-        distill_loss(LogitsAreStates(), torch.zeros(3, 2), torch.zeros(4, 2))
-
-
-def test_pred_loss_worked_by_hand():
-    states, targets = log_p([0.5, 0.25, 0.25], [0.1, 0.2, 0.7]), torch.tensor([1, 2])
-    close(pred_loss(LogitsAreStates(), states, targets), -(math.log(0.25) + math.log(0.7)) / 2, 1e-6)
-
-
-def test_pred_loss_equals_cross_entropy(llm):
-    torch.manual_seed(0)
-    states, targets = torch.randn(300, 32, requires_grad=True), torch.randint(300, (300,))
-    loss = pred_loss(llm, states, targets)
-    loss.backward()
-    found, states.grad = states.grad, None
-    expected = F.cross_entropy(llm.lm_head(states), targets)
-    expected.backward()
-    close(loss, expected)
-    close(found, states.grad, 1e-6)
-    assert found.abs().max() > 1e-4
-
-
-def test_losses_over_parts_with_one_denominator_add_up_to_the_mean(llm):
-    torch.manual_seed(0)
-    student, teacher, targets = torch.randn(10, 32), torch.randn(10, 32), torch.randint(300, (10,))
-    for loss, other in ((distill_loss, teacher), (pred_loss, targets)):
-        parts = [loss(llm, student[s], other[s], 10) for s in (slice(0, 3), slice(3, 10))]
-        close(sum(parts), loss(llm, student, other), 1e-6)
-        close(loss(llm, student, other, 40), loss(llm, student, other) / 4, 1e-6)
-
-
-@pytest.mark.parametrize("chunk", [1, 3, 5, 10, 128])
-def test_sum_in_chunks_equals_one_sum_in_value_and_gradient(chunk):
-    torch.manual_seed(0)
-    states, other = torch.randn(10, 4, requires_grad=True), torch.randn(10, 4)
-    seen = []
-
-    def loss(s, o):
-        seen.append(len(s))
-        return (s.tanh() * o).pow(2).sum()
-
-    total = 2 * sum_in_chunks(loss, states, other, chunk=chunk)
-    total.backward()
-    found, states.grad = states.grad, None
-    assert max(seen) == min(chunk, 10) and sum(seen) == 10  # never more at once, and each row once
-    expected = 2 * loss(states, other)
-    expected.backward()
-    close(total, expected, 1e-6)
-    close(found, states.grad, 1e-6)
-    with torch.no_grad():
-        without = sum_in_chunks(loss, states, other, chunk=chunk)
-    close(2 * without, expected, 1e-6)
-    assert not without.requires_grad
-
-
-def test_finetune_loss_is_pred_plus_lambda_distill():
-    assert finetune_loss(torch.tensor(2.0), torch.tensor(3.0), 0.1).item() == pytest.approx(2.3)
-    assert finetune_loss(torch.tensor(2.0), torch.tensor(3.0), 0.0).item() == 2.0
-
-
-def test_finetune_and_pretrain_loss_weigh_their_terms():
-    pred, distill = torch.tensor(3.0, requires_grad=True), torch.tensor(5.0, requires_grad=True)
-    assert finetune_loss(pred, distill, 0.5, 0.0).item() == 2.5 and finetune_loss(pred, distill, 0.0).item() == 3.0
-    loss = pretrain_loss(pred, distill, 0.1)  # L_CLM + gamma L_distill, App. B
-    loss.backward()
-    assert (loss.item(), pred.grad.item(), distill.grad.item()) == pytest.approx((3.5, 1.0, 0.1))
-    assert pretrain_loss(0, distill, 1.0).item() == 5.0 and pretrain_loss(pred, 0, 1.0).item() == 3.0
-
-
 def test_head_logits_equal_the_models_own(llm):
     ids = torch.tensor([ids_maker()(8)])
     torch.manual_seed(0)
@@ -318,7 +89,6 @@ def test_head_logits_equal_the_models_own(llm):
           [[2 * math.tanh(1.5), 2 * math.tanh(-0.5)]], 1e-6)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # The packed, cached, padded way against the plain one
 
 
@@ -384,48 +154,6 @@ def test_distill_loss_of_queries_without_answers_equals_plain(llm):
         mask = batch["query_mask"]
         _, expected = plain_losses(llm, distiller, rows)
         close(distill_loss(llm, student[mask], teacher[mask]), expected)
-
-
-def test_score_options_equal_plain_scores_with_minus_infinity_for_missing_ones(llm):
-    rows = scoring_rows()
-    batch = collate(rows)
-    scores = score_options(llm, demo_prefix(llm, batch["demo_ids"], batch["demo_mask"]), batch)
-    assert scores.shape == (3, 3, 4)
-    expected = torch.full((3, 3, 4), float("-inf"))
-    for b, row in enumerate(plain_scores(llm, rows, [plain.embed(llm, row["demo"]) for row in rows])):
-        for s, options in enumerate(row):
-            expected[b, s, :len(options)] = torch.tensor(options)
-    assert expected.isfinite().sum() == 14
-    assert torch.equal(scores.isfinite(), expected.isfinite())
-    close(scores, expected)
-
-
-def test_score_options_of_more_than_one_chunk_of_answer_tokens(llm):
-    ids = ids_maker(3)
-    rows = [{"demo": ids(5), "queries": [(ids(3), [ids(50), ids(50), ids(60)])]}]
-    batch = collate(rows)
-    scores = score_options(llm, demo_prefix(llm, batch["demo_ids"], batch["demo_mask"]), batch)
-    close(scores[0], plain_scores(llm, rows, [plain.embed(llm, rows[0]["demo"])])[0])
-
-
-def test_score_options_of_vectors_equal_plain_scores(llm):
-    rows, distiller = scoring_rows()[1:2], make_distiller(llm)
-    batch = collate(rows)
-    with torch.no_grad():
-        vectors = distiller(batch["demo_ids"], batch["demo_mask"])
-        expected = plain_scores(llm, rows, [plain.Distiller.forward(distiller, rows[0]["demo"])])
-    close(score_options(llm, vector_prefix(llm, vectors), batch)[0], expected[0])
-
-
-def test_score_options_without_any_prefix_equal_plain_scores(llm):
-    """Zero-shot: the first token of x has no predictor, and every answer token has one."""
-    (x, options), = scoring_rows()[1]["queries"]
-    batch = collate([{"demo": [], "queries": [(x, options)]}])
-    prefix = demo_prefix(llm, batch["demo_ids"], batch["demo_mask"])
-    assert prefix == Prefix([], None, prefix.mask) and prefix.mask.shape == (1, 0)
-    assert not query_states(llm, prefix, batch)[0, 0].any()
-    rows = [{"queries": [(x, options)]}]
-    close(score_options(llm, prefix, batch)[0], plain_scores(llm, rows, [plain.embed(llm, [])])[0])
 
 
 def test_queries_and_options_do_not_see_each_other(llm):
@@ -548,7 +276,6 @@ def test_eager_attention_gives_the_same_as_sdpa(llm, llm_folder):
             close(query_states(eager, prefix(eager), batch)[mask], query_states(llm, prefix(llm), batch)[mask])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # BOS
 
 
@@ -565,14 +292,6 @@ def test_bos_stands_before_the_first_real_token(llm):
     assert same is embeds and same_mask is mask
 
 
-def test_bos_alone_where_there_is_no_prefix(llm):
-    (x, options), = scoring_rows()[1]["queries"]
-    batch = collate([{"demo": [], "queries": [(x, options)]}])
-    scores = score_options(llm, demo_prefix(llm, batch["demo_ids"], batch["demo_mask"], BOS), batch)
-    close(scores[0], plain_scores(llm, [{"queries": [(x, options)]}], [plain.embed(llm, [BOS])])[0])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Training: who learns and who does not
 
 
@@ -611,7 +330,6 @@ def test_a_siblings_own_embedding_is_trained_and_saved_once(llm, llm_folder):
     assert [name for name, p in distiller.named_parameters() if p.shape == shape] == ["embed.weight"]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # The distiller
 
 
@@ -696,122 +414,6 @@ def test_projection_stands_only_between_different_widths(gpt2, width):
         close(vectors[1], torch.tanh(states @ weight.T + bias))
 
 
-def test_first_layers_of_all_layers_reproduce_the_llms_final_states(llm):
-    ids = torch.tensor([ids_maker(4)(11)])
-    with torch.no_grad():
-        hidden = llm(ids, output_hidden_states=True).hidden_states
-        close(first_layers(llm, 3).eval()(ids).last_hidden_state, hidden[-1])
-        norm = llm.base_model.norm if llm.config.model_type == "llama" else llm.base_model.ln_f
-        close(first_layers(llm, 2).eval()(ids).last_hidden_state, norm(hidden[2]))
-
-
-def test_first_layers_are_a_trainable_fp32_copy(llm_folder):
-    llm = load_llm(str(llm_folder), CPU, torch.bfloat16)
-    before, backbone = copy.deepcopy(llm.state_dict()), first_layers(llm, 2)
-    assert all(p.dtype == torch.float32 and p.requires_grad for p in backbone.parameters())
-    assert backbone.config.num_hidden_layers == 2 and llm.config.num_hidden_layers == 3
-    with torch.no_grad():
-        for p in backbone.parameters():
-            p.add_(1)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in llm.state_dict().items())
-
-
-@pytest.mark.parametrize(("spec", "message"), [("layers:0", "layers:0.*has 3 layers.*layers:1 to layers:3"),
-                                               ("layers:99", "layers:99.*has 3 layers.*layers:1 to layers:3"),
-                                               ("layers:x", "layers:x: expected layers:N.*layers:6"),
-                                               ("layers:-1", "layers:-1: expected layers:N"),
-                                               ("layers:", "layers:: expected layers:N")])
-def test_layer_counts_that_cannot_be_are_user_errors(llm, spec, message):
-    with pytest.raises(UserError, match=message):
-        make_distiller(llm, spec)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Loading
-
-
-def test_load_llm_freezes_it_in_the_dtype_asked_for(llm_folder):
-    llm = load_llm(str(llm_folder), CPU, torch.bfloat16)
-    assert llm.dtype == torch.bfloat16 and not llm.training and not any(p.requires_grad for p in llm.parameters())
-    assert max_positions(llm.config) == (640 if llm.config.model_type == "gpt2" else 2048)
-
-
-def test_load_llm_of_a_missing_folder_names_the_fix(tmp_path):
-    with pytest.raises(UserError, match="nowhere does not exist; run `make assets`"):
-        load_llm(str(tmp_path / "nowhere"), CPU, torch.float32)
-    with pytest.raises(UserError, match="./nowhere does not exist; run `make assets`"):
-        load_llm("./nowhere", CPU, torch.float32)
-
-
-def test_load_llm_of_a_hub_name_without_a_hub_names_the_fix():
-    for name in ("nobody/nothing-at-all", "no such/name/at all"):
-        with pytest.raises(UserError, match="model hub, which does not answer.*make assets.*local folder"):
-            load_llm(name, CPU, torch.float32)
-
-
-def test_load_llm_of_broken_files_names_the_fix(llm_folder, tmp_path):
-    def broken(name, damage):
-        folder = shutil.copytree(llm_folder, tmp_path / name)
-        damage(folder)
-        with pytest.raises(UserError, match=f"{name} cannot be loaded.*cut short, fetch it again"):
-            load_llm(str(folder), CPU, torch.float32)
-
-    def cut(file):
-        file.write_bytes(file.read_bytes()[:file.stat().st_size // 2])
-
-    broken("half-weights", lambda folder: cut(folder / "model.safetensors"))
-    broken("empty-weights", lambda folder: (folder / "model.safetensors").write_bytes(b""))
-    broken("half-config", lambda folder: cut(folder / "config.json"))
-    broken("no-config", lambda folder: (folder / "config.json").unlink())
-    broken("no-weights", lambda folder: (folder / "model.safetensors").unlink())
-
-
-def test_load_llm_of_weights_that_do_not_fill_the_model_is_a_user_error(llm_folder, tmp_path):
-    folder = shutil.copytree(llm_folder, tmp_path / "mixed")
-    T5Config(d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=4).save_pretrained(folder)
-    with pytest.raises(UserError, match="mixed lacks weights of its own configuration, such as .*; give a whole model"):
-        load_llm(str(folder), CPU, torch.float32)
-
-
-def args_for(spec: str, start: str) -> SimpleNamespace:
-    return SimpleNamespace(distiller=spec, distill_len=4, vector_start=start, template="space")
-
-
-def write_gpt2(folder, **changes):
-    """A GPT-2 of another shape than the fixture's, with the same vocabulary size unless changed."""
-    config = {"vocab_size": 420, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 640} | changes
-    torch.manual_seed(1)
-    GPT2LMHeadModel(GPT2Config(**config, initializer_range=0.2, bos_token_id=0, eos_token_id=0)).save_pretrained(folder)
-    return folder
-
-
-@pytest.mark.parametrize(("kind", "start"), [("layers:2", "matched"), ("layers:2", "plain"), ("layers:2", "residual"), ("narrow", "residual"),
-                                                    ("sibling", "matched"), ("narrow", "matched")])
-def test_checkpoint_round_trip_gives_bitwise_equal_vectors(llm, llm_folder, tmp_path, kind, start):
-    vocab = llm.config.vocab_size
-    spec = {"sibling": str(llm_folder)}.get(kind, kind)
-    if kind == "narrow":  # of another width: with a projection
-        spec = str(write_gpt2(tmp_path / "narrow", n_embd=16, n_layer=1, n_head=2, vocab_size=vocab))
-        copy_tokenizer(llm_folder, spec)
-    distiller = make_distiller(llm, spec, start=start)
-    torch.manual_seed(5)
-    with torch.no_grad():
-        for p in distiller.parameters():  # away from what building it again would give
-            p.add_(0.05 * torch.randn_like(p))
-    state = {"model": distiller_config(distiller, llm, args_for(spec, start)), "step": 7}
-    save_checkpoint(tmp_path / "run" / "best.safetensors", distiller, state)
-    if kind == "narrow":
-        shutil.rmtree(tmp_path / "narrow")  # the checkpoint is enough
-    again, found = load_distiller(tmp_path / "run", llm)
-    batch = collate(training_rows())
-    with torch.no_grad():
-        assert torch.equal(again.eval()(batch["demo_ids"], batch["demo_mask"]),
-                           distiller(batch["demo_ids"], batch["demo_mask"]))
-    assert found == json.loads(json.dumps(state))
-    assert {n for n, p in again.named_parameters() if p.requires_grad} == {n for n, _ in distiller.named_parameters()}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Free vectors (PromptTuning)
 
 
@@ -835,85 +437,3 @@ def test_gradient_of_free_vectors_equals_the_plain_one(llm):
     students = [free.vectors] * len(rows)
     sum(losses_of_prefixes(llm, rows, students, teachers)).backward()
     assert_same_gradients(found, gradients(free))
-
-
-def test_free_vectors_come_back_from_a_checkpoint(llm, tmp_path):
-    free = build_distiller("free", llm, 4, "matched", 0)
-    with torch.no_grad():
-        free.vectors.add_(0.5)
-    state = {"model": distiller_config(free, llm, args_for("free", "matched"))}
-    save_checkpoint(tmp_path / "run" / "best.safetensors", free, state)
-    again, found = load_distiller(tmp_path / "run", llm)
-    assert torch.equal(again.vectors, free.vectors) and again.vectors.requires_grad
-    assert found["model"]["backbone"] is None and found["model"]["distiller"] == "free"
-
-
-@pytest.mark.parametrize("changes", [{"n_embd": 16}, {"vocab_size": 421}, {"n_layer": 2}, {"folder": "other"}])
-def test_load_distiller_for_another_llm_is_a_user_error(tmp_path, changes):
-    llm = load(write_gpt2(tmp_path / "own" / "tiny"))
-    distiller = make_distiller(llm)
-    state = {"model": distiller_config(distiller, llm, args_for("layers:2", "matched"))}
-    save_checkpoint(tmp_path / "run" / "last.safetensors", distiller, state)
-    load_distiller(tmp_path / "run", load(shutil.copytree(tmp_path / "own" / "tiny", tmp_path / "moved" / "tiny")))
-    changes = dict(changes)
-    other = load(write_gpt2(tmp_path / "another" / changes.pop("folder", "tiny"), **changes))
-    with pytest.raises(UserError, match="was trained for the LLM .*give its own --llm, or another checkpoint"):
-        load_distiller(tmp_path / "run", other)
-
-
-def copy_tokenizer(source, target):
-    for file in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(source / file, target)
-
-
-def test_a_sibling_of_another_tokenizer_is_a_user_error_that_names_the_tokens(llm, llm_folder, tmp_path):
-    sibling = write_gpt2(tmp_path / "sibling", n_layer=1, vocab_size=llm.config.vocab_size)
-    copy_tokenizer(llm_folder, sibling)
-    make_distiller(llm, str(sibling))
-    spec = json.loads((sibling / "tokenizer.json").read_text())
-    vocab = spec["model"]["vocab"]
-    vocab["river?"] = vocab.pop("Ġriver")
-    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
-    (sibling / "tokenizer.json").write_text(json.dumps(spec | {"model": spec["model"] | {"merges": []}}))
-    with pytest.raises(UserError, match=rf"4 tokens differ, such as 'a' \({vocab['b']} in the LLM's, {vocab['a']} in the "
-                                        rf"distiller's\), 'b' .*'river\?' \(not there in the LLM's, {vocab['river?']} in"):
-        make_distiller(llm, str(sibling))
-    for file in ("tokenizer.json", "tokenizer_config.json"):
-        (sibling / file).unlink()
-    with pytest.raises(UserError, match="does not share the tokenizer|has no tokenizer beside it"):
-        make_distiller(llm, str(sibling))
-
-
-def test_a_sibling_with_more_embedding_rows_than_tokens_is_welcome(llm, llm_folder, tmp_path):
-    """Qwen2.5-0.5B and -7B share a tokenizer and pad their embeddings to different sizes."""
-    sibling = write_gpt2(tmp_path / "sibling", n_layer=1, vocab_size=llm.config.vocab_size + 8)
-    copy_tokenizer(llm_folder, sibling)
-    batch = collate(training_rows())
-    assert make_distiller(llm, str(sibling))(batch["demo_ids"], batch["demo_mask"]).isfinite().all()
-
-
-def test_a_sibling_that_is_broken_or_missing_is_a_user_error(llm, tmp_path):
-    sibling = write_gpt2(tmp_path / "sibling", n_layer=1)
-    (sibling / "model.safetensors").write_bytes(b"")
-    with pytest.raises(UserError, match="sibling cannot be loaded.*give layers:N"):
-        make_distiller(llm, str(sibling))
-    with pytest.raises(UserError, match="--distiller .*nowhere"):
-        make_distiller(llm, str(tmp_path / "nowhere"))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_full_precision_gives_every_tensor_back_as_it_was(llm_folder, dtype):
-    llm = load_llm(str(llm_folder), torch.device("cpu"), dtype)
-    before = {name: t.clone() for name, t in [*llm.named_parameters(), *llm.named_buffers()]}
-    tied = llm.get_input_embeddings().weight is llm.get_output_embeddings().weight
-    with pytest.raises(KeyboardInterrupt), full_precision(llm):
-        assert llm.dtype == torch.float32
-        inside = {name: t.clone() for name, t in [*llm.named_parameters(), *llm.named_buffers()]}
-        raise KeyboardInterrupt
-    after = dict([*llm.named_parameters(), *llm.named_buffers()])
-    assert before.keys() == inside.keys() == after.keys() and llm.dtype == dtype and len(before) > 20
-    for name, t in before.items():  # also what is fp32 in any case, such as rotary frequencies
-        assert after[name].dtype == t.dtype and torch.equal(after[name], t)
-        expected = t.float() if t.is_floating_point() else t
-        assert inside[name].dtype == expected.dtype and torch.equal(inside[name], expected)
-    assert (llm.get_input_embeddings().weight is llm.get_output_embeddings().weight) == tied

@@ -14,31 +14,6 @@ from pocket.functions import ADJECTIVES, DOMAINS, NOUNS, VERBS, answers, inputs
 from pocket.synthetic import HELD_OUT, Early, Functions, Recall, example, parts_of
 
 
-@pytest.mark.parametrize(("domain", "name", "x", "y"), [
-    ("noun", "plural", "child", "children"), ("noun", "article", "apple", "an apple"),
-    ("noun", "spelled", "leaf", "l-e-a-f"), ("verb", "past", "catch", "caught"), ("verb", "gerund", "run", "running"),
-    ("adjective", "superlative", "happy", "happiest"), ("trio", "last", "a, bb, c", "c"),
-    ("trio", "longest", "a, bb, c", "bb"), ("trio", "rotated", "a, b, c", "b, c, a"),
-    ("number", "roman", "944", "CMXLIV"), ("number", "ordinal", "22", "22nd"),
-    ("number", "German", "21", "einundzwanzig"), ("country", "capital", "France", "Paris"),
-    ("country", "German", "Spain", "Spanien"), ("date", "unnatural", "1999-12-31", "!12!31!1999!"),
-    ("date", "day first", "2001-02-03", "3 February 2001"), ("path", "copy", "a/b.txt", "a/b_copy.txt"),
-    ("sentence", "passive", "The king sees the bread", "The bread is seen by the king"),
-    ("sentence", "question", "The lion draws the stone", "Does the lion draw the stone?")])
-def test_functions_give_what_their_names_say(domain, name, x, y):
-    assert DOMAINS[domain][name](x) == y
-
-
-def test_there_are_many_functions_and_each_is_defined_on_all_its_inputs():
-    tasks = Functions()
-    assert len(tasks.test) >= 40 and len({parts_of(t)[:2] for t in tasks.train}) >= 100
-    for domain, functions in DOMAINS.items():
-        assert len(inputs(domain)) == len(set(inputs(domain))) >= 64
-        seen = {name: tuple(answers(domain, x)[name] for x in inputs(domain)) for name in functions}
-        assert all(y and y == y.strip() for ys in seen.values() for y in ys)
-        assert len(set(seen.values())) == len(functions), "two functions of a domain are the same one"
-
-
 def test_a_held_out_function_is_trained_in_no_domain_and_no_form():
     tasks = Functions()
     held_out = {name for names in HELD_OUT.values() for name in names}
@@ -131,19 +106,6 @@ def test_a_training_row_of_functions_has_k_demonstrations_of_the_query_s_functio
     assert all(len(row["queries"]) == 2 and row["demo"] for row in rows)
 
 
-def test_a_mixture_draws_from_each_collection_and_passes_on_to_it():
-    functions, early = Functions(), Early()
-    tasks = sources.load_tasks(["functions", "early"], "class_to_class")
-    assert tasks.collection == "functions early" and tasks.test == functions.test + early.test
-    drawn = [tasks.draw(np.random.default_rng(i), 4, 2)[0] for i in range(20)]
-    assert set(drawn) <= set(functions.train) and len(set(drawn)) > 5
-    task = early.test[0]
-    assert tasks.files(task, 13) == early.files(task, 13) and tasks.partner(task, tasks.test) == early.test[1]
-    assert tasks.data_hash(task, 13) == early.data_hash(task, 13)
-    noun = functions.test[0]
-    assert parts_of(tasks.partner(noun, tasks.test))[0] == "noun" != tasks.partner(noun, tasks.test)
-
-
 def test_finetuning_on_recall_reads_no_file_and_builds_no_pool_before_it_draws(flags, tmp_path):
     argv = ["--tasks", "recall", "--template", "newline", "--k", "2", "--init-from", "none", "--steps", "2",
             "--batch-size", "2", "--out-dir", str(tmp_path / "run")]
@@ -159,9 +121,3 @@ def test_made_tasks_have_no_files_to_retrieve_from():
     for tasks in (Functions(), Early(), Recall(Words(200), 8)):
         with pytest.raises(UserError, match="leave --retrieve out"):
             tasks.retrieval_pool(tasks.test[0], 100)
-
-
-def test_a_mixture_draws_from_each_collection_as_often(llama):
-    tasks = sources.load_tasks(["functions", "recall"], "class_to_class", str(llama), 2)
-    drawn = [tasks.draw(np.random.default_rng(i), 2, 2)[0] for i in range(200)]
-    assert 70 < drawn.count("recall") < 130 and {*drawn} - {"recall"} <= set(Functions().train)
