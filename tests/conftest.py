@@ -298,6 +298,19 @@ def close(found, expected, tolerance: float = 1e-4):
                                rtol=tolerance)
 
 
+def demos(batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    return batch["demo_ids"], batch["demo_mask"]
+
+
+def log_softmaxes(llm, context: torch.Tensor, x: list[int]) -> torch.Tensor:
+    """What an LLM without cache or packing says about x behind embedded `context`, (len(x) or len(x) - 1,
+    V)."""
+    inputs = torch.cat([context, llm.get_input_embeddings()(torch.tensor([x]))], dim=1)
+    logits = llm(inputs_embeds=inputs, attention_mask=torch.ones(inputs.shape[:2],
+                                                                 dtype=torch.long)).logits[0]
+    return logits[max(context.shape[1] - 1, 0):-1].log_softmax(dim=1)
+
+
 def ids_maker(seed: int = 0):
     rng = random.Random(seed)
     return lambda n: [rng.randrange(1, 300) for _ in range(n)]

@@ -7,15 +7,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import load, make_distiller, save_distiller
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-import run
 from common import UserError
 from data import Encoder
-from loading import build_distiller, distiller_config, load_llm
 from paper import attention
 from paper.attention import answer_attention, attend, induction_score, induction_scores, main, max_pool
-from sources import Tokenizer, load_tasks
+from sources import Tokenizer
 
 CPU = torch.device("cpu")
 
@@ -60,8 +59,7 @@ def test_score_against_a_plain_loop(bos):
 # The weights of a model
 
 
-def test_weights_are_those_of_transformers(llm_folder):
-    llm = load_llm(str(llm_folder), CPU, torch.float32)
+def test_weights_are_those_of_transformers(llm, llm_folder):
     ids = torch.randint(llm.config.vocab_size, (1, 20), generator=torch.Generator().manual_seed(0))
     before = llm.config._attn_implementation
     ours = attend(llm, llm.get_input_embeddings()(ids), None, lambda w: w)
@@ -75,14 +73,14 @@ def test_weights_are_those_of_transformers(llm_folder):
 
 
 def test_an_llm_of_another_build_is_refused(llama):
-    llm = load_llm(str(llama), CPU, torch.float32)
+    llm = load(llama)
     llm.base_model.layers[1].self_attn = torch.nn.Identity()
     with pytest.raises(UserError, match="has 2 modules named ...Attention in 3 layers"):
         attend(llm, torch.zeros(1, 3, 32), None, lambda w: w)
 
 
-def test_bos_stands_first(llama):
-    llm = load_llm(str(llama), CPU, torch.float32)
+def test_bos_stands_first(llama_llm):
+    llm = llama_llm
     embed, ids = llm.get_input_embeddings(), torch.tensor([[5, 9, 17]])
     with_bos = attend(llm, embed(ids), 3, lambda w: w)
     torch.testing.assert_close(with_bos, attend(llm, embed(torch.tensor([[3, 5, 9, 17]])), None, lambda w: w))
@@ -139,10 +137,10 @@ def test_max_pool(n):
 
 
 @pytest.mark.parametrize("bos_id", [None, 3])
-def test_answer_attention_is_the_last_query_tokens(llama, bos_id):
-    llm = load_llm(str(llama), CPU, torch.float32)
+def test_answer_attention_is_the_last_query_tokens(llama, llama_llm, bos_id):
     demo, query, heads = [7, 30, 2, 99, 41], [8, 14, 3], [(2, 1), (0, 3)]
-    found = answer_attention(llm, llm.get_input_embeddings()(torch.tensor([demo])), query, heads, bos_id)
+    embedded = llama_llm.get_input_embeddings()(torch.tensor([demo]))
+    found = answer_attention(llama_llm, embedded, query, heads, bos_id)
     eager = AutoModelForCausalLM.from_pretrained(llama, attn_implementation="eager").eval()
     before = [] if bos_id is None else [bos_id]
     with torch.no_grad():
@@ -153,25 +151,21 @@ def test_answer_attention_is_the_last_query_tokens(llama, bos_id):
 
 
 @pytest.fixture(scope="module")
-def checkpoint(llm_folder, tmp_path_factory):
-    llm = load_llm(str(llm_folder), CPU, torch.float32)
-    distiller = build_distiller("layers:2", llm, 24, "matched", 0)
-    flags = SimpleNamespace(distiller="layers:2", distill_len=24, vector_start="matched", template="space")
-    path = tmp_path_factory.mktemp("run") / "best.safetensors"
-    run.save_checkpoint(path, distiller, {"model": distiller_config(distiller, llm, flags), "step": 7,
-                                             "trained_on": {"pretrain": {"corpus": "text"}}})
-    return SimpleNamespace(path=path, llm=llm_folder, distiller=distiller.eval())
+def checkpoint(llm, llm_folder, tmp_path_factory):
+    distiller, stages = make_distiller(llm, distill_len=24), {"pretrain": {"corpus": "text"}}
+    path = save_distiller(tmp_path_factory.mktemp("run"), distiller, llm, step=7, trained_on=stages)
+    return SimpleNamespace(path=path, llm=llm_folder, distiller=distiller)
 
 
 @pytest.fixture
-def flags(llama, tasks_dir) -> list[str]:
+def argv(llama, tasks_dir) -> list[str]:
     return ["--preset", "pocket", "--llm", str(llama), "--tasks", str(tasks_dir), "--dtype", "fp32", "--device", "cpu"]
 
 
-def test_command(flags, checkpoint, tasks_dir, tmp_path, monkeypatch):
+def test_command(argv, checkpoint, tasks_dir, tiny_tasks, tmp_path, monkeypatch):
     monkeypatch.setattr(attention, "SEQUENCES", 2)
     monkeypatch.setattr(attention, "COPY_LEN", 30)
-    out = main([*flags, "--llm", str(checkpoint.llm), "--checkpoint", str(checkpoint.path), "--task", "emo", "--example",
+    out = main([*argv, "--llm", str(checkpoint.llm), "--checkpoint", str(checkpoint.path), "--task", "emo", "--example",
                 "2", "--out", str(tmp_path)])
     induction, record = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("induction", "attention"))
     scores = np.array(induction["scores"])
@@ -180,8 +174,8 @@ def test_command(flags, checkpoint, tasks_dir, tmp_path, monkeypatch):
     assert induction["heads"] == record["heads"] == order == [[h["layer"], h["head"]] for h in out["heads"]]
     assert '--tasks "$METAICL_DIR"' in induction["command"] and str(tasks_dir) not in induction["command"]
     # the same from the pieces: what stands before the query, read by transformers itself
-    encoder, tokenizer = Encoder(Tokenizer(str(checkpoint.llm)), "space", 900), Tokenizer(str(checkpoint.llm))
-    files = load_tasks(str(tasks_dir), "class_to_class").files("emo", 100)
+    tokenizer = Tokenizer(str(checkpoint.llm))
+    encoder, files = Encoder(tokenizer, "space", 900), tiny_tasks.files("emo", 100)
     demos, query = encoder.demonstrations(files["train"], 900), encoder.query(files["test"][2])
     assert (record["demo_tokens"], record["distill_len"], record["step"]) == (len(demos), 24, 7)
     assert "".join(record["query_tokens"]) == tokenizer.hf.decode(query).replace(" ", "")
@@ -198,22 +192,22 @@ def test_command(flags, checkpoint, tasks_dir, tmp_path, monkeypatch):
             assert len(record[method]["prefix"][0]) == 20
 
 
-def test_without_a_checkpoint_only_the_scores(flags, tmp_path, monkeypatch):
+def test_without_a_checkpoint_only_the_scores(argv, tmp_path, monkeypatch):
     monkeypatch.setattr(attention, "COPY_LEN", 30)
-    out = main([*flags, "--out", str(tmp_path)])
+    out = main([*argv, "--out", str(tmp_path)])
     assert out["files"] == [str(tmp_path / "induction.json")] and not (tmp_path / "attention.json").exists()
 
 
 @pytest.mark.parametrize(("more", "message"), [
     (["--task", "emoo"], "emoo is no meta-test task"), (["--example", "24"], "emo has 0 to 23"),
     (["--context-len", "0"], "--context-len is 0")])
-def test_faulty_flags(flags, checkpoint, tmp_path, monkeypatch, more, message):
+def test_faulty_flags(argv, checkpoint, tmp_path, monkeypatch, more, message):
     monkeypatch.setattr(attention, "COPY_LEN", 30)
     with pytest.raises(UserError, match=message):
-        main([*flags, "--llm", str(checkpoint.llm), "--checkpoint", str(checkpoint.path), "--task", "emo", "--out",
+        main([*argv, "--llm", str(checkpoint.llm), "--checkpoint", str(checkpoint.path), "--task", "emo", "--out",
               str(tmp_path), *more])
 
 
-def test_an_llm_with_too_few_positions(gpt2, flags, tmp_path):
+def test_an_llm_with_too_few_positions(gpt2, argv, tmp_path):
     with pytest.raises(UserError, match="reads 640 tokens, and the induction test needs 1000"):
-        main([*flags, "--llm", str(gpt2), "--out", str(tmp_path)])
+        main([*argv, "--llm", str(gpt2), "--out", str(tmp_path)])

@@ -4,13 +4,12 @@ import json
 
 import pytest
 import torch
-from conftest import CPU
+from conftest import make_distiller
 from sizes import LAYERS, LAYERS_S, T_D, T_X, TINY, WIDTH, WIDTH_S, L, V, attention, flops_by_hand, matrices
 
 import bench
 import plain
 from common import UserError
-from loading import build_distiller, load_llm
 from paper import figures, measure, speed
 
 # The seven methods
@@ -45,7 +44,7 @@ def test_flops_of_the_seven_methods_by_hand(tiny, all_logits):
     assert {n: r["prepare_flops"] for n, r in rows.items()} == pytest.approx(prepare, rel=0.005)
 
 
-@pytest.mark.parametrize("name", ["gpt2-large", "gpt2-xl", "opt-6.7b"])
+@pytest.mark.parametrize("name", ["gpt2-xl", "opt-6.7b"])
 def test_the_formulas_by_hand_hold_to_two_percent(tiny, name):
     rows = bench.counted(name, T_D, T_X, L, True)
     with measure.no_weights():
@@ -80,9 +79,8 @@ def test_counting_needs_no_weights(tiny):
     assert bench.count_methods(llm, distiller, T_D, T_X, "fp32", True) == without
 
 
-def test_all_ways_of_reading_give_the_plain_logits(llm_folder):
-    llm = load_llm(str(llm_folder), CPU, torch.float32)
-    distiller = build_distiller("layers:2", llm, L, "matched", 0).eval()
+def test_all_ways_of_reading_give_the_plain_logits(llm):
+    distiller = make_distiller(llm, distill_len=L)
     ids = torch.randint(0, llm.config.vocab_size, (1, T_D + T_X), generator=torch.Generator().manual_seed(0))
     demo, query = ids[:, :T_D], ids[:, T_D:]
     with torch.no_grad():

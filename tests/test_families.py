@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import plain_losses, plain_scores
+from conftest import demos, load, plain_losses, plain_scores
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
@@ -90,7 +90,7 @@ def folder(family, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def llm(folder):
-    return load_llm(str(folder), CPU, torch.float32)
+    return load(folder)
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +142,7 @@ def test_packed_padded_cached_logits_equal_those_of_input_ids(llm, checkpointing
     """With a cached prefix, and with prefix and queries in one pass (what a checkpointed LLM does)."""
     model, batch = (llm if cached else checkpointing), collate(rows())
     with torch.set_grad_enabled(not cached):
-        prefix = demo_prefix(model, batch["demo_ids"], batch["demo_mask"])
+        prefix = demo_prefix(model, *demos(batch))
         assert bool(prefix.keys_values) == (cached and not llm.config.is_encoder_decoder)
         logits = head_logits(model, query_states(model, prefix, batch).detach().flatten(0, 1)).unflatten(0, (3, -1))
     largest = 0
@@ -157,8 +157,8 @@ def test_packed_padded_cached_logits_equal_those_of_input_ids(llm, checkpointing
 def test_windows_and_positions_matter_in_these_tests(folder, family):
     """The parity tests would pass without a window if none were felt: it is, in each family that has one."""
     prefix, x, y = rows()[1]["demo"], *rows()[1]["queries"][0][:1], rows()[1]["queries"][0][1][0]
-    wide = load_llm(str(folder), CPU, torch.float32)
-    narrow = load_llm(str(folder), CPU, torch.float32)
+    wide = load(folder)
+    narrow = load(folder)
     for module in (wide, *wide.modules()):
         if hasattr(module, "config") and getattr(module.config, "sliding_window", None):
             module.config.sliding_window = 10_000
@@ -173,7 +173,7 @@ def test_without_any_prefix_the_logits_are_those_of_input_ids(llm):
     (x, options), = rows()[1]["queries"]
     batch = collate([{"demo": [], "queries": [(x, options)]}])
     with torch.no_grad():
-        states = query_states(llm, demo_prefix(llm, batch["demo_ids"], batch["demo_mask"]), batch)
+        states = query_states(llm, demo_prefix(llm, *demos(batch)), batch)
         for o, y in enumerate(options, 1):
             close(head_logits(llm, states[0][where(batch, 0, 0, o)]), own_logits(llm, [], x, y))
     assert not states[0, 0].any()
@@ -182,19 +182,19 @@ def test_without_any_prefix_the_logits_are_those_of_input_ids(llm):
 def test_padding_and_neighbours_change_no_vector(llm):
     distiller, batch = build_distiller("layers:2", llm, 4, "matched", 0).eval(), collate(rows())
     with torch.no_grad():
-        vectors = distiller(batch["demo_ids"], batch["demo_mask"])
+        vectors = distiller(*demos(batch))
         for b, row in enumerate(rows()):
             close(vectors[b], plain.Distiller.forward(distiller, row["demo"]))
             alone = collate([row])
-            close(vectors[b], distiller(alone["demo_ids"], alone["demo_mask"])[0])
+            close(vectors[b], distiller(*demos(alone))[0])
     assert (vectors[0] - vectors[1]).abs().max() > 1e-3 * vectors.abs().max()
 
 
 def test_scores_equal_plain_scores_for_demonstrations_and_for_vectors(llm):
     distiller, batch = build_distiller("layers:2", llm, 4, "matched", 0).eval(), collate(rows())
     with torch.no_grad():
-        vectors = distiller(batch["demo_ids"], batch["demo_mask"])
-        teacher, student = demo_prefix(llm, batch["demo_ids"], batch["demo_mask"]), vector_prefix(llm, vectors)
+        vectors = distiller(*demos(batch))
+        teacher, student = demo_prefix(llm, *demos(batch)), vector_prefix(llm, vectors)
         for prefix, plain_prefixes in ((teacher, [plain.embed(llm, row["demo"]) for row in rows()]),
                               (student, [plain.Distiller.forward(distiller, row["demo"]) for row in rows()])):
             scores = score_options(llm, prefix, batch)
@@ -202,6 +202,7 @@ def test_scores_equal_plain_scores_for_demonstrations_and_for_vectors(llm):
             for b, s, o, _, _ in ways(rows()):
                 assert scores[b, s, o - 1].item() == pytest.approx(expected[b][s][o - 1], abs=2e-5)
             assert scores.isfinite().sum() == len(list(ways(rows())))
+            assert (scores[~scores.isfinite()] == -torch.inf).all() and scores.shape == (3, 3, 3)
 
 
 def test_first_layers_of_all_layers_are_the_llms_own(llm):
@@ -221,7 +222,7 @@ def test_placeholders_and_the_scale_of_vectors_are_those_of_embedded_tokens(llm)
     distiller = build_distiller("layers:2", llm, 4, "matched", 0).eval()
     assert (distiller.placeholders[:, None] == embedded).all(dim=2).any(dim=1).all()
     with torch.no_grad():
-        vectors = distiller(batch["demo_ids"], batch["demo_mask"])
+        vectors = distiller(*demos(batch))
     assert vectors.pow(2).mean().sqrt().item() == pytest.approx(embedded.pow(2).mean().sqrt().item(), rel=0.3)
 
 
@@ -237,8 +238,8 @@ def losses(llm, distiller, rows):
     """(pred, distill), the way a training step makes them."""
     batch = collate(rows)
     with torch.no_grad():
-        teacher = query_states(llm, demo_prefix(llm, batch["demo_ids"], batch["demo_mask"]), batch)
-    student = query_states(llm, vector_prefix(llm, distiller(batch["demo_ids"], batch["demo_mask"])), batch)
+        teacher = query_states(llm, demo_prefix(llm, *demos(batch)), batch)
+    student = query_states(llm, vector_prefix(llm, distiller(*demos(batch))), batch)
     mask, answers = loss_mask(llm, batch), batch["query_mask"] & (batch["branch"] > 0)
     return pred_loss(llm, student[answers], batch["query_ids"][answers]), distill_loss(llm, student[mask], teacher[mask])
 
@@ -290,7 +291,7 @@ def test_an_encoder_with_nothing_to_read_gets_the_end_of_sequence(llm):
     batch = collate([{"demo": [], "queries": [([], [x])]}, {"demo": [], "queries": [([], [x[:4]])]},
                      {"demo": x[:2], "queries": [([], [x[3:]])]}])  # the last one has something to read: padding for the others
     with torch.no_grad():
-        states = query_states(llm, demo_prefix(llm, batch["demo_ids"], batch["demo_mask"]), batch)
+        states = query_states(llm, demo_prefix(llm, *demos(batch)), batch)
         first = 0 if llm.config.is_encoder_decoder else 1
         empty = [llm.config.eos_token_id] if llm.config.is_encoder_decoder else []
         for b, y in enumerate((x, x[:4])):
@@ -335,8 +336,8 @@ def test_checkpoint_round_trip(llm, kind, family, tmp_path, monkeypatch):
     save_checkpoint(tmp_path / "best.safetensors", distiller, {"model": distiller_config(distiller, llm, flags)})
     again, _ = load_distiller(tmp_path, llm)
     with torch.no_grad():
-        vectors = distiller(batch["demo_ids"], batch["demo_mask"])
-        assert torch.equal(again.eval()(batch["demo_ids"], batch["demo_mask"]), vectors)
+        vectors = distiller(*demos(batch))
+        assert torch.equal(again.eval()(*demos(batch)), vectors)
     assert vectors.shape == (3, 4, 16 if family == "opt-350m" else 32)
 
 

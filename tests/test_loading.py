@@ -7,29 +7,31 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import CPU, close, ids_maker, load, make_distiller, training_rows
-from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    T5Config,
+from conftest import (
+    CPU,
+    close,
+    demos,
+    ids_maker,
+    load,
+    make_distiller,
+    model_of,
+    save_distiller,
+    training_rows,
 )
+from torch import nn
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, T5Config
 
 import loading
 from common import UserError
 from data import collate
 from loading import (
     build_distiller,
-    distiller_config,
     first_layers,
     fuse_gelu,
     load_distiller,
     load_llm,
     max_positions,
 )
-from run import save_checkpoint
-from sources import load_tasks
 
 
 def test_the_fused_gelu_is_gpt2s(gpt2):
@@ -56,11 +58,10 @@ def test_gpt2_is_loaded_with_the_fused_gelu(gpt2):
         assert any(isinstance(m, nn.GELU) for m in model.modules())
 
 
-def test_first_layers_of_all_layers_reproduce_the_llms_final_states(llm):
+def test_the_first_layers_states_pass_the_llms_norm(llm):
     ids = torch.tensor([ids_maker(4)(11)])
     with torch.no_grad():
         hidden = llm(ids, output_hidden_states=True).hidden_states
-        close(first_layers(llm, 3).eval()(ids).last_hidden_state, hidden[-1])
         norm = llm.base_model.norm if llm.config.model_type == "llama" else llm.base_model.ln_f
         close(first_layers(llm, 2).eval()(ids).last_hidden_state, norm(hidden[2]))
 
@@ -76,11 +77,10 @@ def test_first_layers_are_a_trainable_fp32_copy(llm_folder):
     assert all(torch.equal(tensor, before[name]) for name, tensor in llm.state_dict().items())
 
 
-@pytest.mark.parametrize(("spec", "message"), [("layers:0", "layers:0.*has 3 layers.*layers:1 to layers:3"),
-                                               ("layers:99", "layers:99.*has 3 layers.*layers:1 to layers:3"),
-                                               ("layers:x", "layers:x: expected layers:N.*layers:6"),
-                                               ("layers:-1", "layers:-1: expected layers:N"),
-                                               ("layers:", "layers:: expected layers:N")])
+@pytest.mark.parametrize("spec, message", [
+    ("layers:0", "layers:0.*has 3 layers.*layers:1 to layers:3"), ("layers:", "layers:: expected layers:N"),
+    ("layers:99", "layers:99.*has 3 layers.*layers:1 to layers:3"), ("layers:-1", "layers:-1: expected layers:N"),
+    ("layers:x", "layers:x: expected layers:N.*layers:6")])
 def test_layer_counts_that_cannot_be_are_user_errors(llm, spec, message):
     with pytest.raises(UserError, match=message):
         make_distiller(llm, spec)
@@ -97,15 +97,15 @@ def test_load_llm_freezes_it_in_the_dtype_asked_for(llm_folder):
 
 def test_load_llm_of_a_missing_folder_names_the_fix(tmp_path):
     with pytest.raises(UserError, match="nowhere does not exist; run `make assets`"):
-        load_llm(str(tmp_path / "nowhere"), CPU, torch.float32)
+        load(tmp_path / "nowhere")
     with pytest.raises(UserError, match="./nowhere does not exist; run `make assets`"):
-        load_llm("./nowhere", CPU, torch.float32)
+        load("./nowhere")
 
 
 def test_load_llm_of_a_hub_name_without_a_hub_names_the_fix():
     for name in ("nobody/nothing-at-all", "no such/name/at all"):
         with pytest.raises(UserError, match="model hub, which does not answer.*make assets.*local folder"):
-            load_llm(name, CPU, torch.float32)
+            load(name)
 
 
 def test_load_llm_of_broken_files_names_the_fix(llm_folder, tmp_path):
@@ -113,7 +113,7 @@ def test_load_llm_of_broken_files_names_the_fix(llm_folder, tmp_path):
         folder = shutil.copytree(llm_folder, tmp_path / name)
         damage(folder)
         with pytest.raises(UserError, match=f"{name} cannot be loaded.*cut short, fetch it again"):
-            load_llm(str(folder), CPU, torch.float32)
+            load(folder)
 
     def cut(file):
         file.write_bytes(file.read_bytes()[:file.stat().st_size // 2])
@@ -129,11 +129,7 @@ def test_load_llm_of_weights_that_do_not_fill_the_model_is_a_user_error(llm_fold
     folder = shutil.copytree(llm_folder, tmp_path / "mixed")
     T5Config(d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=4).save_pretrained(folder)
     with pytest.raises(UserError, match="mixed lacks weights of its own configuration, such as .*; give a whole model"):
-        load_llm(str(folder), CPU, torch.float32)
-
-
-def args_for(spec: str, start: str) -> SimpleNamespace:
-    return SimpleNamespace(distiller=spec, distill_len=4, vector_start=start, template="space")
+        load(folder)
 
 
 def write_gpt2(folder, **changes):
@@ -144,8 +140,9 @@ def write_gpt2(folder, **changes):
     return folder
 
 
-@pytest.mark.parametrize(("kind", "start"), [("layers:2", "matched"), ("layers:2", "plain"), ("layers:2", "residual"), ("narrow", "residual"),
-                                                    ("sibling", "matched"), ("narrow", "matched")])
+@pytest.mark.parametrize("kind, start", [
+    ("layers:2", "matched"), ("layers:2", "plain"), ("layers:2", "residual"), ("narrow", "residual"),
+    ("sibling", "matched"), ("narrow", "matched")])
 def test_checkpoint_round_trip_gives_bitwise_equal_vectors(llm, llm_folder, tmp_path, kind, start):
     vocab = llm.config.vocab_size
     spec = {"sibling": str(llm_folder)}.get(kind, kind)
@@ -157,16 +154,16 @@ def test_checkpoint_round_trip_gives_bitwise_equal_vectors(llm, llm_folder, tmp_
     with torch.no_grad():
         for p in distiller.parameters():  # away from what building it again would give
             p.add_(0.05 * torch.randn_like(p))
-    state = {"model": distiller_config(distiller, llm, args_for(spec, start)), "step": 7}
-    save_checkpoint(tmp_path / "run" / "best.safetensors", distiller, state)
+    save_distiller(tmp_path / "run", distiller, llm, spec, start, step=7)
+    state = json.loads(json.dumps({"model": model_of(distiller, llm, spec, start), "step": 7}))
     if kind == "narrow":
         shutil.rmtree(tmp_path / "narrow")  # the checkpoint is enough
     again, found = load_distiller(tmp_path / "run", llm)
     batch = collate(training_rows())
     with torch.no_grad():
-        assert torch.equal(again.eval()(batch["demo_ids"], batch["demo_mask"]),
-                           distiller(batch["demo_ids"], batch["demo_mask"]))
-    assert found == json.loads(json.dumps(state))
+        assert torch.equal(again.eval()(*demos(batch)),
+                           distiller(*demos(batch)))
+    assert found == state
     assert {n for n, p in again.named_parameters() if p.requires_grad} == {n for n, _ in distiller.named_parameters()}
 
 
@@ -174,9 +171,7 @@ def test_free_vectors_come_back_from_a_checkpoint(llm, tmp_path):
     free = build_distiller("free", llm, 4, "matched", 0)
     with torch.no_grad():
         free.vectors.add_(0.5)
-    state = {"model": distiller_config(free, llm, args_for("free", "matched"))}
-    save_checkpoint(tmp_path / "run" / "best.safetensors", free, state)
-    again, found = load_distiller(tmp_path / "run", llm)
+    again, found = load_distiller(save_distiller(tmp_path / "run", free, llm, "free"), llm)
     assert torch.equal(again.vectors, free.vectors) and again.vectors.requires_grad
     assert found["model"]["backbone"] is None and found["model"]["distiller"] == "free"
 
@@ -184,9 +179,7 @@ def test_free_vectors_come_back_from_a_checkpoint(llm, tmp_path):
 @pytest.mark.parametrize("changes", [{"n_embd": 16}, {"vocab_size": 421}, {"n_layer": 2}, {"folder": "other"}])
 def test_load_distiller_for_another_llm_is_a_user_error(tmp_path, changes):
     llm = load(write_gpt2(tmp_path / "own" / "tiny"))
-    distiller = make_distiller(llm)
-    state = {"model": distiller_config(distiller, llm, args_for("layers:2", "matched"))}
-    save_checkpoint(tmp_path / "run" / "last.safetensors", distiller, state)
+    save_distiller(tmp_path / "run", make_distiller(llm), llm)
     load_distiller(tmp_path / "run", load(shutil.copytree(tmp_path / "own" / "tiny", tmp_path / "moved" / "tiny")))
     changes = dict(changes)
     other = load(write_gpt2(tmp_path / "another" / changes.pop("folder", "tiny"), **changes))
@@ -222,7 +215,7 @@ def test_a_sibling_with_more_embedding_rows_than_tokens_is_welcome(llm, llm_fold
     sibling = write_gpt2(tmp_path / "sibling", n_layer=1, vocab_size=llm.config.vocab_size + 8)
     copy_tokenizer(llm_folder, sibling)
     batch = collate(training_rows())
-    assert make_distiller(llm, str(sibling))(batch["demo_ids"], batch["demo_mask"]).isfinite().all()
+    assert make_distiller(llm, str(sibling))(*demos(batch)).isfinite().all()
 
 
 def test_a_sibling_that_is_broken_or_missing_is_a_user_error(llm, tmp_path):
@@ -235,24 +228,27 @@ def test_a_sibling_that_is_broken_or_missing_is_a_user_error(llm, tmp_path):
 
 
 KL, CLM, UNSEEN = {"objective": "kl"}, {"objective": "clm"}, {"tasks": "metaicl", "split": "class_to_class"}
+FREE = "holds free vectors .*evaluate it with --methods prompt_tuning"
+WITH = "holds .* was trained with L_distill; evaluate it with --methods mend"
+WITHOUT = "holds .* was trained without L_distill; evaluate it with --methods hypertuning"
 
 
 @pytest.mark.parametrize("method, distiller, stages, message", [
     ("prompt_tuning", "layers:2", {}, "holds a distiller that was trained with L_distill"),
-    ("mend", "free", {}, "holds free vectors .*evaluate it with --methods prompt_tuning"),
-    ("hypertuning", "free", {}, "holds free vectors .*evaluate it with --methods prompt_tuning"),
-    ("hypertuning", "layers:2", {"pretrain": KL, "finetune": UNSEEN | {"lam": 0.0}}, "holds .* was trained with L_distill; evaluate it with --methods mend"),
-    ("hypertuning", "layers:2", {"pretrain": CLM, "finetune": UNSEEN | {"lam": 0.1}}, "holds .* was trained with L_distill; evaluate it with --methods mend"),
-    ("hypertuning", "layers:2", {"pretrain": {"objective": "clm+kl"}}, "holds .* was trained with L_distill; evaluate it with --methods mend"),
-    ("hypertuning", "layers:2", {"pretrain": {"corpus": "c4"}}, "holds .* was trained with L_distill; evaluate it with --methods mend"),  # before there was a choice
-    ("mend", "layers:2", {"pretrain": CLM, "finetune": UNSEEN | {"lam": 0.0}}, "holds .* was trained without L_distill; evaluate it with --methods hypertuning"),
-    ("mend", "layers:2", {"finetune": UNSEEN | {"lam": 0.0}}, "holds .* was trained without L_distill; evaluate it with --methods hypertuning"),
+    ("mend", "free", {}, FREE),
+    ("hypertuning", "free", {}, FREE),
+    ("hypertuning", "layers:2", {"pretrain": KL, "finetune": UNSEEN | {"lam": 0.0}}, WITH),
+    ("hypertuning", "layers:2", {"pretrain": CLM, "finetune": UNSEEN | {"lam": 0.1}}, WITH),
+    ("hypertuning", "layers:2", {"pretrain": {"objective": "clm+kl"}}, WITH),
+    ("hypertuning", "layers:2", {"pretrain": {"corpus": "c4"}}, WITH),  # before there was a choice
+    ("mend", "layers:2", {"pretrain": CLM, "finetune": UNSEEN | {"lam": 0.0}}, WITHOUT),
+    ("mend", "layers:2", {"finetune": UNSEEN | {"lam": 0.0}}, WITHOUT),
     ("hypertuning", "layers:2", {"pretrain": CLM, "finetune": UNSEEN | {"lam": 0.0}}, None),
     ("hypertuning", "layers:2", {"finetune": UNSEEN | {"lam": 0.0}}, None), ("mend", "layers:2", {"pretrain": KL}, None),
     ("mend", "layers:2", {"pretrain": CLM, "finetune": UNSEEN | {"lam": 1.0}}, None),  # Table 4's row CLM
     ("mend", "layers:2", {"pretrain": KL, "finetune": UNSEEN | {"lam": 0.0}}, None),   # and w/o L_distill
     ("mend", "layers:2", {"finetune": UNSEEN}, None), ("mend", "layers:2", {"pretrain": {"corpus": "c4"}}, None)])
-def test_a_checkpoint_is_not_taken_for_another_methods(tmp_path, llama, method, distiller, stages, message):
+def test_a_checkpoint_is_not_taken_for_another_methods(method, distiller, stages, message):
     state = {"model": {"distiller": distiller}, "trained_on": stages}
     if message is None:
         return loading.refuse_wrong_method([method], state, "run")
@@ -260,9 +256,10 @@ def test_a_checkpoint_is_not_taken_for_another_methods(tmp_path, llama, method, 
         loading.refuse_wrong_method([method], state, "run")
 
 
-def test_tasks_that_the_checkpoint_was_finetuned_on_are_refused(tasks_dir):
-    tasks, args = load_tasks(str(tasks_dir), "class_to_class"), SimpleNamespace(only=None)
-    loading.refuse_seen_tasks({"finetune": {"tasks": "metaicl", "split": "class_to_class"}}, tasks, args)
-    loading.refuse_seen_tasks({"finetune": {"tasks": "bigbench", "split": "hr_to_lr"}}, tasks, args)
+def test_tasks_that_the_checkpoint_was_finetuned_on_are_refused(tiny_tasks):
+    def refuse(tasks: str, split: str) -> None:
+        loading.refuse_seen_tasks({"finetune": {"tasks": tasks, "split": split}}, tiny_tasks, SimpleNamespace(only=None))
+    refuse("metaicl", "class_to_class")
+    refuse("bigbench", "hr_to_lr")
     with pytest.raises(UserError, match="training tasks include ag_news, emo"):
-        loading.refuse_seen_tasks({"finetune": {"tasks": "metaicl", "split": "hr_to_lr"}}, tasks, args)
+        refuse("metaicl", "hr_to_lr")

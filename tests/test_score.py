@@ -8,23 +8,27 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CPU, LogitsAreStates, close, ids_maker, make_distiller, plain_scores, scoring_rows
+from conftest import (
+    CPU,
+    LogitsAreStates,
+    close,
+    demos,
+    example,
+    ids_maker,
+    load,
+    log_softmaxes,
+    make_distiller,
+    plain_scores,
+    scoring_rows,
+)
 from sklearn.metrics import accuracy_score, f1_score
 from torch.distributions import Categorical, kl_divergence
 
 import plain
 import score
 from data import Encoder, collate
-from loading import (
-    build_distiller,
-    load_llm,
-)
-from model import (
-    Prefix,
-    demo_prefix,
-    query_states,
-    vector_prefix,
-)
+from loading import build_distiller, load_llm
+from model import Prefix, demo_prefix, query_states
 from score import (
     distill_loss,
     finetune_loss,
@@ -40,7 +44,7 @@ from score import (
     sum_in_chunks,
     task_figures,
 )
-from sources import Tokenizer, load_tasks
+from sources import Tokenizer
 
 # Losses on their own
 
@@ -154,13 +158,9 @@ def test_sum_in_chunks_equals_one_sum_in_value_and_gradient(chunk):
     assert not without.requires_grad
 
 
-def test_finetune_loss_is_pred_plus_lambda_distill():
-    assert finetune_loss(torch.tensor(2.0), torch.tensor(3.0), 0.1).item() == pytest.approx(2.3)
-    assert finetune_loss(torch.tensor(2.0), torch.tensor(3.0), 0.0).item() == 2.0
-
-
 def test_finetune_and_pretrain_loss_weigh_their_terms():
     pred, distill = torch.tensor(3.0, requires_grad=True), torch.tensor(5.0, requires_grad=True)
+    assert finetune_loss(pred, distill, 0.1).item() == pytest.approx(3.5)
     assert finetune_loss(pred, distill, 0.5, 0.0).item() == 2.5 and finetune_loss(pred, distill, 0.0).item() == 3.0
     loss = pretrain_loss(pred, distill, 0.1)  # L_CLM + gamma L_distill, App. B
     loss.backward()
@@ -168,53 +168,25 @@ def test_finetune_and_pretrain_loss_weigh_their_terms():
     assert pretrain_loss(0, distill, 1.0).item() == 5.0 and pretrain_loss(pred, 0, 1.0).item() == 3.0
 
 
-def test_score_options_equal_plain_scores_with_minus_infinity_for_missing_ones(llm):
-    rows = scoring_rows()
-    batch = collate(rows)
-    scores = score_options(llm, demo_prefix(llm, batch["demo_ids"], batch["demo_mask"]), batch)
-    assert scores.shape == (3, 3, 4)
-    expected = torch.full((3, 3, 4), float("-inf"))
-    for b, row in enumerate(plain_scores(llm, rows, [plain.embed(llm, row["demo"]) for row in rows])):
-        for s, options in enumerate(row):
-            expected[b, s, :len(options)] = torch.tensor(options)
-    assert expected.isfinite().sum() == 14
-    assert torch.equal(scores.isfinite(), expected.isfinite())
-    close(scores, expected)
-
-
 def test_score_options_of_more_than_one_chunk_of_answer_tokens(llm):
     ids = ids_maker(3)
     rows = [{"demo": ids(5), "queries": [(ids(3), [ids(50), ids(50), ids(60)])]}]
     batch = collate(rows)
-    scores = score_options(llm, demo_prefix(llm, batch["demo_ids"], batch["demo_mask"]), batch)
+    scores = score_options(llm, demo_prefix(llm, *demos(batch)), batch)
     close(scores[0], plain_scores(llm, rows, [plain.embed(llm, rows[0]["demo"])])[0])
 
 
-def test_score_options_of_vectors_equal_plain_scores(llm):
-    rows, distiller = scoring_rows()[1:2], make_distiller(llm)
+@pytest.mark.parametrize("bos_id", [None, BOS])
+def test_score_options_without_demonstrations_equal_plain_scores(llm, bos_id):
+    """Zero-shot: without a BOS, the first token of x has no predictor; every answer token has one."""
+    rows = [{"demo": [], "queries": scoring_rows()[1]["queries"]}]
     batch = collate(rows)
-    with torch.no_grad():
-        vectors = distiller(batch["demo_ids"], batch["demo_mask"])
-        expected = plain_scores(llm, rows, [plain.Distiller.forward(distiller, rows[0]["demo"])])
-    close(score_options(llm, vector_prefix(llm, vectors), batch)[0], expected[0])
-
-
-def test_score_options_without_any_prefix_equal_plain_scores(llm):
-    """Zero-shot: the first token of x has no predictor, and every answer token has one."""
-    (x, options), = scoring_rows()[1]["queries"]
-    batch = collate([{"demo": [], "queries": [(x, options)]}])
-    prefix = demo_prefix(llm, batch["demo_ids"], batch["demo_mask"])
-    assert prefix == Prefix([], None, prefix.mask) and prefix.mask.shape == (1, 0)
-    assert not query_states(llm, prefix, batch)[0, 0].any()
-    rows = [{"queries": [(x, options)]}]
-    close(score_options(llm, prefix, batch)[0], plain_scores(llm, rows, [plain.embed(llm, [])])[0])
-
-
-def test_bos_alone_where_there_is_no_prefix(llm):
-    (x, options), = scoring_rows()[1]["queries"]
-    batch = collate([{"demo": [], "queries": [(x, options)]}])
-    scores = score_options(llm, demo_prefix(llm, batch["demo_ids"], batch["demo_mask"], BOS), batch)
-    close(scores[0], plain_scores(llm, [{"queries": [(x, options)]}], [plain.embed(llm, [BOS])])[0])
+    prefix = demo_prefix(llm, *demos(batch), bos_id)
+    if bos_id is None:
+        assert prefix == Prefix([], None, prefix.mask) and prefix.mask.shape == (1, 0)
+        assert not query_states(llm, prefix, batch)[0, 0].any()
+    bos = plain.embed(llm, [] if bos_id is None else [bos_id])
+    close(score_options(llm, prefix, batch)[0], plain_scores(llm, rows, [bos])[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -260,8 +232,8 @@ def test_metrics_by_hand():
     assert score.accuracy(predictions, golds) == 0.5
 
 
-def shots(*labels: str, options=("a", "b", "c")) -> list[dict]:
-    return [{"task": "t", "input": f"x{i}", "output": label, "options": list(options)} for i, label in enumerate(labels)]
+def shots(*labels: str, options="abc") -> list[dict]:
+    return [example(f"x{i}", label, options) for i, label in enumerate(labels)]
 
 
 def test_majority_by_hand():
@@ -280,8 +252,16 @@ def test_majority_by_hand():
 
 
 @pytest.fixture
-def files(tasks_dir):
-    return load_tasks(str(tasks_dir), "class_to_class").files("ag_news", 13)
+def files(tiny_tasks):
+    return tiny_tasks.files("ag_news", 13)
+
+
+def sizes_of_passes(monkeypatch, size) -> list[int]:
+    """`size` of the query mask of every forward pass that is scored from now on."""
+    sizes, scoring = [], score.score_options
+    monkeypatch.setattr(score, "score_options", lambda llm, prefix, batch: (
+        sizes.append(int(size(batch["query_mask"]))), scoring(llm, prefix, batch))[1])
+    return sizes
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -290,13 +270,11 @@ def test_packed_queries_are_answered_like_single_ones(setting, files, monkeypatc
     queries = [q | {"options": q["options"][:2 + i % 2]} for i, q in enumerate(files["test"])]
     prefix = one_prefix(method, files["train"], 400, setting.llm, setting.distiller, setting.encoder, setting.args)
     one_by_one = [predict(setting.llm, prefix, setting.encoder, [q], prefix.state is None)[0] for q in queries]
-    sizes, scoring = [], score.score_options
-    monkeypatch.setattr(score, "score_options", lambda llm, prefix, batch: (
-        sizes.append(int(batch["query_mask"].sum())), scoring(llm, prefix, batch))[1])
+    sizes = sizes_of_passes(monkeypatch, torch.sum)
     monkeypatch.setattr(score, "PASS_TOKENS", {"cpu": pass_tokens, "cuda": pass_tokens})
     assert predict(setting.llm, prefix, setting.encoder, queries, prefix.state is None) == one_by_one
     assert len(set(one_by_one)) > 1  # else an LLM that always says the same would pass
-    assert {1: len(sizes) == len(queries), 60: max(sizes) <= 60 and 1 < len(sizes) < 24, 100_000: len(sizes) == 1}[pass_tokens]
+    assert {1: len(sizes) == 24, 60: max(sizes) <= 60 and 1 < len(sizes) < 24, 100_000: len(sizes) == 1}[pass_tokens]
     encoded = [setting.encoder.scoring_query(q, first=prefix.state is None) for q in queries]
     assert sum(sizes) == sum(len(x) + sum(map(len, options)) for x, options in encoded)
 
@@ -307,13 +285,13 @@ def test_a_demonstration_set_for_each_query_is_read_like_that_set_alone(setting,
     rng = random.Random(4)
     queries = [q | {"options": q["options"][:2 + i % 2]} for i, q in enumerate(files["test"])]
     sets = [rng.sample(files["train"], rng.randint(1, 12)) for _ in queries]
-    alone = [predict(setting.llm, one_prefix(method, demos, 200, setting.llm, setting.distiller, setting.encoder, setting.args), setting.encoder, [q])[0]
-             for demos, q in zip(sets, queries, strict=True)]
-    sizes, scoring = [], score.score_options
-    monkeypatch.setattr(score, "score_options", lambda llm, prefix, batch: (
-        sizes.append(len(batch["query_mask"])), scoring(llm, prefix, batch))[1])
+    llm, encoder, alone = setting.llm, setting.encoder, []
+    for shown, query in zip(sets, queries, strict=True):
+        prefix = one_prefix(method, shown, 200, llm, setting.distiller, encoder, setting.args)
+        alone += predict(llm, prefix, encoder, [query])
+    sizes = sizes_of_passes(monkeypatch, len)
     monkeypatch.setattr(score, "SET_TOKENS", set_tokens)
-    assert predict_each(method, sets, 200, setting.llm, setting.distiller, setting.encoder, queries, setting.args) == alone
+    assert predict_each(method, sets, 200, llm, setting.distiller, encoder, queries, setting.args) == alone
     assert len(set(alone)) > 1 and sum(sizes) == 24
     assert {1: len(sizes) == 24, 700: 24 > len(sizes) > 1, 100_000: len(sizes) == 1}[set_tokens]
 
@@ -333,33 +311,29 @@ def test_what_each_method_puts_before_the_query(setting, files):
     assert 24 >= prefix["icl_budget"].mask.shape[1] < prefix["icl"].mask.shape[1] <= 200
 
 
-def test_dev_figures_against_one_query_at_a_time(setting, tasks_dir, llama):
-    tasks = load_tasks(str(tasks_dir), "class_to_class")
-    args = SimpleNamespace(seed=13, k=3, distill_len=4, dtype="fp32")
-    setting.distiller.train()
-    whole = score.dev_figures(setting.llm, setting.distiller, tasks, setting.encoder, args, CPU)
-    assert setting.distiller.training  # left as the training loop needs it
-    embed, distiller = setting.llm.get_input_embeddings(), setting.distiller.eval()
+DEV = SimpleNamespace(seed=13, k=3, distill_len=4, dtype="fp32")
+
+
+def test_dev_figures_against_one_query_at_a_time(setting, tiny_tasks):
+    llm, encoder, distiller = setting.llm, setting.encoder, make_distiller(setting.llm).train()
+    whole = score.dev_figures(llm, distiller, tiny_tasks, encoder, DEV, CPU)
+    assert distiller.training  # left as the training loop needs it
+    distiller.eval()
     kl, clm, pred, headlines, option_ce = [], [], [], [], []
     with torch.no_grad():
-        for task in tasks.test:
-            files = tasks.files(task, 13)
-            demo = torch.tensor([setting.encoder.demonstrations(files["train"][:3], 900)])
+        for task in tiny_tasks.test:
+            files = tiny_tasks.files(task, 13)
+            demo = torch.tensor([encoder.demonstrations(files["train"][:3], 900)])
             vectors = distiller(demo, torch.ones_like(demo, dtype=torch.bool))
             chosen, ce = [], []
             for query in files["dev"]:
-                x, (y,) = setting.encoder.training_query(query)
-
-                def log_p(context, tail):  # log-probabilities of x and the answer `tail` behind a context, no cache
-                    inputs = torch.cat([context, embed(torch.tensor([x + tail]))], dim=1)  # noqa: B023
-                    logits = setting.llm(inputs_embeds=inputs, attention_mask=torch.ones(inputs.shape[:2])).logits[0]
-                    return logits[context.shape[1] - 1:-1].log_softmax(dim=1)
-                student, teacher = log_p(vectors, y), log_p(embed(demo), y)
+                x, (y,) = encoder.training_query(query)
+                student, teacher = (log_softmaxes(llm, c, x + y) for c in (vectors, llm.get_input_embeddings()(demo)))
                 kl += (teacher.exp() * (teacher - student)).sum(dim=1).tolist()
                 clm += [-student[i, token].item() for i, token in enumerate(x + y)]
                 pred += [-student[len(x) + i, token].item() for i, token in enumerate(y)]
-                options = [setting.encoder.answer(option) for option in query["options"]]
-                scores = [np.mean([log_p(vectors, o)[len(x) + i, t].item() for i, t in enumerate(o)]) for o in options]
+                options = [encoder.answer(option) for option in query["options"]]
+                scores = [log_softmaxes(llm, vectors, x + o)[range(len(x), len(x + o)), o].mean().item() for o in options]
                 chosen.append(query["options"][int(np.argmax(scores))])
                 shares = np.exp(scores) / np.exp(scores).sum()
                 ce.append(-np.log(shares[query["options"].index(query["output"])]))
@@ -371,12 +345,10 @@ def test_dev_figures_against_one_query_at_a_time(setting, tasks_dir, llama):
                                    "val_option_ce": np.mean(option_ce)}, rel=1e-4)
 
 
-def test_dev_figures_are_taken_without_dropout(gpt2, tasks_dir):
-    llm = load_llm(str(gpt2), CPU, torch.float32)
+def test_dev_figures_are_taken_without_dropout(gpt2, tiny_tasks):
+    llm = load(gpt2)
     distiller = build_distiller("layers:2", llm, 4, "matched", 0).train()
     assert distiller.backbone.config.resid_pdrop > 0
     encoder = Encoder(Tokenizer(str(gpt2)), "space", 300, 4, 640, 640)
-    args = SimpleNamespace(seed=13, k=3, distill_len=4, dtype="fp32")
-    tasks = load_tasks(str(tasks_dir), "class_to_class")
-    first = score.dev_figures(llm, distiller, tasks, encoder, args, CPU)
-    assert score.dev_figures(llm, distiller, tasks, encoder, args, CPU) == first and distiller.training
+    first, second = (score.dev_figures(llm, distiller, tiny_tasks, encoder, DEV, CPU) for _ in range(2))
+    assert first == second and distiller.training

@@ -4,26 +4,23 @@ import argparse
 
 import pytest
 import torch
-from conftest import CPU
 
 import data
 import plain
 import score
 from common import UserError
 from data import collate
-from loading import build_distiller, load_llm, make_encoder
+from loading import build_distiller, make_encoder
 from paper import measure, speed
-from sources import Tokenizer, load_tasks
 
 # Training and scoring
 
 
-def speed_setting(llama, tasks_dir):
+@pytest.fixture
+def parts(llama_llm, tokenizer, tiny_tasks):
     args = argparse.Namespace(template="space", context_len=900, distill_len=4, dtype="fp32", seed=100, k=4)
-    llm = load_llm(str(llama), CPU, torch.float32)
-    distiller = build_distiller("layers:2", llm, 4, "matched", 0)
-    encoder = make_encoder(args, Tokenizer(str(llama)), llm, distiller)
-    return args, llm, distiller, load_tasks(str(tasks_dir), "class_to_class"), encoder
+    distiller = build_distiller("layers:2", llama_llm, 4, "matched", 0)
+    return args, llama_llm, distiller, tiny_tasks, make_encoder(args, tokenizer, llama_llm, distiller)
 
 
 def plain_loss(llm, distiller, demo, query):
@@ -33,8 +30,8 @@ def plain_loss(llm, distiller, demo, query):
     return plain.finetune_loss(plain.pred_loss(student[-len(y):], y), plain.distill_loss(student, teacher), 1.0)
 
 
-def test_the_step_that_is_timed_is_eq_4(llama, tasks_dir):
-    args, llm, distiller, tasks, encoder = speed_setting(llama, tasks_dir)
+def test_the_step_that_is_timed_is_eq_4(parts):
+    args, llm, distiller, tasks, encoder = parts
     (row,) = speed.typical_rows(tasks, encoder, args.seed, args.k, 1, 1)
     batch = collate([row])
     loss = speed.training_step(llm, distiller, batch, speed.counted_positions(llm, batch), "fp32")
@@ -48,8 +45,8 @@ def test_the_step_that_is_timed_is_eq_4(llama, tasks_dir):
             torch.testing.assert_close(gradient[name], p.grad, atol=1e-5, rtol=1e-3)
 
 
-def test_plain_step_is_the_mean_over_queries(llama, tasks_dir):
-    args, llm, distiller, tasks, encoder = speed_setting(llama, tasks_dir)
+def test_plain_step_is_the_mean_over_queries(parts):
+    args, llm, distiller, tasks, encoder = parts
     rows = speed.typical_rows(tasks, encoder, args.seed, args.k, 2, 2)
     speed.plain_step(llm, distiller, rows, "fp32")
     found = distiller.placeholders.grad.clone()
@@ -60,9 +57,9 @@ def test_plain_step_is_the_mean_over_queries(llama, tasks_dir):
     torch.testing.assert_close(found, distiller.placeholders.grad, atol=1e-6, rtol=1e-4)
 
 
-def test_training_speed(llama, tasks_dir, monkeypatch):
+def test_training_speed(parts, monkeypatch):
     """From made-up times: ours 2 s, plain 7 s, a product of 4,096 in 1 s."""
-    args, llm, distiller, tasks, encoder = speed_setting(llama, tasks_dir)
+    args, llm, distiller, tasks, encoder = parts
     rows = speed.typical_rows(tasks, encoder, args.seed, args.k, 2, 2)
     times = {"matmul": [1.0, 1.0], "matmul again": [1.0, 1.0], "ours": [2.0, 2.0], "plain": [7.0, 7.0]}
     monkeypatch.setattr(speed, "interleaved", lambda functions, *_: (functions["ours"](), times)[1])
@@ -74,8 +71,8 @@ def test_training_speed(llama, tasks_dir, monkeypatch):
     assert distiller.placeholders.grad is None
 
 
-def test_the_typical_step_is_of_middle_size(llama, tasks_dir):
-    *_, tasks, encoder = speed_setting(llama, tasks_dir)
+def test_the_typical_step_is_of_middle_size(parts):
+    *_, tasks, encoder = parts
     rows_of = data.step_rows(lambda first, n: [data.sample_row(tasks, encoder, 100, i, 4, 1)
                                                 for i in range(first, first + n)], 100, 2)
     sizes = sorted(sum(len(r["demo"]) for r in rows_of(step)) for step in range(64))
@@ -109,8 +106,8 @@ def test_the_losses_memory_in_processes_of_their_own():
     assert found["ratio"] > 3 and found["gradient_difference"] < 1e-5
 
 
-def test_scoring_speed_compares_equal_scores(llama, tasks_dir, monkeypatch):
-    args, llm, distiller, tasks, encoder = speed_setting(llama, tasks_dir)
+def test_scoring_speed_compares_equal_scores(parts, monkeypatch):
+    args, llm, distiller, tasks, encoder = parts
     monkeypatch.setattr(speed, "interleaved", lambda *_, **__: {"plain": [2.0, 2.0], "cached": [4.0, 4.0]})
     found = speed.scoring_speed(llm, distiller, tasks, encoder, args, n=20, n_plain=2, options=3)
     for method in ("icl", "mend"):
@@ -122,9 +119,8 @@ def test_scoring_speed_compares_equal_scores(llama, tasks_dir, monkeypatch):
     assert found["icl"]["score_difference"] > 0.09
 
 
-def test_scoring_needs_a_task_that_fits(tasks_dir):
-    tasks = load_tasks(str(tasks_dir), "class_to_class")
-    assert speed.scoring_task(tasks, 100, 24, 3)[0] == tasks.test[0]
+def test_scoring_needs_a_task_that_fits(tiny_tasks):
+    assert speed.scoring_task(tiny_tasks, 100, 24, 3)[0] == tiny_tasks.test[0]
     for n, options in ((25, 3), (24, 4)):
         with pytest.raises(UserError, match=f"has {n} test queries of {options} options"):
-            speed.scoring_task(tasks, 100, n, options)
+            speed.scoring_task(tiny_tasks, 100, n, options)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import load, make_distiller, model_of
+from conftest import load, log_softmaxes, make_distiller, model_of
 from training import FIGURES, PROMPT_TUNING, furthest, metrics, state_of, stub_dev, train
 
 import common
@@ -30,15 +30,6 @@ from run import load_checkpoint, save_checkpoint
 from sources import Tokenizer
 
 FINETUNED = {"tasks": "metaicl", "split": "class_to_class", "lam": 1.0, "pred_weight": 1.0}
-
-
-def log_softmaxes(llm, context: torch.Tensor, x: list[int]) -> torch.Tensor:
-    """What an LLM without cache or packing says about x behind embedded `context`, (len(x) or len(x) - 1,
-    V)."""
-    inputs = torch.cat([context, llm.get_input_embeddings()(torch.tensor([x]))], dim=1)
-    logits = llm(inputs_embeds=inputs, attention_mask=torch.ones(inputs.shape[:2],
-                                                                 dtype=torch.long)).logits[0]
-    return logits[max(context.shape[1] - 1, 0):-1].log_softmax(dim=1)
 
 
 def vectors_of(distiller, demo: torch.Tensor) -> torch.Tensor:
