@@ -133,7 +133,8 @@ def sentencepiece(folder: Path, corpus_dir: Path, kind: str) -> OurTokenizer:
 @pytest.fixture
 def word_tokenizer(tmp_path):
     """Not byte-level, and with a BOS that its template adds."""
-    backend = Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1, "a": 2, "boat": 3, "sad": 4}, unk_token="<unk>"))
+    backend = Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1, "a": 2, "boat": 3, "sad": 4},
+                                         unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     fast = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", unk_token="<unk>")
@@ -283,7 +284,8 @@ class LogitsAreStates(nn.Module):
 
 @pytest.fixture(scope="session")
 def setting(llama, llama_llm):
-    """What stands behind a prefix: an LLM, a distiller with l = 4, an encoder and flags with a budget of 24."""
+    """What stands behind a prefix: an LLM, a distiller with l = 4, an encoder and flags with a budget of
+    24."""
     tokenizer = OurTokenizer(str(llama))
     return SimpleNamespace(llm=llama_llm, distiller=make_distiller(llama_llm), tokenizer=tokenizer,
                            encoder=Encoder(tokenizer, "space", context_len=900, distill_len=24),

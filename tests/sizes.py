@@ -2,7 +2,8 @@
 
 from paper import measure
 
-TINY = {  # every name that the code asks for, so small that a count takes no time; widths and depths all differ
+# every name that the code asks for, so small that a count takes no time; widths and depths all differ
+TINY = {
     "gpt2": {"model_type": "gpt2", "n_embd": 48, "n_layer": 2, "n_head": 4, "vocab_size": 500},
     "gpt2-large": {"model_type": "gpt2", "n_embd": 64, "n_layer": 4, "n_head": 4, "vocab_size": 500},
     "gpt2-xl": {"model_type": "gpt2", "n_embd": 80, "n_layer": 5, "n_head": 5, "vocab_size": 500},
@@ -14,8 +15,10 @@ TINY = {  # every name that the code asks for, so small that a count takes no ti
                           "vocab_size": 500},
     "t5-large-lm-adapt": {**measure.T5, "d_model": 64, "d_ff": 96, "num_layers": 4, "num_heads": 4, "d_kv": 8,
                           "vocab_size": 500},
-    "flan-t5-base": {**measure.T5, "d_model": 32, "d_ff": 64, "num_layers": 3, "num_heads": 2, "vocab_size": 500},
-    "flan-t5-xl": {**measure.T5, "d_model": 80, "d_ff": 160, "num_layers": 5, "num_heads": 4, "vocab_size": 500},
+    "flan-t5-base": {**measure.T5, "d_model": 32, "d_ff": 64, "num_layers": 3, "num_heads": 2,
+                     "vocab_size": 500},
+    "flan-t5-xl": {**measure.T5, "d_model": 80, "d_ff": 160, "num_layers": 5, "num_heads": 4,
+                   "vocab_size": 500},
 }
 T_D, T_X, L, V = 30, 9, 5, 500
 WIDTH, LAYERS, WIDTH_S, LAYERS_S = 64, 4, 48, 2  # of gpt2-large and gpt2 above

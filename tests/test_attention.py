@@ -1,4 +1,5 @@
-"""Tests of attention.py: the induction score on attention built by hand, an unpooled oracle, BOS, the whole command."""
+"""Tests of attention.py: the induction score on attention built by hand, an unpooled oracle, BOS, the whole
+command."""
 
 import json
 from collections import Counter
@@ -23,7 +24,8 @@ CPU = torch.device("cpu")
 
 
 def copying(n: int, bos: int, shift: int) -> torch.Tensor:
-    """Attention (1, T, T) of a head that looks at `shift` back from each token of the second copy, else at itself."""
+    """Attention (1, T, T) of a head that looks at `shift` back from each token of the second copy, else at
+    itself."""
     T = 2 * n + bos
     weights = torch.eye(T)
     for t in range(n + bos, T):
@@ -35,7 +37,8 @@ def copying(n: int, bos: int, shift: int) -> torch.Tensor:
 @pytest.mark.parametrize("bos", [0, 1])
 def test_a_head_that_copies_scores_one_and_its_neighbours_zero(bos):
     n = 7
-    heads = torch.cat([copying(n, bos, n - 1), copying(n, bos, n), copying(n, bos, n - 2), copying(n, bos, 0)])
+    heads = torch.cat([copying(n, bos, n - 1), copying(n, bos, n), copying(n, bos, n - 2),
+                       copying(n, bos, 0)])
     assert induction_score(heads, n).tolist() == [1, 0, 0, 0]
 
 
@@ -53,7 +56,8 @@ def test_score_against_a_plain_loop(bos):
     n, rng = 6, torch.Generator().manual_seed(bos)
     weights = torch.rand(3, 2 * n + bos, 2 * n + bos, generator=rng)
     for head, score in enumerate(induction_score(weights, n).tolist()):
-        assert score == pytest.approx(np.mean([weights[head, bos + n + i, bos + i + 1].item() for i in range(n)]))
+        assert score == pytest.approx(np.mean([weights[head, bos + n + i, bos + i + 1].item()
+                                               for i in range(n)]))
 
 
 # The weights of a model
@@ -87,11 +91,13 @@ def test_bos_stands_first(llama_llm):
 
 
 def test_an_induction_circuit_built_by_hand():
-    """Two layers of attention on one-hot vectors [token | previous token | position]: the first layer's head looks one
+    """Two layers of attention on one-hot vectors [token | previous token | position]: the first layer's head
+    looks one
     position back and writes the token there into the second slot; the second's looks for its own token in that slot."""
     n = 12
     width = 4 * n
-    llm = GPT2LMHeadModel(GPT2Config(vocab_size=n, n_embd=width, n_layer=2, n_head=1, n_positions=2 * n, n_inner=4)).eval()
+    llm = GPT2LMHeadModel(GPT2Config(vocab_size=n, n_embd=width, n_layer=2, n_head=1, n_positions=2 * n,
+                                     n_inner=4)).eval()
     token, previous, place = torch.arange(n), torch.arange(n, 2 * n), torch.arange(2 * n, 4 * n)
     one, two = (block.attn for block in llm.transformer.h)
     sharp = 50.0
@@ -109,7 +115,8 @@ def test_an_induction_circuit_built_by_hand():
     rng = torch.Generator().manual_seed(0)
     ids = torch.stack([torch.randperm(n, generator=rng) for _ in range(3)])
     looks_back, induces = induction_scores(llm, ids, None).flatten().tolist()
-    # the first token has none before it and writes itself: where it comes again, it finds places 0 and 1 alike
+    # the first token has none before it and writes itself: where it comes again, it finds places 0 and 1
+    # alike
     assert induces == pytest.approx((n - 0.5) / n, abs=1e-4) and looks_back == pytest.approx(0, abs=1e-4)
 
 
@@ -159,15 +166,17 @@ def checkpoint(llm, llm_folder, tmp_path_factory):
 
 @pytest.fixture
 def argv(llama, tasks_dir) -> list[str]:
-    return ["--preset", "pocket", "--llm", str(llama), "--tasks", str(tasks_dir), "--dtype", "fp32", "--device", "cpu"]
+    return ["--preset", "pocket", "--llm", str(llama), "--tasks", str(tasks_dir), "--dtype", "fp32",
+            "--device", "cpu"]
 
 
 def test_command(argv, checkpoint, tasks_dir, tiny_tasks, tmp_path, monkeypatch):
     monkeypatch.setattr(attention, "SEQUENCES", 2)
     monkeypatch.setattr(attention, "COPY_LEN", 30)
-    out = main([*argv, "--llm", str(checkpoint.llm), "--checkpoint", str(checkpoint.path), "--task", "emo", "--example",
-                "2", "--out", str(tmp_path)])
-    induction, record = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("induction", "attention"))
+    out = main([*argv, "--llm", str(checkpoint.llm), "--checkpoint", str(checkpoint.path), "--task", "emo",
+                "--example", "2", "--out", str(tmp_path)])
+    induction, record = (json.loads((tmp_path / f"{name}.json").read_text())
+                         for name in ("induction", "attention"))
     scores = np.array(induction["scores"])
     assert scores.shape == (3, 4) and 0 < scores.min() and scores.max() < 1
     order = [list(divmod(i, 4)) for i in np.argsort(-scores.flatten(), kind="stable")[:4]]
@@ -188,7 +197,8 @@ def test_command(argv, checkpoint, tasks_dir, tiny_tasks, tmp_path, monkeypatch)
             weights = eager(inputs_embeds=embeds, output_attentions=True).attentions
             rows = np.stack([weights[layer][0, head, -1].numpy() for layer, head in order])
             np.testing.assert_allclose(record[method]["query"], rows[:, prefix.shape[1]:], atol=1e-4)
-            np.testing.assert_allclose(record[method]["prefix"], max_pool(rows[:, :prefix.shape[1]]), atol=1e-4)
+            np.testing.assert_allclose(record[method]["prefix"], max_pool(rows[:, :prefix.shape[1]]),
+                                       atol=1e-4)
             assert len(record[method]["prefix"][0]) == 20
 
 
@@ -204,8 +214,8 @@ def test_without_a_checkpoint_only_the_scores(argv, tmp_path, monkeypatch):
 def test_faulty_flags(argv, checkpoint, tmp_path, monkeypatch, more, message):
     monkeypatch.setattr(attention, "COPY_LEN", 30)
     with pytest.raises(UserError, match=message):
-        main([*argv, "--llm", str(checkpoint.llm), "--checkpoint", str(checkpoint.path), "--task", "emo", "--out",
-              str(tmp_path), *more])
+        main([*argv, "--llm", str(checkpoint.llm), "--checkpoint", str(checkpoint.path), "--task", "emo",
+              "--out", str(tmp_path), *more])
 
 
 def test_an_llm_with_too_few_positions(gpt2, argv, tmp_path):

@@ -57,12 +57,14 @@ def test_what_is_stored_and_the_memory_beside_it(tiny):
     """16 bit: two bytes a number; keys and values: 2 x layers x tokens x width."""
     rows = bench.counted("gpt2-large", T_D, T_X, L, True)
     kv = 2 * LAYERS * WIDTH * 2
-    assert {n: r["stored_bytes"] for n, r in rows.items()} == {
-        "zero_shot": 0, "icl": 4 * T_D, "icl_cached": kv * T_D, "prompt_tuning": L * WIDTH * 2, "mend": 4 * T_D,
-        "mend_vectors": L * WIDTH * 2, "mend_kv": kv * L}
+    assert {n: r["stored_bytes"] for n, r in rows.items()} == {"zero_shot": 0, "icl": 4 * T_D,
+                                                               "icl_cached": kv * T_D, "prompt_tuning": L
+                                                               * WIDTH * 2, "mend": 4 * T_D,
+                                                               "mend_vectors": L * WIDTH * 2,
+                                                               "mend_kv": kv * L}
     llm_bytes = 2 * (12 * WIDTH ** 2 * LAYERS + 13 * WIDTH * LAYERS + 2 * WIDTH + (V + 1024) * WIDTH)
-    distiller_bytes = 4 * (12 * WIDTH_S ** 2 * LAYERS_S + 13 * WIDTH_S * LAYERS_S + 2 * WIDTH_S + (V + 1024) * WIDTH_S
-                           + L * WIDTH_S + (WIDTH_S + 1) * WIDTH)
+    distiller_bytes = 4 * (12 * WIDTH_S ** 2 * LAYERS_S + 13 * WIDTH_S * LAYERS_S + 2 * WIDTH_S + (V + 1024)
+                           * WIDTH_S + L * WIDTH_S + (WIDTH_S + 1) * WIDTH)
     logits = 4 * V * (T_D + T_X)
     assert llm_bytes + logits < rows["icl"]["peak_bytes"] < llm_bytes + 4 * logits
     # what is stored, and the copy of it that reading a query makes
@@ -85,13 +87,18 @@ def test_all_ways_of_reading_give_the_plain_logits(llm):
     demo, query = ids[:, :T_D], ids[:, T_D:]
     with torch.no_grad():
         logits, last = ({name: read(prepare()) for name, (prepare, read) in
-                         bench.methods(llm, distiller, demo, query, "fp32", every).items()} for every in (True, False))
-        prefixes = {"icl": plain.embed(llm, demo[0].tolist()), "mend": plain.Distiller.forward(distiller, demo[0].tolist()),
-                    "zero_shot": plain.embed(llm, []), "prompt_tuning": plain.embed(llm, [demo[0, 0].item()] * L)}
+                         bench.methods(llm, distiller, demo, query, "fp32", every).items()}
+                        for every in (True, False))
+        prefixes = {"icl": plain.embed(llm, demo[0].tolist()),
+                    "mend": plain.Distiller.forward(distiller, demo[0].tolist()),
+                    "zero_shot": plain.embed(llm, []), "prompt_tuning": plain.embed(llm,
+                                                                                    [demo[0, 0].item()] * L)}
         # the last of the logits are the prediction after the query: the token there does not matter
-        plain_logits = {name: plain.read(llm, prefix, query[0].tolist(), [0]) for name, prefix in prefixes.items()}
+        plain_logits = {name: plain.read(llm, prefix, query[0].tolist(), [0])
+                        for name, prefix in prefixes.items()}
     for name in bench.METHODS:
-        expected = plain_logits[{"icl_cached": "icl", "mend_vectors": "mend", "mend_kv": "mend"}.get(name, name)]
+        expected = plain_logits[{"icl_cached": "icl", "mend_vectors": "mend",
+                                 "mend_kv": "mend"}.get(name, name)]
         n = min(len(expected), len(logits[name]), T_X)
         torch.testing.assert_close(logits[name][-n:], expected[-n:], atol=2e-4, rtol=1e-3)
         torch.testing.assert_close(last[name], expected[-1:], atol=2e-4, rtol=1e-3)
@@ -99,7 +106,8 @@ def test_all_ways_of_reading_give_the_plain_logits(llm):
 
 
 def test_pays_off_after():
-    """Distilling costs 100 and saves 40 a query; cached ICL costs 300 at first and 5 more a query; a dearer one never."""
+    """Distilling costs 100 and saves 40 a query; cached ICL costs 300 at first and 5 more a query; a dearer
+    one never."""
     assert bench.pays_off_after(100, 60, 0, 100) == 2.5
     assert bench.pays_off_after(100, 60, 300, 65) == 0
     assert bench.pays_off_after(100, 60, 0, 60) is None and bench.pays_off_after(100, 60, 0, 50) is None
@@ -140,7 +148,8 @@ def test_fig3_and_its_pictures(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench, "CONTEXTS", {"class_to_class": 30, "qa_to_qa": 50})
     monkeypatch.setattr(bench, "SCALING", {"demo_tokens": (2, 8), "distill_len": (5, 200)})
     monkeypatch.delitem(measure.PAIRS, "opt-6.7b"), monkeypatch.delitem(measure.PAIRS, "gpt2-large")
-    flags = ["--preset", "paper", "--device", "cpu", "--dtype", "fp32", "--distill-len", "5", "--query-tokens", "9"]
+    flags = ["--preset", "paper", "--device", "cpu", "--dtype", "fp32", "--distill-len", "5",
+             "--query-tokens", "9"]
     final = bench.main(["--fig3", *flags, "--repeats", "1", "--out", str(tmp_path / "fig3.json")])
     assert last_line(capsys) == final and "settings" not in final and final["icl_over_mend_seconds"][1] > 0
     saved = json.loads((tmp_path / "fig3.json").read_text())
@@ -149,7 +158,8 @@ def test_fig3_and_its_pictures(tiny, tmp_path, monkeypatch, capsys):
     assert rows == bench.counted("gpt2-xl", 50, 9, 5, True)
     assert saved["icl_over_mend_flops"]["gpt2-xl"][1] == rows["icl"]["query_flops"] / rows["mend"]["query_flops"]
     (scaling,) = saved["scaling"]
-    assert scaling["demo_tokens"]["x"] == [2, 8, 1024 - 9] and scaling["distill_len"]["x"] == [5]  # 900 + 200: too long
+    # 900 + 200: too long
+    assert scaling["demo_tokens"]["x"] == [2, 8, 1024 - 9] and scaling["distill_len"]["x"] == [5]
     last = bench.counted("gpt2-xl", 1024 - 9, 9, 5, False, ["mend"])
     assert scaling["demo_tokens"]["flops"]["mend"][2] == last["mend"]["query_flops"]
     at = scaling["demo_tokens"]["crossings"]
@@ -158,37 +168,44 @@ def test_fig3_and_its_pictures(tiny, tmp_path, monkeypatch, capsys):
         drawn = figures.main([name, "--results", str(tmp_path / "fig3.json"), "--out", str(tmp_path)])
         assert drawn["files"] == [str(tmp_path / f"{name}{kind}") for kind in (".png", ".svg")]
     assert drawn["drawn"]["gpt2-xl"]["demo_tokens"] == at
-    assert (tmp_path / "fig3.png").read_bytes()[:4] == b"\x89PNG" and "<svg" in (tmp_path / "scaling.svg").read_text()
+    assert (tmp_path / "fig3.png").read_bytes()[:4] == b"\x89PNG" and "<svg" in (tmp_path
+                                                                                 / "scaling.svg").read_text()
 
 
 def test_suite_states_every_ratio(flags, tiny, tmp_path, monkeypatch, capsys):
-    loss = {"ratio": 3.0, "bytes": {"plain": 3e6, "chunked": 1e6}, "tokens": 1024, "gradient_difference": 1e-7}
+    loss = {"ratio": 3.0, "bytes": {"plain": 3e6, "chunked": 1e6}, "tokens": 1024,
+            "gradient_difference": 1e-7}
     monkeypatch.setattr(speed, "loss_memory", lambda: loss)
     scoring = speed.scoring_speed
     monkeypatch.setattr(speed, "scoring_speed", lambda *a, **k: scoring(*a, **k, n=12, n_plain=2, options=3))
     monkeypatch.setattr(speed, "SQUARE", 64)
-    monkeypatch.setattr(speed, "thread_settings", lambda *_: [{"threads": 1, "GOMP_SPINCOUNT": "100", "seconds": 1.0}])
-    final = bench.main(["--suite", *flags, "--k", "4", "--repeats", "1", "--out", str(tmp_path / "bench.json")])
+    monkeypatch.setattr(speed, "thread_settings", lambda *_: [{"threads": 1, "GOMP_SPINCOUNT": "100",
+                                                               "seconds": 1.0}])
+    final = bench.main(["--suite", *flags, "--k", "4", "--repeats", "1", "--out",
+                        str(tmp_path / "bench.json")])
     saved = json.loads((tmp_path / "bench.json").read_text())
     assert {"scoring_cached_over_plain", "training_q4_over_plain", "loss_memory_plain_over_chunked",
-            "flops_icl_over_mend_gpt2_large", "flops_icl_over_mend_gpt2_xl", "training_share_of_matmul_rate"} \
-        <= saved["ratios"].keys() == final["ratios"].keys()
+            "flops_icl_over_mend_gpt2_large", "flops_icl_over_mend_gpt2_xl",
+            "training_share_of_matmul_rate"} <= saved["ratios"].keys() == final["ratios"].keys()
     assert saved["commit"] and saved["machine"] and saved["command"].startswith("python bench.py --suite")
     rows = saved["details"]["methods_gpt2-xl"]
     assert saved["ratios"]["flops_icl_over_mend_gpt2_xl"] == rows["icl"]["query_flops"] / rows["mend"]["query_flops"]
     details = saved["details"]
-    assert saved["ratios"]["scoring_cached_over_plain"] == min(details["scoring"][m]["ratio"] for m in ("icl", "mend"))
+    assert saved["ratios"]["scoring_cached_over_plain"] == min(details["scoring"][m]["ratio"]
+                                                               for m in ("icl", "mend"))
     assert details["training_gpt2_large_bf16"]["sets"] == 1 and details["training_smollm2_fp32"]["sets"] == 2
     assert "| loss memory plain over chunked | 3.00 | 4.00, missed | 1 against 3 MB" in capsys.readouterr().out
 
 
 def test_flag_faults(flags, tiny):
-    with pytest.raises(UserError, match=r"--demo-tokens is 0.*--query-tokens is 2.*--repeats is 0.*exclude each other"):
+    with pytest.raises(UserError,
+                       match=r"--demo-tokens is 0.*--query-tokens is 2.*--repeats is 0.*exclude each other"):
         bench.main([*flags, "--demo-tokens", "0", "--query-tokens", "2", "--repeats", "0", "--random-init",
                     "--checkpoint", "x"])
     with pytest.raises(UserError, match="passes the 2048 tokens"):
         bench.main([*flags, "--demo-tokens", "2045", "--repeats", "1"])
     with pytest.raises(UserError, match="t5-large-lm-adapt is an encoder-decoder"):
-        bench.main([*flags, "--llm", "t5-large-lm-adapt", "--distiller", "t5-small-lm-adapt", "--random-init"])
+        bench.main([*flags, "--llm", "t5-large-lm-adapt", "--distiller", "t5-small-lm-adapt",
+                    "--random-init"])
     with pytest.raises(UserError, match="make it with `python bench.py"):
         figures.main(["fig3", "--results", "nowhere.json"])

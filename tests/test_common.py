@@ -27,7 +27,8 @@ def parsed(script, argv):
 
 
 def test_preset_fills_only_flags_that_were_not_given():
-    given = parsed(train_pretrain, ["--preset", "pocket", "--distill-len", "7", "--lr", "0.5", "--window", "33"])
+    given = parsed(train_pretrain, ["--preset", "pocket", "--distill-len", "7", "--lr", "0.5", "--window",
+                                    "33"])
     assert (given.distill_len, given.lr, given.window) == (7, 0.5, 33)
     for preset in ("paper", "pocket"):
         expected = {**common.PRESETS[preset], **train_pretrain.PRESETS[preset]}
@@ -61,9 +62,11 @@ def test_help_shows_both_presets_values(script, capsys):
     assert stop.value.code == 0 and "(paper: gpt2-large; pocket: SmolLM2-135M-Instruct)" in text
 
 
-@pytest.mark.parametrize("script, flag, value", [
-    (train_pretrain, "--split", "qa_to_qa"), (train_finetune, "--corpus", "sotu"), (evaluate, "--distiller", "layers:2"),
-    (evaluate, "--corpus", "sotu"), (evaluate, "--seed", "13"), (data, "--distill-len", "4"), (data, "--corpus", "sotu")])
+@pytest.mark.parametrize("script, flag, value", [(train_pretrain, "--split", "qa_to_qa"),
+                                                 (train_finetune, "--corpus", "sotu"),
+                                                 (evaluate, "--distiller", "layers:2"),
+                                                 (evaluate, "--corpus", "sotu"), (evaluate, "--seed", "13"),
+                                                 (data, "--distill-len", "4"), (data, "--corpus", "sotu")])
 def test_a_flag_without_a_part_is_refused(script, flag, value, capsys):
     with pytest.raises(SystemExit) as stop:
         script.main([flag, value])
@@ -76,9 +79,10 @@ def test_long_name_of_the_paraphrase_split():
 
 def test_shared_faults_are_listed_together():
     with pytest.raises(UserError) as error:
-        train_finetune.main(["--preset", "pocket", "--split", "class_to_clas", "--k", "0", "--distill-len", "0", "--seed", "-1",
-                   "--dtype", "fp16", "--device", "cpu"])
-    for part in ("--split class_to_clas", "class_to_class", "--k is 0", "--distill-len is 0", "--seed is -1", "fp16"):
+        train_finetune.main(["--preset", "pocket", "--split", "class_to_clas", "--k", "0", "--distill-len",
+                             "0", "--seed", "-1", "--dtype", "fp16", "--device", "cpu"])
+    for part in ("--split class_to_clas", "class_to_class", "--k is 0", "--distill-len is 0", "--seed is -1",
+                 "fp16"):
         assert part in str(error.value)
 
 
@@ -131,7 +135,8 @@ def fresh_probe():
 
 def test_hub_is_not_asked_when_offline(fresh_probe, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(requests, "head", lambda *_, **__: pytest.fail("asked the hub although HF_HUB_OFFLINE is set"))
+    monkeypatch.setattr(requests, "head",
+                        lambda *_, **__: pytest.fail("asked the hub although HF_HUB_OFFLINE is set"))
     assert common.hub_reachable() is False
 
 

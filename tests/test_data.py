@@ -54,8 +54,8 @@ def test_input_is_cut_at_its_end_and_a_label_never(llm_folder):
 def pieces(enc: Encoder, demos: list[dict]) -> list[list[int]]:
     """Token ids of each demonstration, the first one without separator, from the template's text."""
     before_answer, between = data.TEMPLATES[enc.template]
-    return [enc.tokenizer.encode((between if i else "") + e["input"]) + enc.tokenizer.encode(before_answer + e["output"])
-            for i, e in enumerate(demos)]
+    return [enc.tokenizer.encode((between if i else "") + e["input"])
+            + enc.tokenizer.encode(before_answer + e["output"]) for i, e in enumerate(demos)]
 
 
 def test_demonstrations_stop_at_the_first_that_would_pass_the_limit_and_never_split(llama):
@@ -95,16 +95,20 @@ def test_budget_holds_at_most_l_tokens_and_keeps_a_label(llm_folder):
 
 @pytest.mark.parametrize("template, no_input, no_label", [
     ("space", "happy sad ok happy", "the river cold boat 12 late ships bread"),
-    ("newline", "happy\n\n\nsad\n\n\nok\n\n\nhappy", "the river\n\n\ncold boat 12\n\n\nlate ships\n\n\nbread")])
+    ("newline", "happy\n\n\nsad\n\n\nok\n\n\nhappy",
+     "the river\n\n\ncold boat 12\n\n\nlate ships\n\n\nbread")])
 def test_demonstrations_without_input_or_label(llm_folder, template, no_input, no_label):
     enc = encoder(llm_folder, template)
-    demos = [example("the river"), example("cold boat 12", "sad"), example("late ships", "ok"), example("bread")]
+    demos = [example("the river"), example("cold boat 12", "sad"), example("late ships", "ok"),
+             example("bread")]
     assert text_of(enc, enc.demonstrations([e | {"input": ""} for e in demos], 900)) == no_input
     assert text_of(enc, enc.demonstrations([e | {"output": ""} for e in demos], 900)) == no_label
-    for without in ({"input": ""}, {"output": ""}):  # a demonstration is read in the same tokens wherever it stands
+    # a demonstration is read in the same tokens wherever it stands
+    for without in ({"input": ""}, {"output": ""}):
         parts = [enc.demonstration(e | without, first=i == 0) for i, e in enumerate(demos)]
         assert enc.demonstrations([e | without for e in demos], 900) == [*chain(*parts)]
-    spoiled = example("boat " * 40, "ok")  # cut, it keeps the label it was given, and none where that was taken away
+    # cut, it keeps the label it was given, and none where that was taken away
+    spoiled = example("boat " * 40, "ok")
     assert enc.budget([spoiled], 12)[-len(enc.answer("ok")):] == enc.answer("ok")
     assert enc.budget([spoiled | {"output": ""}], 12) == enc.query(spoiled, first=True)[:12]
 
@@ -112,10 +116,12 @@ def test_demonstrations_without_input_or_label(llm_folder, template, no_input, n
 LABELS = ["ok", "a much longer label of many tokens", "sad"]
 
 
-@pytest.mark.parametrize("context_len, distill_len, llm_positions, distiller_positions", [
-    (900, 100, 1024, 1024), (900, 4, 640, 640), (900, 200, 2048, 1024), (50, 100, 1024, 1024), (900, 8, None, None),
-    (900, 8, None, 512), (900, 100, 512, None)])
-def test_limit_is_the_formula_of_appendix_a(llama, context_len, distill_len, llm_positions, distiller_positions):
+@pytest.mark.parametrize("context_len, distill_len, llm_positions, distiller_positions",
+                         [(900, 100, 1024, 1024), (900, 4, 640, 640), (900, 200, 2048, 1024),
+                          (50, 100, 1024, 1024), (900, 8, None, None), (900, 8, None, 512),
+                          (900, 100, 512, None)])
+def test_limit_is_the_formula_of_appendix_a(llama, context_len, distill_len, llm_positions,
+                                            distiller_positions):
     enc = encoder(llama, context_len=context_len, distill_len=distill_len, llm_positions=llm_positions,
                   distiller_positions=distiller_positions)
     examples = [example("boat", "ok", LABELS), example("river", "sad", ["sad"])]
@@ -149,17 +155,21 @@ def random_rows(rng: random.Random) -> list[dict]:
     def ids(low: int, high: int) -> list[int]:
         return [rng.randint(1, 400) for _ in range(rng.randint(low, high))]
     n_options = rng.choice([0, 1, 4])
-    return [{"demo": ids(0, 9), "queries": [(ids(1, 7), [ids(1, 4) for _ in range(rng.randint(min(1, n_options), n_options))])
-                                            for _ in range(rng.randint(1, 4))]} for _ in range(rng.randint(1, 5))]
+    return [{"demo": ids(0, 9),
+             "queries": [(ids(1, 7), [ids(1, 4) for _ in range(rng.randint(min(1, n_options), n_options))])
+                                            for _ in range(rng.randint(1, 4))]}
+            for _ in range(rng.randint(1, 5))]
 
 
 def slow_row(row: dict) -> list[dict]:
-    """The tokens of a row; predictors are found by search: the token one position earlier that this one may see."""
+    """The tokens of a row; predictors are found by search: the token one position earlier that this one may
+    see."""
     tokens = []
     for segment, (x, options) in enumerate(row["queries"]):
         tokens += [{"id": t, "segment": segment, "branch": 0, "position": i} for i, t in enumerate(x)]
         for branch, option in enumerate(options, 1):
-            tokens += [{"id": t, "segment": segment, "branch": branch, "position": len(x) + i} for i, t in enumerate(option)]
+            tokens += [{"id": t, "segment": segment, "branch": branch, "position": len(x) + i}
+                       for i, t in enumerate(option)]
     for token in tokens:
         seen = [column for column, other in enumerate(tokens) if other["segment"] == token["segment"]
                 and other["branch"] in (0, token["branch"]) and other["position"] == token["position"] - 1]
@@ -174,7 +184,8 @@ def test_collate_against_a_slow_reference(seed):
     batch = collate(rows)
     slow = [slow_row(row) for row in rows]
     B, T_d, T = len(rows), max(len(row["demo"]) for row in rows), max(map(len, slow))
-    names = {"query_ids": "id", "segment": "segment", "branch": "branch", "position": "position", "predictor": "predictor"}
+    names = {"query_ids": "id", "segment": "segment", "branch": "branch", "position": "position",
+             "predictor": "predictor"}
     assert batch.keys() == {"demo_ids", "demo_mask", "query_mask", *names}
     assert batch["demo_ids"].shape == batch["demo_mask"].shape == (B, T_d)
     for b, row in enumerate(rows):
@@ -186,7 +197,8 @@ def test_collate_against_a_slow_reference(seed):
             assert batch[name].shape == (B, T) and batch[name].dtype == torch.long
             assert batch[name][b, :len(slow[b])].tolist() == [token[key] for token in slow[b]], name
     assert batch["demo_mask"].dtype == batch["query_mask"].dtype == torch.bool
-    assert batch["predictor"].min() >= 0 and batch["predictor"].max() <= T  # also in the padding: gather reads there
+    # also in the padding: gather reads there
+    assert batch["predictor"].min() >= 0 and batch["predictor"].max() <= T
 
 
 class Named:
@@ -213,7 +225,8 @@ def test_queries_and_demonstrations_are_different_examples_of_one_task(tiny_task
         assert (len(row["demo"]), len(row["queries"]), len(set(everything))) == (16, 4, 20)
         assert len({task for task, *_ in everything}) == 1
         drawn[everything[0][0]] += 1
-    assert drawn.keys() == set(tiny_tasks.train) and min(drawn.values()) > 20  # tasks are drawn evenly: 40 each
+    # tasks are drawn evenly: 40 each
+    assert drawn.keys() == set(tiny_tasks.train) and min(drawn.values()) > 20
 
 
 def long_row(number: int) -> dict:
@@ -242,7 +255,8 @@ def test_a_step_is_a_function_of_seed_and_step():
 
 
 def test_rows_of_similar_length_meet_in_random_order():
-    """Padding of batches of eight: over 40% as drawn, under 10% by length; the order of the steps says nothing."""
+    """Padding of batches of eight: over 40% as drawn, under 10% by length; the order of the steps says
+    nothing."""
     def padding(batches):
         batches = [collate(batch) for batch in batches]
         masks = [batch[name] for batch in batches for name in ("demo_mask", "query_mask")]
@@ -294,7 +308,8 @@ def test_held_out_documents_are_never_trained_on_and_each_pass_sees_every_other_
 
 def test_all_documents_too_short(corpus_dir, tokenizer):
     longest = max(len(tokenizer.reference(text)) for text in texts_of(corpus_dir))
-    with pytest.raises(UserError, match=rf"0 of 60 documents have at least 5000.*longest has {longest}.*--min-doc-len"):
+    with pytest.raises(UserError,
+                       match=rf"0 of 60 documents have at least 5000.*longest has {longest}.*--min-doc-len"):
         Corpus([str(corpus_dir)], tokenizer, 128, 5000)
 
 
@@ -319,7 +334,8 @@ def test_pieces_of_text_have_the_tokens_of_the_whole(tmp_path, corpus_dir, kind)
         assert tokenizer.encode(text[:cut]) + tokenizer.encode(text[cut:]) == tokenizer.reference(text)
     encoder = Encoder(tokenizer, "space", 900)
     demos = [example("the river is cold", "happy"), example("a small boat", "sad")]
-    assert encoder.demonstrations(demos, 900) == tokenizer.reference("the river is cold happy a small boat sad")
+    assert encoder.demonstrations(demos,
+                                  900) == tokenizer.reference("the river is cold happy a small boat sad")
 
 
 def test_newlines_that_a_tokenizer_drops_are_an_error_and_others_are_kept(tmp_path, corpus_dir, tokenizer):
@@ -327,7 +343,8 @@ def test_newlines_that_a_tokenizer_drops_are_an_error_and_others_are_kept(tmp_pa
         Encoder(sentencepiece(tmp_path, corpus_dir, "t5"), "newline", 900)
     llama2 = sentencepiece(tmp_path, corpus_dir, "llama2")
     for kept in (llama2, tokenizer):
-        ids = Encoder(kept, "newline", 900).demonstrations([example("the river", "happy"), example("a boat", "sad")], 900)
+        ids = Encoder(kept, "newline", 900).demonstrations([example("the river", "happy"),
+                                                            example("a boat", "sad")], 900)
         assert ids == kept.reference("the river\nhappy\n\n\na boat\nsad")
 
 
@@ -335,7 +352,8 @@ def test_newlines_that_a_tokenizer_drops_are_an_error_and_others_are_kept(tmp_pa
 
 
 def test_table_1_against_a_direct_count(llama, tasks_dir, capsys):
-    figures = data.main(["--preset", "pocket", "--llm", str(llama), "--tasks", str(tasks_dir), "--split", "class_to_class"])
+    figures = data.main(["--preset", "pocket", "--llm", str(llama), "--tasks", str(tasks_dir), "--split",
+                         "class_to_class"])
     backend = Tokenizer(str(llama))
     table = json.loads((common.ROOT / "splits.json").read_text())["metaicl"]["settings"]["class_to_class"]
     out = capsys.readouterr().out
@@ -344,7 +362,8 @@ def test_table_1_against_a_direct_count(llama, tasks_dir, capsys):
         for path in sorted(tasks_dir.glob(f"*/*_{stem}.jsonl")):
             unique = {(e["input"], e["output"]) for e in map(json.loads, path.read_text().splitlines())}
             n += len(unique)
-            means.append(np.mean([len(backend.reference(f" {x}")) + len(backend.reference(f" {y}")) for x, y in unique]))
+            means.append(np.mean([len(backend.reference(f" {x}")) + len(backend.reference(f" {y}"))
+                                  for x, y in unique]))
         found = figures[part]
         assert (found["tasks"], found["of"], found["examples"]) == (len(means), len(table[part]), n)
         assert found["avg_len"] == pytest.approx(np.mean(means), abs=0.006)
@@ -360,8 +379,8 @@ def test_show_prints_one_examples_way(llama, tasks_dir, capsys):
     demo, query = tasks.pool(tasks.train[0])[:2]
     assert figures == {"split": "class_to_class", "task": tasks.train[0]} == json.loads(out.splitlines()[-1])
     assert f"line of the file:\n  {json.dumps(query)}\n" in out
-    for name, text in (("demonstrations D", f"{demo['input']} {demo['output']}"), ("query x", " " + query["input"]),
-                       ("answer y", " " + query["output"])):
+    for name, text in (("demonstrations D", f"{demo['input']} {demo['output']}"),
+                       ("query x", " " + query["input"]), ("answer y", " " + query["output"])):
         ids = enc.tokenizer.reference(text) if name != "demonstrations D" else enc.demonstrations([demo], 900)
         assert f"{name}, {len(ids)} tokens:\n  text {text!r}\n  ids  {ids}\n" in out
     batch = collate([{"demo": enc.demonstrations([demo], 900), "queries": [enc.training_query(query)]}])
@@ -369,7 +388,8 @@ def test_show_prints_one_examples_way(llama, tasks_dir, capsys):
         assert f"batch[{name!r}] {tuple(tensor.shape)}:\n  {tensor.long().tolist()[0]}\n" in out
 
 
-@pytest.mark.parametrize("k, message", [("0", "--show is 0"), ("60", "has .* examples, and --show 60 needs 61")])
+@pytest.mark.parametrize("k, message", [("0", "--show is 0"),
+                                        ("60", "has .* examples, and --show 60 needs 61")])
 def test_show_errors(llama, tasks_dir, k, message):
     with pytest.raises(UserError, match=message):
         data.main(["--preset", "pocket", "--llm", str(llama), "--tasks", str(tasks_dir), "--show", k])

@@ -1,4 +1,5 @@
-"""Tests of distill.py: answers against plain forward passes of the LLM, files, errors; and the published checkpoint."""
+"""Tests of distill.py: answers against plain forward passes of the LLM, files, errors; and the published
+checkpoint."""
 
 import json
 import re
@@ -20,7 +21,8 @@ from loading import build_distiller, load_distiller
 from sources import Tokenizer
 
 CPU = torch.device("cpu")
-DEMOS = [("the boat is green", "happy"), ("war and trade", "sad"), ("bread and music", "happy"), ("rain past hills", "sad")]
+DEMOS = [("the boat is green", "happy"), ("war and trade", "sad"), ("bread and music", "happy"),
+         ("rain past hills", "sad")]
 FREE = [("the boat", "green hills"), ("war", "trade and law"), ("bread", "music")]
 ASKED = ["the river is cold", "people talk of rain and ships"]
 
@@ -67,7 +69,8 @@ def test_labels_answers_and_vectors_equal_plain_ones(argv, llm, llm_name, parts,
     ids = encoder.demonstrations(examples(DEMOS), 900)
     with torch.no_grad():
         vectors = plain.Distiller.forward(distiller, ids)
-        torch.testing.assert_close(load_file(tmp_path / "v.safetensors")["vectors"], vectors, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(load_file(tmp_path / "v.safetensors")["vectors"], vectors, atol=1e-5,
+                                   rtol=1e-5)
         prefixes = {"zero_shot": plain.embed(llm, []), "icl": plain.embed(llm, ids), "mend": vectors}
         for way, prefix in prefixes.items():
             for text, found in zip(ASKED, result["answers"][way], strict=True):
@@ -75,8 +78,10 @@ def test_labels_answers_and_vectors_equal_plain_ones(argv, llm, llm_name, parts,
                 scores = plain.score_options(llm, prefix, x, [encoder.answer("happy"), encoder.answer("sad")])
                 assert found == ("happy", "sad")[scores.argmax()]
     assert (result["demonstrations"], result["tokens"], result["vectors"]) == (4, len(ids), 4)
-    again = distill.main(["--llm", llm_name, "--vectors", str(tmp_path / "v.safetensors"), *argv[4:], "--ask", *ASKED])
-    assert again["answers"] == {"mend": result["answers"]["mend"]}  # no distiller and no demonstration at hand
+    again = distill.main(["--llm", llm_name, "--vectors", str(tmp_path / "v.safetensors"), *argv[4:], "--ask",
+                          *ASKED])
+    # no distiller and no demonstration at hand
+    assert again["answers"] == {"mend": result["answers"]["mend"]}
 
 
 def test_vectors_are_called_by_the_method_that_trained_them(argv, llm, llm_name, parts, demos, tmp_path):
@@ -85,12 +90,14 @@ def test_vectors_are_called_by_the_method_that_trained_them(argv, llm, llm_name,
     result = distill.main([*argv, "--checkpoint", str(folder), "--demos", demos(DEMOS), "--out",
                            str(tmp_path / "v.safetensors"), "--ask", *ASKED])
     assert list(result["answers"]) == ["zero_shot", "icl", "hypertuning"]
-    again = distill.main(["--llm", llm_name, "--vectors", str(tmp_path / "v.safetensors"), *argv[4:], "--ask", *ASKED])
+    again = distill.main(["--llm", llm_name, "--vectors", str(tmp_path / "v.safetensors"), *argv[4:], "--ask",
+                          *ASKED])
     assert again["answers"] == {"hypertuning": result["answers"]["hypertuning"]}
 
 
 def test_snippet_of_the_readme(argv, llm, llm_name, parts, demos, tmp_path, monkeypatch):
-    (snippet,) = re.findall(r"```python\n(.*?)```", (common.ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    (snippet,) = re.findall(r"```python\n(.*?)```", (common.ROOT / "README.md").read_text(encoding="utf-8"),
+                            re.DOTALL)
     monkeypatch.chdir(tmp_path)
     distill.main([*argv, "--demos", demos(DEMOS), "--out", "vectors.safetensors"])
     distiller, encoder = parts
@@ -116,12 +123,14 @@ def test_written_answers_equal_a_greedy_loop(argv, llm, parts, demos):
                 x = encoder.query({"input": text}, first=way == "zero_shot")
                 written = []
                 while len(written) < steps:
-                    # read gives the logits that predict each of the ids it is given: the last one's place is free
+                    # read gives the logits that predict each of the ids it is given: the last one's place is
+                    # free
                     best = plain.read(llm, prefix, x, [*written, 0])[-1].argmax().item()
                     written.append(best)
                     if best == llm.config.eos_token_id:
                         break
-                expected = encoder.tokenizer.hf.decode(written, skip_special_tokens=True).strip().split("\n")[0]
+                expected = encoder.tokenizer.hf.decode(written,
+                                                       skip_special_tokens=True).strip().split("\n")[0]
                 assert found == expected
 
 
@@ -146,8 +155,10 @@ def test_a_query_with_options_does_not_depend_on_one_without(argv, demos, tmp_pa
 
 
 def test_text_of_any_kind_is_read(tmp_path):
-    (tmp_path / "d.jsonl").write_bytes("\ufeff".encode() + json.dumps({"input": "a\u2028b", "output": "é"}, ensure_ascii=False).encode())
-    assert [(e["input"], e["output"]) for e in distill.read_lines(str(tmp_path / "d.jsonl"), ())] == [("a\u2028b", "é")]
+    (tmp_path / "d.jsonl").write_bytes("\ufeff".encode() + json.dumps({"input": "a\u2028b", "output": "é"},
+                                                                      ensure_ascii=False).encode())
+    assert [(e["input"], e["output"]) for e in distill.read_lines(str(tmp_path / "d.jsonl"),
+                                                                  ())] == [("a\u2028b", "é")]
     (tmp_path / "d.jsonl").write_bytes("é".encode("latin-1"))
     with pytest.raises(common.UserError, match="cannot be read as UTF-8"):
         distill.read_lines(str(tmp_path / "d.jsonl"), ())
@@ -156,12 +167,14 @@ def test_text_of_any_kind_is_read(tmp_path):
 def test_labels():
     assert distill.labels_of(examples(DEMOS)) == ["happy", "sad"]
     assert distill.labels_of(examples([("a", "b"), ("c", "d")])) == []
-    assert distill.labels_of([e | {"options": ["no", "yes"]} for e in examples([("a", "b"), ("c", "d")])]) == ["no", "yes"]
+    assert distill.labels_of([e | {"options": ["no", "yes"]}
+                              for e in examples([("a", "b"), ("c", "d")])]) == ["no", "yes"]
 
 
 def test_export_is_small_says_no_path_and_can_be_evaluated(llama, llama_llm, tasks_dir, tmp_path):
     module = build_distiller("layers:2", llama_llm, 4, "residual", 1)
-    about = STATE | {"trained_on": {"pretrain": {"objective": "kl"}}, "flags": {"out_dir": "/home/me/run", "lr": 0.1}}
+    about = STATE | {"trained_on": {"pretrain": {"objective": "kl"}},
+                     "flags": {"out_dir": "/home/me/run", "lr": 0.1}}
     save_distiller(tmp_path / "run", module, llama_llm, start="residual", **about)
     target = tmp_path / "out" / "x.safetensors"
     distill.main(["--checkpoint", str(tmp_path / "run"), "--export", str(target)])
@@ -170,16 +183,17 @@ def test_export_is_small_says_no_path_and_can_be_evaluated(llama, llama_llm, tas
     assert {t.dtype for t in tensors.values()} == {torch.bfloat16} and kept["flags"] == {"lr": 0.1}
     for name, p in module.state_dict().items():
         torch.testing.assert_close(tensors[f"distiller.{name}"].float(), p.float(), atol=1e-2, rtol=1e-2)
-    found = evaluate_main(["--preset", "pocket", "--llm", str(llama), "--tasks", str(tasks_dir), "--checkpoint",
-                           str(target), "--methods", "mend", "--k", "4", "--limit", "4", "--seeds", "13", "--device",
-                           "cpu", "--out", str(tmp_path / "r.jsonl")])
+    found = evaluate_main(["--preset", "pocket", "--llm", str(llama), "--tasks", str(tasks_dir),
+                           "--checkpoint", str(target), "--methods", "mend", "--k", "4", "--limit", "4",
+                           "--seeds", "13", "--device", "cpu", "--out", str(tmp_path / "r.jsonl")])
     assert found["tasks"] == 2
 
 
 @pytest.mark.parametrize("flags, message", [
     ("", "give --demos FILE"), ("--demos D --vectors V", "give --demos FILE"), ("--demos D", "nothing to do"),
     ("--vectors V --out O", "are in a file already"), ("--demos missing --ask x", "missing is no file"),
-    ("--demos D --export E", "leave out --demos"), ("--demos D --ask x --answer-tokens 0", "--answer-tokens is 0"),
+    ("--demos D --export E", "leave out --demos"), ("--demos D --ask x --answer-tokens 0",
+                                                    "--answer-tokens is 0"),
     ("--demos D --out D", "is there already"), ("--demos D --out D/x.safetensors", "stands under a file"),
     ("--demos D --ask x --device gpu", "--device gpu is unknown"), ("--export .", "is there already"),
     ("--demos D --ask ' '", "--ask holds an empty text"),
@@ -190,11 +204,15 @@ def test_bad_flags(flags, message, demos):
         distill.main(argv)
 
 
-@pytest.mark.parametrize("line, message", [
-    ("{", "line 1: expected"), ('{"output": "b"}', "input must not be empty"), ('{"input": "a"}', "output must not be empty"),
-    ("[1]", "line 1: expected"), ("", "is empty"), ('{"input": null, "output": "b"}', "must be text"),
-    ('{"input": "a", "output": "b", "options": "bc"}', "options must be a list"),
-    ('{"input": "a", "output": "b", "options": ["c"]}', "none of its options")])
+@pytest.mark.parametrize("line, message", [("{", "line 1: expected"),
+                                           ('{"output": "b"}', "input must not be empty"),
+                                           ('{"input": "a"}', "output must not be empty"),
+                                           ("[1]", "line 1: expected"), ("", "is empty"),
+                                           ('{"input": null, "output": "b"}', "must be text"),
+                                           ('{"input": "a", "output": "b", "options": "bc"}',
+                                            "options must be a list"),
+                                           ('{"input": "a", "output": "b", "options": ["c"]}',
+                                            "none of its options")])
 def test_bad_files(line, message, tmp_path):
     (tmp_path / "d.jsonl").write_text(line + "\n")
     with pytest.raises(common.UserError, match=re.escape(message)):

@@ -41,9 +41,9 @@ def write_run(folder: Path, llm, spec: str = "layers:2", seed: int = 0, **stages
 
 @pytest.fixture
 def argv(llama, tasks_dir, checkpoint, tmp_path) -> list[str]:
-    return ["--preset", "pocket", "--llm", str(llama), "--tasks", str(tasks_dir), "--device", "cpu", "--dtype", "fp32",
-            "--checkpoint", str(checkpoint), "--k", "4", "--limit", "8", "--seeds", "13", "42",
-            "--methods", *METHODS, "--out", str(tmp_path / "results.jsonl")]
+    return ["--preset", "pocket", "--llm", str(llama), "--tasks", str(tasks_dir), "--device", "cpu",
+            "--dtype", "fp32", "--checkpoint", str(checkpoint), "--k", "4", "--limit", "8", "--seeds", "13",
+            "42", "--methods", *METHODS, "--out", str(tmp_path / "results.jsonl")]
 
 
 @pytest.fixture
@@ -67,7 +67,8 @@ def own_tasks(tasks_dir, tmp_path) -> Path:
 @pytest.mark.parametrize("method", METHODS)
 def test_only_zero_shot_ignores_the_demonstrations(setting, own_tasks, monkeypatch, method):
     for part in ("dev", "test"):  # seed 21 gets the queries of seed 13; its demonstrations stay others
-        shutil.copy(own_tasks / "emo" / f"emo_16_13_{part}.jsonl", own_tasks / "emo" / f"emo_16_21_{part}.jsonl")
+        shutil.copy(own_tasks / "emo" / f"emo_16_13_{part}.jsonl",
+                    own_tasks / "emo" / f"emo_16_21_{part}.jsonl")
     tasks = load_tasks(str(own_tasks), "class_to_class")
     args = SimpleNamespace(k=16, limit=0, distill_len=24, dtype="fp32", retrieve=None, perturb=None)
     scores, scoring = [], score.score_options
@@ -79,8 +80,9 @@ def test_only_zero_shot_ignores_the_demonstrations(setting, own_tasks, monkeypat
     assert method != "zero_shot" or figures[0] == figures[1]
 
 
-KEYS = {"method", "llm", "checkpoint", "split", "tasks", "data_hash", "task", "seed", "k", "distill_len", "template",
-        "retrieval", "perturbation", "n", "macro_f1", "accuracy", "headline", "commit", "swapped_with", "n_predicted"}
+KEYS = {"method", "llm", "checkpoint", "split", "tasks", "data_hash", "task", "seed", "k", "distill_len",
+        "template", "retrieval", "perturbation", "n", "macro_f1", "accuracy", "headline", "commit",
+        "swapped_with", "n_predicted"}
 
 
 def test_one_line_for_each_method_task_and_seed(argv, tmp_path, llama, tiny_tasks, capsys):
@@ -88,8 +90,8 @@ def test_one_line_for_each_method_task_and_seed(argv, tmp_path, llama, tiny_task
     records = read_lines(tmp_path / "results.jsonl")
     assert Counter((r["method"], r["task"], r["seed"]) for r in records) == Counter(
         (m, task, seed) for m in METHODS for task in ("ag_news", "emo") for seed in (13, 42))
-    expected = {"llm": llama.name, "split": "class_to_class", "tasks": "metaicl", "k": 4, "template": "space", "n": 8,
-                "distill_len": 4}  # l is the checkpoint's
+    expected = {"llm": llama.name, "split": "class_to_class", "tasks": "metaicl", "k": 4, "template": "space",
+                "n": 8, "distill_len": 4}  # l is the checkpoint's
     for r in records:
         assert r.keys() >= KEYS and r.items() >= expected.items()
         assert r["data_hash"] == tiny_tasks.data_hash(r["task"], r["seed"])
@@ -114,7 +116,8 @@ def vectors_of(distiller, tokenizer, files: dict) -> torch.Tensor:
     return distiller(torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.bool))
 
 
-def test_the_vectors_of_the_checkpoint_are_used(scored, checkpoint, llama_llm, tokenizer, tiny_tasks, monkeypatch):
+def test_the_vectors_of_the_checkpoint_are_used(scored, checkpoint, llama_llm, tokenizer, tiny_tasks,
+                                                monkeypatch):
     seen = []
     monkeypatch.setattr(score, "vector_prefix", lambda llm, vectors, bos: seen.append(vectors) or demo_prefix(
         llm, torch.tensor([[1]]), torch.ones(1, 1, dtype=torch.bool)))
@@ -161,7 +164,8 @@ def test_other_settings_are_not_taken_from_the_results_file(scored, flag, value)
 def test_another_checkpoint_is_not_taken_from_the_results_file(scored, tmp_path, llama_llm):
     scored("--methods", "icl", "mend", *ONE)
     other = write_run(tmp_path / "finetune-tiny", llama_llm, seed=5)  # the same folder name, other weights
-    methods = Counter(r["method"] for r in scored("--methods", "icl", "mend", *ONE, "--checkpoint", str(other)))
+    methods = Counter(r["method"] for r in scored("--methods", "icl", "mend", *ONE, "--checkpoint",
+                                                  str(other)))
     assert methods == {"icl": 1, "mend": 2}  # the checkpoint has no part in icl
 
 
@@ -174,7 +178,8 @@ def test_default_results_file_is_named_after_the_split(argv):
 def test_summary_against_a_count_by_hand(seed):
     rng = random.Random(seed)
     methods, tasks, seeds = ["icl", "mend"], ["a", "b", "c"], [13, 21, 42][:rng.randint(1, 3)]
-    records = [{"method": m, "task": t, "seed": s, "headline": rng.random()} for m in methods for t in tasks for s in seeds]
+    records = [{"method": m, "task": t, "seed": s, "headline": rng.random()} for m in methods for t in tasks
+               for s in seeds]
     rng.shuffle(records)
     values = defaultdict(dict)
     for r in records:
@@ -243,12 +248,14 @@ def test_partners_are_a_derangement_of_the_evaluated_tasks():
         evaluate.partners("mend_swapped", "a", ["a"], collection(["a"]))
 
 
-def test_controls_read_vectors_of_other_tasks_and_say_whose(scored, three_tasks, llama_llm, tokenizer, monkeypatch):
+def test_controls_read_vectors_of_other_tasks_and_say_whose(scored, three_tasks, llama_llm, tokenizer,
+                                                            monkeypatch):
     seen, prefix = [], model.vector_prefix
     monkeypatch.setattr(score, "vector_prefix", lambda llm, vectors, bos: (
         seen.append(vectors), prefix(llm, vectors, bos))[1])
     monkeypatch.setattr(evaluate, "vector_prefix", score.vector_prefix)
-    records = scored("--tasks", str(three_tasks), "--methods", "mend_swapped", "mend_constant", "mend", "--seeds", "13")
+    records = scored("--tasks", str(three_tasks), "--methods", "mend_swapped", "mend_constant", "mend",
+                     "--seeds", "13")
     tasks, distiller = load_tasks(str(three_tasks), "class_to_class"), make_distiller(llama_llm)
     own = {task: vectors_of(distiller, tokenizer, tasks.files(task, 13)) for task in tasks.test}
     assert len(seen) == len(records) == 9
@@ -263,13 +270,15 @@ def test_controls_read_vectors_of_other_tasks_and_say_whose(scored, three_tasks,
 
 
 def test_a_control_of_other_tasks_is_not_taken_from_the_results_file(scored, three_tasks):
-    flags = ["--tasks", str(three_tasks), "--methods", "mend", "mend_constant", "--seeds", "13", "--only", "emo"]
+    flags = ["--tasks", str(three_tasks), "--methods", "mend", "mend_constant", "--seeds", "13", "--only",
+             "emo"]
     scored(*flags, "ag_news")
     found = Counter((r["method"], r["task"]) for r in scored(*flags, "poem_sentiment"))
     assert found["mend", "emo"] == 1 and found["mend_constant", "emo"] == 2
 
 
-def test_permuted_labels_are_wrong_alike_and_of_classification(argv, tokenizer, three_tasks, monkeypatch, capsys):
+def test_permuted_labels_are_wrong_alike_and_of_classification(argv, tokenizer, three_tasks, monkeypatch,
+                                                               capsys):
     _, by_distiller = read_by(monkeypatch)
     load = sources.load_tasks
 
@@ -324,10 +333,11 @@ def assembled(tokenizer: Tokenizer, template: str, demos: list[dict]) -> list[in
 
 @pytest.mark.parametrize("kind", PERTURBATIONS)
 @pytest.mark.parametrize("template", ["space", "newline"])
-def test_llm_and_distiller_read_the_same_perturbed_demonstrations(scored, tokenizer, tiny_tasks, monkeypatch, kind,
-                                                                  template):
+def test_llm_and_distiller_read_the_same_perturbed_demonstrations(scored, tokenizer, tiny_tasks, monkeypatch,
+                                                                  kind, template):
     by_llm, by_distiller = read_by(monkeypatch)
-    records = scored("--methods", "icl", "mend", "icl_budget", "--perturb", kind, "--template", template, "--only", "emo")
+    records = scored("--methods", "icl", "mend", "icl_budget", "--perturb", kind, "--template", template,
+                     "--only", "emo")
     expected = []
     for seed in (13, 42):
         clean = tiny_tasks.files("emo", seed)["train"][:4]
@@ -370,7 +380,8 @@ def test_tasks_without_options_are_left_out_where_labels_are_changed(argv, own_t
 
 
 @pytest.mark.parametrize("method", ["icl", "mend"])
-def test_each_query_is_read_behind_its_own_retrieved_demonstrations(scored, own_tasks, tokenizer, monkeypatch, method):
+def test_each_query_is_read_behind_its_own_retrieved_demonstrations(scored, own_tasks, tokenizer, monkeypatch,
+                                                                    method):
     by_llm, by_distiller = read_by(monkeypatch)
     # among other seeds' training examples are this seed's test questions
     shutil.copy(own_tasks / "emo" / "emo_16_13_test.jsonl", own_tasks / "emo" / "emo_16_42_train.jsonl")
@@ -393,15 +404,18 @@ def test_dense_retrieval_takes_the_llm_or_a_named_encoder(scored, gpt2, monkeypa
     assert len(by_llm) == 16 and sorted(by_llm[:8]) != sorted(by_llm[8:])
 
 
-def test_what_needs_no_demonstrations_is_scored_once_and_recorded_for_every_seed(scored, own_tasks, tmp_path, llama_llm,
+def test_what_needs_no_demonstrations_is_scored_once_and_recorded_for_every_seed(scored, own_tasks, tmp_path,
+                                                                                 llama_llm,
                                                                                  monkeypatch):
     shutil.copy(own_tasks / "emo" / "emo_16_13_test.jsonl", own_tasks / "emo" / "emo_16_42_test.jsonl")
     calls, free = calls_of_evaluate_one(monkeypatch), write_run(tmp_path / "free", llama_llm, "free",
                                                                 finetune=UNSEEN | {"lam": 0.0})
-    records = scored("--tasks", str(own_tasks), "--methods", "zero_shot", "icl", "prompt_tuning", "--checkpoint", str(free))
+    records = scored("--tasks", str(own_tasks), "--methods", "zero_shot", "icl", "prompt_tuning",
+                     "--checkpoint", str(free))
     for method in ("zero_shot", "prompt_tuning"):
         # the test questions of ag_news differ from seed to seed, so there each seed is scored
-        assert sorted(c[:2] for c in calls if c[2] == method) == [("ag_news", 13), ("ag_news", 42), ("emo", 13)]
+        assert sorted(c[:2] for c in calls if c[2] == method) == [("ag_news", 13), ("ag_news", 42),
+                                                                  ("emo", 13)]
         both = [{k: v for k, v in r.items() if k not in ("seed", "data_hash")}
                 for r in records if (r["method"], r["task"]) == (method, "emo")]
         assert len(both) == 2 and both[0] == both[1]
@@ -420,19 +434,26 @@ def test_records_carry_what_a_checkpoint_was_trained_on(scored, tmp_path, llama_
 
 @pytest.mark.parametrize("change, message", [
     (["--methods", "icl", "mend", "hypertuning"], "--methods mend hypertuning take a checkpoint each"),
-    (["--methods", "icl", "--retrieve", "bm25", "--perturb", "no_label"], "--retrieve and --perturb exclude each other"),
+    (["--methods", "icl", "--retrieve", "bm25", "--perturb", "no_label"],
+     "--retrieve and --perturb exclude each other"),
     (["--retrieve", "bm25"], "zero_shot has no part in --retrieve and --perturb; leave it out of --methods"),
-    (["--methods", "majority", "prompt_tuning", "--perturb", "no_input"], "majority prompt_tuning has no part in"),
+    (["--methods", "majority", "prompt_tuning", "--perturb", "no_input"],
+     "majority prompt_tuning has no part in"),
     (["--methods", "mend_swapped", "hypertuning"], "--methods mend hypertuning take a checkpoint each"),
     (["--methods", "mend", "mend_constant", "--perturb", "no_input"], "mend_constant has no part in"),
     (["--methods", "mend_permuted", "--retrieve", "bm25"], "mend_permuted has no part in"),
     (["--dense-model", "x"], "--dense-model needs --retrieve dense"),
-    (["--methods", "icl", "--retrieve", "dense", "--dense-model", "some/name"], "--dense-model some/name would come from"),
-    (["--methods", "icl", "--retrieve", "bm25", "--k", "200"], "80 examples to retrieve from, and --k is 200"),
+    (["--methods", "icl", "--retrieve", "dense", "--dense-model", "some/name"],
+     "--dense-model some/name would come from"),
+    (["--methods", "icl", "--retrieve", "bm25", "--k", "200"],
+     "80 examples to retrieve from, and --k is 200"),
     (["--seeds", "13", "7"], "--seeds 7 is unknown"),
-    (["--out", f"{__file__}/x"], "--out .* stands under a file"), (["--only", "agnews"], "--only agnews is no meta-test task.*ag_news"),
-    (["--k", "17"], "has 16 training examples for seed 13, and --k is 17"), (["--limit", "-1"], "--limit is -1"),
-    (["--context-len", "0"], "--context-len is 0"), (["--checkpoint", "/nowhere"], "no checkpoint at /nowhere"),
+    (["--out", f"{__file__}/x"],
+     "--out .* stands under a file"), (["--only", "agnews"], "--only agnews is no meta-test task.*ag_news"),
+    (["--k", "17"], "has 16 training examples for seed 13, and --k is 17"),
+                                             (["--limit", "-1"], "--limit is -1"),
+    (["--context-len", "0"], "--context-len is 0"), (["--checkpoint", "/nowhere"],
+                                                     "no checkpoint at /nowhere"),
     (["--methods", "prompt_tuning"], "holds a distiller that was trained with L_distill"),
     (["--context-len", "3"], "not one of 4 demonstrations fits into 3 tokens")])
 def test_user_errors(argv, change, message):

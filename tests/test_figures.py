@@ -1,4 +1,5 @@
-"""Tests of figures.py: what is drawn equals averages worked by hand; each command writes pictures; gaps are told."""
+"""Tests of figures.py: what is drawn equals averages worked by hand; each command writes pictures; gaps are
+told."""
 
 import json
 import shlex
@@ -16,10 +17,11 @@ from run import save_checkpoint
 
 def record(method="mend", task="ag_news", seed=100, headline=0.5, k=16, distill_len=8, **more) -> dict:
     """A line as evaluate.py writes it."""
-    return {"method": method, "checkpoint": None, "trained_on": None, "task": task, "seed": seed, "data_hash": "0",
-            "llm": "tiny", "split": "class_to_class", "tasks": "metaicl", "k": k, "distill_len": distill_len,
-            "context_len": 900, "template": "space", "retrieval": None, "perturbation": None, "limit": 0, "dtype": "fp32",
-            "n": 10, "macro_f1": headline, "accuracy": headline, "headline": headline, "commit": "abc", "date": ""} | more
+    return {"method": method, "checkpoint": None, "trained_on": None, "task": task, "seed": seed,
+            "data_hash": "0", "llm": "tiny", "split": "class_to_class", "tasks": "metaicl", "k": k,
+            "distill_len": distill_len, "context_len": 900, "template": "space", "retrieval": None,
+            "perturbation": None, "limit": 0, "dtype": "fp32", "n": 10, "macro_f1": headline,
+            "accuracy": headline, "headline": headline, "commit": "abc", "date": ""} | more
 
 
 def grid(values: dict, **more) -> list[dict]:
@@ -27,7 +29,8 @@ def grid(values: dict, **more) -> list[dict]:
     return [record(task=task, seed=seed, headline=value, **more) for (task, seed), value in values.items()]
 
 
-# per seed: means over tasks 30 and 50 -> 40 ± 10 sqrt 2; per task the mean is the same and the deviation is not
+# per seed: means over tasks 30 and 50 -> 40 ± 10 sqrt 2; per task the mean is the same and the deviation is
+# not
 HAND = {("ag_news", 100): 0.2, ("emo", 100): 0.4, ("ag_news", 13): 0.7, ("emo", 13): 0.3}
 MEAN, STD = 40.0, 10 * np.sqrt(2)
 
@@ -42,7 +45,8 @@ def write(path, records) -> str:
 
 
 def drawn_lines(ax) -> dict:
-    """{label: (x, y, half the length of each error bar)} of an axes' error bar plots, all of them inside its limits."""
+    """{label: (x, y, half the length of each error bar)} of an axes' error bar plots, all of them inside its
+    limits."""
     for container in ax.containers:
         ends = np.concatenate(container[2][0].get_segments())
         for values, (low, high) in zip(ends.T, (ax.get_xlim(), ax.get_ylim()), strict=True):
@@ -69,8 +73,8 @@ def check_files(figures_dict, out, name) -> None:
 
 
 def test_averages_by_hand():
-    data = averages(grid(HAND, k=4) + grid(shifted(5), k=1) + grid(shifted(-10), k=4, method="icl"), ("icl", "mend"),
-                    lambda r: r["k"])
+    data = averages(grid(HAND, k=4) + grid(shifted(5), k=1) + grid(shifted(-10), k=4, method="icl"),
+                    ("icl", "mend"), lambda r: r["k"])
     assert (data["tasks"], data["seeds"], data["queries"]) == (2, 2, 40)
     np.testing.assert_allclose(data["points"]["mend"], [[1, MEAN + 5, STD], [4, MEAN, STD]])
     np.testing.assert_allclose(data["points"]["icl"], [[4, MEAN - 10, STD]])
@@ -84,7 +88,8 @@ def test_incomplete_points_and_absent_methods_are_left_out_and_told(capsys):
     assert "mend at 8 has 3 of 4 (task, seed)" in told and "no complete records of icl" in told
 
 
-@pytest.mark.parametrize(("field", "value"), [("llm", "other"), ("template", "newline"), ("limit", 5), ("dtype", "bf16")])
+@pytest.mark.parametrize(("field", "value"), [("llm", "other"), ("template", "newline"), ("limit", 5),
+                                              ("dtype", "bf16")])
 def test_settings_are_not_mixed(field, value):
     with pytest.raises(UserError, match=field):
         averages(grid(HAND, k=4) + grid(HAND, k=8, **{field: value}), ("mend",), lambda r: r["k"])
@@ -100,10 +105,11 @@ def test_of_two_checkpoints_at_one_point_the_newest_counts():
 
 
 def fig4_records() -> list[dict]:
-    over_k = [r for m, shift in (("icl", 0), ("hypertuning", 5), ("mend", 10)) for i, k in enumerate((1, 2, 16))
-              for r in grid(shifted(shift + i), method=m, k=k)]
-    over_l = [r for m, shift in (("prompt_tuning", 0), ("hypertuning", 2), ("mend", 4)) for i, l in enumerate((1, 4, 20, 40))
-              for r in grid(shifted(shift + i), method=m, distill_len=l)]
+    over_k = [r for m, shift in (("icl", 0), ("hypertuning", 5), ("mend", 10))
+              for i, k in enumerate((1, 2, 16)) for r in grid(shifted(shift + i), method=m, k=k)]
+    over_l = [r for m, shift in (("prompt_tuning", 0), ("hypertuning", 2), ("mend", 4))
+              for i, l in enumerate((1, 4, 20, 40)) for r in grid(shifted(shift + i), method=m,
+                                                                  distill_len=l)]
     elsewhere = grid(shifted(20), split="qa_to_qa") + grid(shifted(20), retrieval="bm25") + \
         grid(shifted(20), perturbation="no_label")
     return over_k + over_l + elsewhere
@@ -113,10 +119,12 @@ def test_fig4_draws_the_means_and_deviations(tmp_path):
     path = write(tmp_path / "fig4.jsonl", fig4_records())
     fig, data = draw("fig4", "--results", path)
     over_k, over_l = map(drawn_lines, fig.axes)
-    assert set(over_k) == {"MEND", "Vanilla ICL", "HyperTuning"} and set(over_l) == {"MEND", "HyperTuning", "PromptTuning"}
+    assert set(over_k) == {"MEND", "Vanilla ICL", "HyperTuning"} and set(over_l) == {"MEND", "HyperTuning",
+                                                                                     "PromptTuning"}
     # the points at l = 8 in (b) are those at K = 16 in (a)
-    expected = [(over_k, "Vanilla ICL", [1, 2, 16], [0, 1, 2]), (over_k, "HyperTuning", [1, 2, 16], [5, 6, 7]),
-                (over_k, "MEND", [1, 2, 16], [10, 11, 12]), (over_l, "PromptTuning", [1, 4, 20, 40], [0, 1, 2, 3]),
+    expected = [(over_k, "Vanilla ICL", [1, 2, 16], [0, 1, 2]),
+                (over_k, "HyperTuning", [1, 2, 16], [5, 6, 7]), (over_k, "MEND", [1, 2, 16], [10, 11, 12]),
+                (over_l, "PromptTuning", [1, 4, 20, 40], [0, 1, 2, 3]),
                 (over_l, "HyperTuning", [1, 4, 8, 20, 40], [2, 3, 7, 4, 5]),
                 (over_l, "MEND", [1, 4, 8, 20, 40], [4, 5, 12, 6, 7])]
     for lines, label, xs, shifts in expected:
@@ -145,7 +153,8 @@ def ablation_records() -> list[dict]:
     for i, lam in enumerate((0.01, 0.1, 1, 10)):
         records += grid(shifted(20 + i), trained_on=trained("kl", lam=lam, pred_weight=1.0))
     others = [trained("clm"), trained("clm", lam=1, pred_weight=1.0), trained("kl", lam=1, pred_weight=0.0),
-              trained("kl", lam=0, pred_weight=1.0), {"finetune": {"tasks": "metaicl", "lam": 1, "pred_weight": 1.0}}, None]
+              trained("kl", lam=0, pred_weight=1.0), {"finetune": {"tasks": "metaicl", "lam": 1,
+                                                                   "pred_weight": 1.0}}, None]
     return records + [r for other in others for r in grid(shifted(40), trained_on=other)]
 
 
@@ -162,7 +171,8 @@ def test_fig6_and_fig7_choose_their_checkpoints(tmp_path):
         check_files(main([name, "--results", path, "--out", str(tmp_path)]), tmp_path, name)
 
 
-@pytest.mark.parametrize(("name", "script"), [("fig4", "fig4.sh"), ("fig6", "ablations.sh"), ("fig7", "ablations.sh")])
+@pytest.mark.parametrize(("name", "script"), [("fig4", "fig4.sh"), ("fig6", "ablations.sh"),
+                                              ("fig7", "ablations.sh")])
 def test_an_empty_file_names_the_script_that_fills_it(tmp_path, name, script):
     for path in (tmp_path / "absent.jsonl", tmp_path / "empty.jsonl"):
         (tmp_path / "empty.jsonl").touch()
@@ -178,7 +188,8 @@ def test_fig8_draws_the_scores(tmp_path):
     scores = np.random.default_rng(0).random((5, 3)).round(4)
     heads = [[4, 0], [2, 1], [0, 2], [1, 1]]
     path = tmp_path / "induction.json"
-    path.write_text(json.dumps(ABOUT | {"sequences": 10, "length": 500, "heads": heads, "scores": scores.tolist()}))
+    path.write_text(json.dumps(ABOUT | {"sequences": 10, "length": 500, "heads": heads,
+                                        "scores": scores.tolist()}))
     fig, _ = draw("fig8", "--results", str(path))
     ax = fig.axes[0]
     np.testing.assert_array_equal(ax.images[0].get_array(), scores.T)  # layers along x, heads along y
@@ -192,10 +203,11 @@ def test_fig5_draws_the_weights(tmp_path):
     rows = {m: {"prefix": rng.random((4, n)).tolist(), "query": rng.random((4, 6)).tolist()}
             for m, n in (("icl", 20), ("mend", 8))}
     path = tmp_path / "attention.json"
-    path.write_text(json.dumps(ABOUT | rows | {
-        "checkpoint": "run/best@1", "trained_on": {"pretrain": {}}, "step": 10, "task": "ag_news", "data_hash": "0",
-        "example": 3, "k": 16, "demo_tokens": 300, "distill_len": 8, "heads": [[1, 0], [1, 1], [2, 0], [2, 3]],
-        "query_tokens": list("abcdef")}))
+    path.write_text(json.dumps(ABOUT | rows | {"checkpoint": "run/best@1", "trained_on": {"pretrain": {}},
+                                               "step": 10, "task": "ag_news", "data_hash": "0", "example": 3,
+                                               "k": 16, "demo_tokens": 300, "distill_len": 8,
+                                               "heads": [[1, 0], [1, 1], [2, 0], [2, 3]],
+                                               "query_tokens": list("abcdef")}))
     fig, _ = draw("fig5", "--results", str(path))
     for ax, method in zip(fig.axes, ("icl", "mend"), strict=False):
         query, prefix = ax.images
@@ -232,15 +244,16 @@ def write_run(folder, trained_on: dict, lines: list[dict]) -> str:
     folder.mkdir()
     write(folder / "metrics.jsonl", lines)
     save_checkpoint(folder / "last.safetensors", torch.nn.Linear(1, 1),
-                           {"trained_on": trained_on, "flags": {"steps": 160, "eval_docs": 64}, "commit": "abc"})
+                    {"trained_on": trained_on, "flags": {"steps": 160, "eval_docs": 64}, "commit": "abc"})
     return str(folder)
 
 
 def test_curves(tmp_path):
     steps = range(1, 81)  # so the mean is over two steps
-    pretraining = [{"step": s, "kl": float(s), "grad_norm": 1.0} for s in steps] + [
-        {"step": s, "val_kl": 2 / s, "val_kl_no_context": 1.5, "val_kl_last_l": 0.5, "recovered": 1 - 2 / s / 1.5,
-         "dev_kl": 1.0} for s in (40, 80)]
+    pretraining = [{"step": s, "kl": float(s), "grad_norm": 1.0}
+                   for s in steps] + [{"step": s, "val_kl": 2 / s, "val_kl_no_context": 1.5,
+                                       "val_kl_last_l": 0.5, "recovered": 1 - 2 / s / 1.5, "dev_kl": 1.0}
+                                      for s in (40, 80)]
     finetuning = [{"step": s, "pred": 2.0 * s, "kl": 1.0} for s in steps] + [
         {"step": s, "val_pred": 3 / s, "val_kl": 1.0, "dev_headline": 0.01 * s} for s in (40, 80)]
     clm = [{"step": s, "clm": 1.0} for s in steps]

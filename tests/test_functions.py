@@ -8,7 +8,8 @@ from pocket.synthetic import Functions, parts_of
 
 @pytest.mark.parametrize(("domain", "name", "x", "y"), [
     ("noun", "plural", "child", "children"), ("noun", "article", "apple", "an apple"),
-    ("noun", "spelled", "leaf", "l-e-a-f"), ("verb", "past", "catch", "caught"), ("verb", "gerund", "run", "running"),
+    ("noun", "spelled", "leaf", "l-e-a-f"), ("verb", "past", "catch", "caught"),
+                                                        ("verb", "gerund", "run", "running"),
     ("adjective", "superlative", "happy", "happiest"), ("trio", "last", "a, bb, c", "c"),
     ("trio", "longest", "a, bb, c", "bb"), ("trio", "rotated", "a, b, c", "b, c, a"),
     ("number", "roman", "944", "CMXLIV"), ("number", "ordinal", "22", "22nd"),

@@ -42,7 +42,8 @@ def test_the_fused_gelu_is_gpt2s(gpt2):
         if name == "fused":
             assert fuse_gelu(llm) is llm and not any("NewGELU" in type(m).__name__ for m in llm.modules())
         embeds, kept = torch.randn(1, 9, 32, generator=torch.Generator().manual_seed(0)).requires_grad_(), []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: (kept.append(t), t)[1], lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: (kept.append(t), t)[1],
+                                                      lambda t: t):
             logits = llm(inputs_embeds=embeds).logits
         logits.square().sum().backward()
         found[name] = logits.detach(), embeds.grad, len(kept)
@@ -53,7 +54,8 @@ def test_the_fused_gelu_is_gpt2s(gpt2):
 
 def test_gpt2_is_loaded_with_the_fused_gelu(gpt2):
     llm = load(gpt2)
-    for model in (llm, build_distiller("layers:2", llm, 4, "plain", 0), build_distiller(str(gpt2), llm, 4, "plain", 0)):
+    for model in (llm, build_distiller("layers:2", llm, 4, "plain", 0),
+                  build_distiller(str(gpt2), llm, 4, "plain", 0)):
         assert [m for m in model.modules() if "NewGELU" in type(m).__name__] == []
         assert any(isinstance(m, nn.GELU) for m in model.modules())
 
@@ -77,10 +79,11 @@ def test_first_layers_are_a_trainable_fp32_copy(llm_folder):
     assert all(torch.equal(tensor, before[name]) for name, tensor in llm.state_dict().items())
 
 
-@pytest.mark.parametrize("spec, message", [
-    ("layers:0", "layers:0.*has 3 layers.*layers:1 to layers:3"), ("layers:", "layers:: expected layers:N"),
-    ("layers:99", "layers:99.*has 3 layers.*layers:1 to layers:3"), ("layers:-1", "layers:-1: expected layers:N"),
-    ("layers:x", "layers:x: expected layers:N.*layers:6")])
+@pytest.mark.parametrize("spec, message", [("layers:0", "layers:0.*has 3 layers.*layers:1 to layers:3"),
+                                           ("layers:", "layers:: expected layers:N"),
+                                           ("layers:99", "layers:99.*has 3 layers.*layers:1 to layers:3"),
+                                           ("layers:-1", "layers:-1: expected layers:N"),
+                                           ("layers:x", "layers:x: expected layers:N.*layers:6")])
 def test_layer_counts_that_cannot_be_are_user_errors(llm, spec, message):
     with pytest.raises(UserError, match=message):
         make_distiller(llm, spec)
@@ -91,7 +94,8 @@ def test_layer_counts_that_cannot_be_are_user_errors(llm, spec, message):
 
 def test_load_llm_freezes_it_in_the_dtype_asked_for(llm_folder):
     llm = load_llm(str(llm_folder), CPU, torch.bfloat16)
-    assert llm.dtype == torch.bfloat16 and not llm.training and not any(p.requires_grad for p in llm.parameters())
+    assert llm.dtype == torch.bfloat16 and not llm.training and not any(p.requires_grad
+                                                                        for p in llm.parameters())
     assert max_positions(llm.config) == (640 if llm.config.model_type == "gpt2" else 2048)
 
 
@@ -128,7 +132,8 @@ def test_load_llm_of_broken_files_names_the_fix(llm_folder, tmp_path):
 def test_load_llm_of_weights_that_do_not_fill_the_model_is_a_user_error(llm_folder, tmp_path):
     folder = shutil.copytree(llm_folder, tmp_path / "mixed")
     T5Config(d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=4).save_pretrained(folder)
-    with pytest.raises(UserError, match="mixed lacks weights of its own configuration, such as .*; give a whole model"):
+    with pytest.raises(UserError,
+                       match="mixed lacks weights of its own configuration, such as .*; give a whole model"):
         load(folder)
 
 
@@ -136,7 +141,8 @@ def write_gpt2(folder, **changes):
     """A GPT-2 of another shape than the fixture's, with the same vocabulary size unless changed."""
     config = {"vocab_size": 420, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 640} | changes
     torch.manual_seed(1)
-    GPT2LMHeadModel(GPT2Config(**config, initializer_range=0.2, bos_token_id=0, eos_token_id=0)).save_pretrained(folder)
+    GPT2LMHeadModel(GPT2Config(**config, initializer_range=0.2, bos_token_id=0,
+                               eos_token_id=0)).save_pretrained(folder)
     return folder
 
 
@@ -164,7 +170,8 @@ def test_checkpoint_round_trip_gives_bitwise_equal_vectors(llm, llm_folder, tmp_
         assert torch.equal(again.eval()(*demos(batch)),
                            distiller(*demos(batch)))
     assert found == state
-    assert {n for n, p in again.named_parameters() if p.requires_grad} == {n for n, _ in distiller.named_parameters()}
+    assert {n for n, p in again.named_parameters()
+            if p.requires_grad} == {n for n, _ in distiller.named_parameters()}
 
 
 def test_free_vectors_come_back_from_a_checkpoint(llm, tmp_path):
@@ -176,14 +183,17 @@ def test_free_vectors_come_back_from_a_checkpoint(llm, tmp_path):
     assert found["model"]["backbone"] is None and found["model"]["distiller"] == "free"
 
 
-@pytest.mark.parametrize("changes", [{"n_embd": 16}, {"vocab_size": 421}, {"n_layer": 2}, {"folder": "other"}])
+@pytest.mark.parametrize("changes", [{"n_embd": 16}, {"vocab_size": 421}, {"n_layer": 2},
+                                     {"folder": "other"}])
 def test_load_distiller_for_another_llm_is_a_user_error(tmp_path, changes):
     llm = load(write_gpt2(tmp_path / "own" / "tiny"))
     save_distiller(tmp_path / "run", make_distiller(llm), llm)
-    load_distiller(tmp_path / "run", load(shutil.copytree(tmp_path / "own" / "tiny", tmp_path / "moved" / "tiny")))
+    load_distiller(tmp_path / "run", load(shutil.copytree(tmp_path / "own" / "tiny",
+                                                          tmp_path / "moved" / "tiny")))
     changes = dict(changes)
     other = load(write_gpt2(tmp_path / "another" / changes.pop("folder", "tiny"), **changes))
-    with pytest.raises(UserError, match="was trained for the LLM .*give its own --llm, or another checkpoint"):
+    with pytest.raises(UserError,
+                       match="was trained for the LLM .*give its own --llm, or another checkpoint"):
         load_distiller(tmp_path / "run", other)
 
 
@@ -244,10 +254,12 @@ WITHOUT = "holds .* was trained without L_distill; evaluate it with --methods hy
     ("mend", "layers:2", {"pretrain": CLM, "finetune": UNSEEN | {"lam": 0.0}}, WITHOUT),
     ("mend", "layers:2", {"finetune": UNSEEN | {"lam": 0.0}}, WITHOUT),
     ("hypertuning", "layers:2", {"pretrain": CLM, "finetune": UNSEEN | {"lam": 0.0}}, None),
-    ("hypertuning", "layers:2", {"finetune": UNSEEN | {"lam": 0.0}}, None), ("mend", "layers:2", {"pretrain": KL}, None),
+    ("hypertuning", "layers:2", {"finetune": UNSEEN | {"lam": 0.0}}, None),
+                                                                ("mend", "layers:2", {"pretrain": KL}, None),
     ("mend", "layers:2", {"pretrain": CLM, "finetune": UNSEEN | {"lam": 1.0}}, None),  # Table 4's row CLM
     ("mend", "layers:2", {"pretrain": KL, "finetune": UNSEEN | {"lam": 0.0}}, None),   # and w/o L_distill
-    ("mend", "layers:2", {"finetune": UNSEEN}, None), ("mend", "layers:2", {"pretrain": {"corpus": "c4"}}, None)])
+    ("mend", "layers:2", {"finetune": UNSEEN}, None), ("mend", "layers:2", {"pretrain": {"corpus": "c4"}},
+                                                       None)])
 def test_a_checkpoint_is_not_taken_for_another_methods(method, distiller, stages, message):
     state = {"model": {"distiller": distiller}, "trained_on": stages}
     if message is None:
@@ -258,7 +270,8 @@ def test_a_checkpoint_is_not_taken_for_another_methods(method, distiller, stages
 
 def test_tasks_that_the_checkpoint_was_finetuned_on_are_refused(tiny_tasks):
     def refuse(tasks: str, split: str) -> None:
-        loading.refuse_seen_tasks({"finetune": {"tasks": tasks, "split": split}}, tiny_tasks, SimpleNamespace(only=None))
+        loading.refuse_seen_tasks({"finetune": {"tasks": tasks, "split": split}}, tiny_tasks,
+                                  SimpleNamespace(only=None))
     refuse("metaicl", "class_to_class")
     refuse("bigbench", "hr_to_lr")
     with pytest.raises(UserError, match="training tasks include ag_news, emo"):

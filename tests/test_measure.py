@@ -75,7 +75,8 @@ def test_peak_in_child_sees_a_tensor_that_is_gone():
 def test_the_published_sizes():
     """Weights in millions, as the models' papers state them, and the two ratios of FLOPs by formula alone."""
     sizes, llms = {"gpt2": 124, "gpt2-large": 774, "gpt2-xl": 1558, "opt-125m": 125, "opt-6.7b": 6658,
-                   "t5-small-lm-adapt": 77, "t5-large-lm-adapt": 783, "flan-t5-base": 248, "flan-t5-xl": 2850}, {}
+                   "t5-small-lm-adapt": 77, "t5-large-lm-adapt": 783, "flan-t5-base": 248,
+                   "flan-t5-xl": 2850}, {}
     with measure.no_weights():
         for name, millions in sizes.items():
             llms[name], _ = measure.build_random(name, "gpt2", L, torch.bfloat16)

@@ -1,4 +1,5 @@
-"""Tests of model.py: reading in packed, cached, padded batches equals plain.py, and so do the distiller's vectors."""
+"""Tests of model.py: reading in packed, cached, padded batches equals plain.py, and so do the distiller's
+vectors."""
 
 import copy
 import math
@@ -89,7 +90,8 @@ def test_query_states_equal_plain_states_and_logits(llm, kind, bos_id):
     with torch.no_grad():
         if kind == "vectors":
             prefix = vector_prefix(llm, distiller(*demos(batch)), bos_id)
-            plain_prefixes = [torch.cat([bos, plain.Distiller.forward(distiller, row["demo"])]) for row in rows]
+            plain_prefixes = [torch.cat([bos, plain.Distiller.forward(distiller, row["demo"])])
+                              for row in rows]
         else:
             prefix = demo_prefix(llm, *demos(batch), bos_id)
             plain_prefixes = [torch.cat([bos, plain.embed(llm, row["demo"])]) for row in rows]
@@ -135,25 +137,29 @@ def test_queries_and_options_do_not_see_each_other(llm):
 
     before = scores(rows)
     for b, s, o in ((0, 0, 1), (0, 0, 2), (0, 1, 1), (2, 2, 1), (0, 0, 0), (2, 1, 0)):
-        moved = (scores(changed(b, s, o)) - before).nan_to_num().abs() > 1e-5  # inf - inf is nan: missing options
+        # inf - inf is nan: missing options
+        moved = (scores(changed(b, s, o)) - before).nan_to_num().abs() > 1e-5
         expected = torch.zeros_like(moved)
         expected[b, s, (o - 1) if o else slice(len(rows[b]["queries"][s][1]))] = True
         assert torch.equal(moved, expected), f"changing row {b}, query {s}, option {o} moved {moved.nonzero().tolist()}"
 
 
 def test_attention_mask_worked_by_hand():
-    """One pad, one prefix token; x of two tokens, options of one and of two, another query of one, one pad."""
+    """One pad, one prefix token; x of two tokens, options of one and of two, another query of one, one
+    pad."""
     mask = attention_mask(torch.tensor([[False, True]]), torch.tensor([[0, 0, 0, 0, 0, 1, 0]]),
                           torch.tensor([[0, 0, 1, 2, 2, 0, 0]]), torch.tensor([[True] * 6 + [False]]))
     assert mask.shape == (1, 1, 7, 9)
     expected = ["01 1000000", "01 1100000", "01 1110000", "01 1101000", "01 1101100", "01 0000010"]
-    found = ["".join(str(int(v)) for v in row[:2]) + " " + "".join(str(int(v)) for v in row[2:]) for row in mask[0, 0]]
+    found = ["".join(str(int(v)) for v in row[:2]) + " " + "".join(str(int(v)) for v in row[2:])
+             for row in mask[0, 0]]
     assert found[:6] == expected
     assert found[6][-1] == "1"  # a pad's own row is of no interest, but must not be empty
 
 
 def test_gradient_through_the_shared_prefix_equals_the_sum_of_separate_ones(llm):
-    """Several queries read one cached prefix; the plain way distils anew for each and backpropagates separately."""
+    """Several queries read one cached prefix; the plain way distils anew for each and backpropagates
+    separately."""
     rows, distiller, lam = training_rows(), make_distiller(llm), 0.7
     finetune_loss(*losses(llm, distiller, rows), lam).backward()
     found = gradients(distiller)
@@ -180,7 +186,8 @@ def test_a_cached_prefix_can_be_used_repeatedly(llm):
 
 
 def test_eager_attention_gives_the_same_as_sdpa(llm, llm_folder):
-    eager = AutoModelForCausalLM.from_pretrained(llm_folder, attn_implementation="eager").eval().requires_grad_(False)
+    eager = AutoModelForCausalLM.from_pretrained(llm_folder,
+                                                 attn_implementation="eager").eval().requires_grad_(False)
     assert llm.config._attn_implementation == "sdpa" and eager.config._attn_implementation == "eager"
     batch, distillers = collate(scoring_rows()), (make_distiller(llm), make_distiller(eager))
     assert distillers[1].backbone.config._attn_implementation == "eager"
@@ -199,7 +206,8 @@ def test_bos_stands_before_the_first_real_token(llm):
     embeds, mask = torch.randn(3, 4, 32), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1], [0, 0, 0, 1]]).bool()
     out, out_mask = with_bos(llm, embeds, mask, BOS)
     bos = llm.get_input_embeddings().weight[BOS]
-    assert out_mask.tolist() == [[False, False, True, True, True], [True] * 5, [False, False, False, True, True]]
+    assert out_mask.tolist() == [[False, False, True, True, True], [True] * 5,
+                                 [False, False, False, True, True]]
     for b in range(3):
         real = embeds[b][mask[b]]
         assert torch.equal(out[b][out_mask[b]], torch.cat([bos[None], real]))
@@ -247,7 +255,8 @@ def test_one_vector_works_and_none_is_an_error(llm):
     assert distiller.distill_len == 1
     with torch.no_grad():
         assert distiller(*demos(batch)).shape == (3, 1, 32)
-        for found, expected in zip(losses(llm, distiller, rows), plain_losses(llm, distiller, rows), strict=True):
+        for found, expected in zip(losses(llm, distiller, rows), plain_losses(llm, distiller, rows),
+                                   strict=True):
             close(found, expected)
     with pytest.raises(ValueError, match="distill_len is 0"):
         make_distiller(llm, distill_len=0)
@@ -261,13 +270,15 @@ def test_matched_output_has_the_embeddings_scale_and_plain_output_the_norms(llm)
     with torch.no_grad():
         rms, plain_rms = (d(*demos(batch)).pow(2).mean().sqrt().item() for d in (matched, unmatched))
     assert rms == pytest.approx(target, rel=0.15)
-    assert plain_rms == pytest.approx(1.0, rel=0.15) and target < 0.3  # a final norm's scale, far from the target
+    # a final norm's scale, far from the target
+    assert plain_rms == pytest.approx(1.0, rel=0.15) and target < 0.3
     assert unmatched.gain is None and "gain" not in unmatched.state_dict()
 
 
 @pytest.mark.parametrize("length", [2, 4, 9])  # fewer demonstration tokens than vectors, as many, more
 def test_residual_start_adds_the_last_tokens_embeddings(llm, length):
-    """S_D = E_D[-l:] + gain * MEND(D)[-l:], 0 in the place of tokens that are not there; the gain starts at 0.1."""
+    """S_D = E_D[-l:] + gain * MEND(D)[-l:], 0 in the place of tokens that are not there; the gain starts at
+    0.1."""
     matched, residual = make_distiller(llm), make_distiller(llm, start="residual")
     assert residual.gain.item() == pytest.approx(0.1 * matched.gain.item(), rel=1e-5)
     ids = list(range(5, 5 + length))
@@ -296,7 +307,8 @@ def test_projection_stands_only_between_different_widths(width):
     batch = collate(training_rows())
     with torch.no_grad():
         vectors = distiller(*demos(batch))
-        embeds = torch.cat([distiller.embed(torch.tensor(training_rows()[1]["demo"])), distiller.placeholders])
+        embeds = torch.cat([distiller.embed(torch.tensor(training_rows()[1]["demo"])),
+                            distiller.placeholders])
         states = backbone(inputs_embeds=embeds[None]).last_hidden_state[0, -3:]
     assert vectors.shape == (3, 3, 32)
     if width == 32:
@@ -314,7 +326,8 @@ def test_projection_stands_only_between_different_widths(width):
 def test_free_vectors_start_like_placeholders_and_ignore_the_demonstrations(llm):
     free, batch = build_distiller("free", llm, 6, "matched", 3), collate(training_rows())
     assert [name for name, _ in free.named_parameters()] == ["vectors"] and free.distill_len == 6
-    assert torch.equal(free.vectors, make_distiller(llm, distill_len=6, seed=3).placeholders)  # both of the LLM's width
+    # both of the LLM's width
+    assert torch.equal(free.vectors, make_distiller(llm, distill_len=6, seed=3).placeholders)
     vectors = free(*demos(batch))
     assert vectors.shape == (3, 6, 32) and all(torch.equal(v, free.vectors) for v in vectors)
     assert torch.equal(free(batch["demo_ids"][:, :0], batch["demo_mask"][:, :0]), vectors)

@@ -27,12 +27,14 @@ def test_method_figure(tmp_path):
 
 
 def test_method_figure_has_no_overlaps():
-    """No text leaves the canvas, touches another text or crosses the edge of a box; all are readable at 400 pixels."""
+    """No text leaves the canvas, touches another text or crosses the edge of a box; all are readable at 400
+    pixels."""
     fig, _ = draw("method")
     renderer = FigureCanvasAgg(fig).get_renderer()
     texts = [t for t in fig.axes[0].texts if t.get_text()]
     boxes = [t.get_window_extent(renderer) for t in texts]
-    shapes = [p.get_window_extent(renderer) for p in fig.axes[0].patches if not isinstance(p, FancyArrowPatch)]
+    shapes = [p.get_window_extent(renderer) for p in fig.axes[0].patches
+              if not isinstance(p, FancyArrowPatch)]
     for i, (text, box) in enumerate(zip(texts, boxes, strict=True)):
         assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= fig.bbox.width and box.y1 <= fig.bbox.height, text
         assert text.get_fontsize() / 72 / fig.get_figwidth() * 400 >= 9, text

@@ -24,7 +24,8 @@ def plan_args():
 
 
 def test_plan_by_hand(tiny):
-    """Teacher: all tokens once. Distiller: three times. Student: forward, and backward to its input without weights."""
+    """Teacher: all tokens once. Distiller: three times. Student: forward, and backward to its input without
+    weights."""
     found = {c: plan.plan_one("opt-6.7b", plan_args(), 2, c) for c in (False, True)}
     width, layers, width_s, layers_s = 64, 3, 32, 2
 
@@ -38,8 +39,10 @@ def test_plan_by_hand(tiny):
     distil += 3 * 2 * width_s * width * L
     head = 2 * width * V * (3 * T_X + 2 * 4)
     assert found[False]["flops"] == pytest.approx(2 * (teacher + student + distil + head), rel=0.05)
-    # checkpointing: all but a layer's last product again (4 of its 12 d^2), attention in one piece with 4.5 in place of 3.5,
-    # and the gradient of the first layer's queries, keys and values at x, whose embeddings need none by themselves
+    # checkpointing: all but a layer's last product again (4 of its 12 d^2), attention in one piece with 4.5
+    # in place of 3.5,
+    # and the gradient of the first layer's queries, keys and values at x, whose embeddings need none by
+    # themselves
     both = L + T_X
     again = matrices(width, layers, both) * 8 / 12 + 3 * 2 * width * width * T_X
     again += 4.5 * attention(width, layers, both, both)
@@ -55,25 +58,29 @@ def test_plan_by_hand(tiny):
 
 @pytest.mark.parametrize("name", measure.T5_PAIRS)
 def test_plan_of_t5_by_hand(tiny, name):
-    """As above, but the student's backward pass reaches the encoder through the decoder's keys and values, and logits
+    """As above, but the student's backward pass reaches the encoder through the decoder's keys and values,
+    and logits
     are those of the 4 answer tokens: once for the teacher, and forward and backward for each of two losses."""
     found = plan.plan_one(name, plan_args(), 2, False)
     c, small = (AutoConfig.for_model(**TINY[n]) for n in (name, measure.T5_PAIRS[name]))
     y, inner = 4, c.num_heads * c.d_kv
-    project, gated = c.d_model * inner, c.d_model * c.d_ff  # a matrix of the attention, and of the gated layer
+    # a matrix of the attention, and of the gated layer
+    project, gated = c.d_model * inner, c.d_model * c.d_ff
 
     def encoder(c, tokens, times=1, times_attention=1):
         inner = c.num_heads * c.d_kv
         matrices = 2 * (4 * c.d_model * inner + 3 * c.d_model * c.d_ff) * c.num_layers * tokens
         return times * matrices + times_attention * attention(inner, c.num_layers, tokens, tokens)
 
-    def llm(x, times=1, times_attention=1):  # each decoder layer brings the encoder's x states to keys and values
+    # each decoder layer brings the encoder's x states to keys and values
+    def llm(x, times=1, times_attention=1):
         matrices = 2 * c.num_layers * ((6 * project + 3 * gated) * y + 2 * project * x)
         return encoder(c, x, times, times_attention) + times * matrices \
             + times_attention * attention(inner, c.num_layers, y, y + x)
 
     teacher, student = llm(T_D + T_X - y), llm(L + T_X - y, 2, 3.5)
-    student -= 2 * 5 * project * y + 2.5 * attention(inner, 1, y, y)  # no vector before the first cross-attention
+    # no vector before the first cross-attention
+    student -= 2 * 5 * project * y + 2.5 * attention(inner, 1, y, y)
     distil = encoder(small, T_D + L, 3, 3.5) + 3 * 2 * small.d_model * c.d_model * L
     head = 2 * c.d_model * V * 5 * y
     assert found["flops"] == 2 * (teacher + student + distil + head)
@@ -90,7 +97,8 @@ def test_plan_of_t5_counts_a_real_step(tiny, checkpointing):
     if checkpointing:
         checkpoint_layers(llm)
     plan.let_attention_fuse(distiller.train())
-    batch = collate([{"demo": [5] * (T_D - n), "queries": [([6] * (T_X - 4 - n), [[7] * 4])]} for n in (0, 2)])
+    batch = collate([{"demo": [5] * (T_D - n), "queries": [([6] * (T_X - 4 - n), [[7] * 4])]}
+                     for n in (0, 2)])
     with measure.Count() as count:
         speed.training_step(llm, distiller, batch, speed.counted_positions(llm, batch), "bf16")
     assert count.flops == found["flops"]
@@ -99,7 +107,8 @@ def test_plan_of_t5_counts_a_real_step(tiny, checkpointing):
 
 
 def test_plan_counts_fused_attention(tiny):
-    """With 1,000 demonstration tokens, the distiller's scores alone would take 2 layers x 4 heads x 1,005^2 x 2 bytes."""
+    """With 1,000 demonstration tokens, the distiller's scores alone would take 2 layers x 4 heads x 1,005^2 x
+    2 bytes."""
     args = argparse.Namespace(distill_len=L, demo_tokens=1000, query_tokens=T_X)
     assert plan.plan_one("gpt2-large", args, 1, False)["bytes"]["alive"] < 2 * 4 * 1005 ** 2 * 2
 
@@ -114,5 +123,6 @@ def test_plan_says_which_cards_fit(tiny, monkeypatch, capsys):
     assert [(r["llm"], r["batch_size"], r["checkpointing"]) for r in found[:5]] == [
         ("gpt2-large", 1, False), ("gpt2-large", 1, True), ("gpt2-large", 8, False), ("gpt2-large", 8, True),
         ("gpt2-xl", 1, False)]
-    assert [r["llm"] for r in found[::4]] == ["gpt2-large", "gpt2-xl", "opt-6.7b", "t5-large-lm-adapt", "flan-t5-xl"]
+    assert [r["llm"] for r in found[::4]] == ["gpt2-large", "gpt2-xl", "opt-6.7b", "t5-large-lm-adapt",
+                                              "flan-t5-xl"]
     assert "none" in capsys.readouterr().out

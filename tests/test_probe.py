@@ -15,7 +15,8 @@ CPU = torch.device("cpu")
 
 
 def test_figures_by_hand():
-    corrections = torch.tensor([[[3.0, 4.0]], [[3.0, -4.0]]])  # mean (3, 0): 2 * 9 of 50; cosine (9 - 16) / 25
+    # mean (3, 0): 2 * 9 of 50; cosine (9 - 16) / 25
+    corrections = torch.tensor([[[3.0, 4.0]], [[3.0, -4.0]]])
     swapped = torch.tensor([[[3.0, 4.0]], [[3.0, 1.0]]])       # changed by 0, and by 5 of 5
     starts = torch.tensor([[[1.0, 7.0]], [[5.0, 5.0]]])        # sum of squares 100 over 4 numbers
     assert probe.figures_of(starts, corrections, swapped) == pytest.approx(
@@ -31,8 +32,8 @@ def probed(llama, llama_llm, tasks_dir, tmp_path):
         with torch.no_grad():
             change(distiller)
         path = save_distiller(tmp_path / "run", distiller, llama_llm, spec, start)
-        return probe.main(["--preset", "pocket", "--llm", str(llama), "--tasks", str(tasks_dir), "--device", "cpu",
-                           "--k", "4", "--checkpoint", str(path)])
+        return probe.main(["--preset", "pocket", "--llm", str(llama), "--tasks", str(tasks_dir), "--device",
+                           "cpu", "--k", "4", "--checkpoint", str(path)])
     return probed
 
 
@@ -60,7 +61,8 @@ def test_an_untrained_distiller_corrects_each_task_in_its_own_way(probed):
 
 def test_user_errors(llama, tasks_dir):
     with pytest.raises(UserError, match="--seed 7: MetaICL's are.*--context-len is 0"):
-        probe.main(["--preset", "pocket", "--llm", str(llama), "--checkpoint", "x", "--seed", "7", "--context-len", "0"])
+        probe.main(["--preset", "pocket", "--llm", str(llama), "--checkpoint", "x", "--seed", "7",
+                    "--context-len", "0"])
     with pytest.raises(UserError, match="no checkpoint at /nowhere"):
         probe.main(["--preset", "pocket", "--llm", str(llama), "--tasks", str(tasks_dir),
                     "--checkpoint", "/nowhere"])

@@ -1,4 +1,5 @@
-"""Every run script goes to its end with a tiny random LLM, and again without training or scoring anything twice."""
+"""Every run script goes to its end with a tiny random LLM, and again without training or scoring anything
+twice."""
 
 import json
 import os
@@ -17,30 +18,34 @@ ROOT = Path(__file__).resolve().parent.parent
 def scripts(llama, tasks_dir, corpus_dir, tmp_path_factory):
     """Runs a script at a tiny scale; all share one folder, as they would for a user."""
     folder = tmp_path_factory.mktemp("runs")
-    env = os.environ | {
-        "PYTHON": sys.executable, "SCALE": "pocket", "METAICL_DIR": str(tasks_dir), "C4_DIR": str(corpus_dir),
-        "RESULTS": str(folder / "results"), "RUNS": str(folder / "out"), "SEEDS": "100 13", "LIMIT": "8",
-        "SPLITS": "class_to_class", "KS": "1 4", "LENGTHS": "1 4", "BETAS": "0.5 0.8", "GAMMAS": "0.1 1", "LAMBDAS": "0.1 1",
-        "EXTRA": f"--llm {llama} --k 4 --dtype fp32 --device cpu", "EXTRA_DATA": f"--llm {llama}",
-        "EXTRA_TRAIN": "--distiller layers:2 --distill-len 4", "EXTRA_EVAL": "--distill-len 4",
-        "EXTRA_PRETRAIN": "--steps 2 --window 96 --batch-size 2 --eval-docs 2 --eval-every 2",
-        "EXTRA_FINETUNE": "--steps 2 --batch-size 1 --queries-per-demo 2 --eval-every 2", "PAIRS": f"{llama},{llama}",
-        "OMP_NUM_THREADS": "1",
-    }
+    env = os.environ | {"PYTHON": sys.executable, "SCALE": "pocket", "METAICL_DIR": str(tasks_dir),
+                        "C4_DIR": str(corpus_dir), "RESULTS": str(folder / "results"),
+                        "RUNS": str(folder / "out"), "SEEDS": "100 13", "LIMIT": "8",
+                        "SPLITS": "class_to_class", "KS": "1 4", "LENGTHS": "1 4", "BETAS": "0.5 0.8",
+                        "GAMMAS": "0.1 1", "LAMBDAS": "0.1 1",
+                        "EXTRA": f"--llm {llama} --k 4 --dtype fp32 --device cpu",
+                        "EXTRA_DATA": f"--llm {llama}", "EXTRA_TRAIN": "--distiller layers:2 --distill-len 4",
+                        "EXTRA_EVAL": "--distill-len 4",
+                        "EXTRA_PRETRAIN": "--steps 2 --window 96 --batch-size 2 --eval-docs 2 --eval-every 2",
+                        "EXTRA_FINETUNE": "--steps 2 --batch-size 1 --queries-per-demo 2 --eval-every 2",
+                        "PAIRS": f"{llama},{llama}", "OMP_NUM_THREADS": "1",}
 
     def run(name: str, **more: str) -> Path:
-        done = subprocess.run(["bash", str(ROOT / "paper" / "runs" / name)], env=env | more, check=False, capture_output=True, text=True)
+        done = subprocess.run(["bash", str(ROOT / "paper" / "runs" / name)], env=env | more, check=False,
+                              capture_output=True, text=True)
         assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
         return folder
     return run
 
 
 def results(folder: Path, name: str) -> list[dict]:
-    return [json.loads(line) for line in (folder / "results" / f"{name}-pocket.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (folder / "results"
+                                          / f"{name}-pocket.jsonl").read_text().splitlines()]
 
 
 def columns(folder: Path, number: str) -> list[str]:
-    return (folder / "results" / f"table{number}-pocket.md").read_text().splitlines()[0].strip("| ").split(" | ")
+    return (folder / "results"
+            / f"table{number}-pocket.md").read_text().splitlines()[0].strip("| ").split(" | ")
 
 
 @pytest.mark.slow
@@ -56,7 +61,8 @@ def test_table2_and_again(scripts):
     folder = scripts("table2.sh")
     records = results(folder, "table2")
     assert {(r["method"], r["task"], r["seed"]) for r in records} == {
-        (m, t, s) for m in ("zero_shot", "majority", "icl", "icl_budget", "prompt_tuning", "hypertuning", "mend")
+        (m, t, s) for m in ("zero_shot", "majority", "icl", "icl_budget", "prompt_tuning", "hypertuning",
+                            "mend")
         for t in ("ag_news", "emo") for s in (100, 13)}
     assert columns(folder, "2") == ["LLM", "row", "class_to_class"]
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
@@ -69,14 +75,16 @@ def test_table2_and_again(scripts):
 @pytest.mark.slow
 def test_table3(scripts):
     folder = scripts("table3.sh")
-    assert columns(folder, "3")[2:] == ["none", "bm25", "dense", "no_label", "no_input", "random_label", "wrong_label"]
+    assert columns(folder, "3")[2:] == ["none", "bm25", "dense", "no_label", "no_input", "random_label",
+                                        "wrong_label"]
     assert len(results(folder, "table3")) == 3 * 7 * 2 * 2
 
 
 @pytest.mark.slow
 def test_ablations(scripts):
     folder = scripts("ablations.sh")
-    rows = [line.split(" | ")[1] for line in (folder / "results" / "table4-pocket.md").read_text().splitlines()
+    rows = [line.split(" | ")[1] for line in (folder / "results"
+                                              / "table4-pocket.md").read_text().splitlines()
             if line.startswith("| tiny-llama")]
     assert rows == ["icl", "mend", "no_pretraining", "clm", "clm+kl", "without_pred", "without_distill"]
     assert {r["trained_on"]["pretrain"]["beta"] for r in results(folder, "fig6a")} == {0.5, 0.8}
@@ -129,8 +137,10 @@ def test_gpu(scripts, tmp_path):
     with pytest.raises(AssertionError, match="give a whole number"):
         scripts("gpu.sh", RUNS=str(tmp_path), MINUTES="0.5")
     folder = scripts("gpu.sh", RUNS=str(tmp_path))
-    records = [json.loads(line) for line in (folder / "results" / "table2-gpu.jsonl").read_text().splitlines()]
+    records = [json.loads(line) for line in (folder / "results"
+                                             / "table2-gpu.jsonl").read_text().splitlines()]
     assert {(r["method"], r["task"], r["seed"]) for r in records} == {
-        (m, t, s) for m in ("zero_shot", "majority", "icl", "icl_budget", "prompt_tuning", "hypertuning", "mend")
+        (m, t, s) for m in ("zero_shot", "majority", "icl", "icl_budget", "prompt_tuning", "hypertuning",
+                            "mend")
         for t in ("ag_news", "emo") for s in (100, 13)}
     assert "mend" in (folder / "results" / "table2-gpu.md").read_text()

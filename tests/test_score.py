@@ -1,4 +1,5 @@
-"""Tests of score.py: losses by hand and by torch.distributions, scores and metrics by plain.py and scikit-learn."""
+"""Tests of score.py: losses by hand and by torch.distributions, scores and metrics by plain.py and
+scikit-learn."""
 
 import math
 import random
@@ -75,7 +76,8 @@ def test_distill_loss_equals_torch_distributions(llm):
     loss = 3 * distill_loss(llm, student, teacher)
     loss.backward()
     found, student.grad = student.grad, None
-    expected = 3 * kl_divergence(*(Categorical(logits=llm.lm_head(s)) for s in (teacher.detach(), student))).mean()
+    expected = 3 * kl_divergence(*(Categorical(logits=llm.lm_head(s))
+                                   for s in (teacher.detach(), student))).mean()
     expected.backward()
     close(loss, expected)
     close(found, student.grad, 1e-6)
@@ -161,7 +163,8 @@ def test_sum_in_chunks_equals_one_sum_in_value_and_gradient(chunk):
 def test_finetune_and_pretrain_loss_weigh_their_terms():
     pred, distill = torch.tensor(3.0, requires_grad=True), torch.tensor(5.0, requires_grad=True)
     assert finetune_loss(pred, distill, 0.1).item() == pytest.approx(3.5)
-    assert finetune_loss(pred, distill, 0.5, 0.0).item() == 2.5 and finetune_loss(pred, distill, 0.0).item() == 3.0
+    assert finetune_loss(pred, distill, 0.5, 0.0).item() == 2.5 and finetune_loss(pred, distill,
+                                                                                  0.0).item() == 3.0
     loss = pretrain_loss(pred, distill, 0.1)  # L_CLM + gamma L_distill, App. B
     loss.backward()
     assert (loss.item(), pred.grad.item(), distill.grad.item()) == pytest.approx((3.5, 1.0, 0.1))
@@ -228,7 +231,8 @@ def test_metrics_against_scikit_learn(seed):
 
 def test_metrics_by_hand():
     predictions, golds = ["a", "a", "b", "c"], ["a", "b", "b", "b"]
-    assert macro_f1(predictions, golds) == pytest.approx((2 / 3 + 1 / 2) / 2)  # a: P 1/2, R 1; b: P 1, R 1/3; c not gold
+    # a: P 1/2, R 1; b: P 1, R 1/3; c not gold
+    assert macro_f1(predictions, golds) == pytest.approx((2 / 3 + 1 / 2) / 2)
     assert score.accuracy(predictions, golds) == 0.5
 
 
@@ -245,7 +249,8 @@ def test_majority_by_hand():
     assert majority(demos, shots("a", options="abc")) == ["b"] and majority(demos[2:], shots("a", options="abc")) == ["a"]
     far = shots("z", options="wxyz")  # position 3 of a query with two options: its last
     assert majority(far, shots("a", options="ab")) == ["b"]
-    assert majority(demos, shots("a", options="qa")) == ["q"]  # the most frequent label, where the query has it
+    # the most frequent label, where the query has it
+    assert majority(demos, shots("a", options="qa")) == ["q"]
 
 
 # Prediction
@@ -268,20 +273,24 @@ def sizes_of_passes(monkeypatch, size) -> list[int]:
 @pytest.mark.parametrize("pass_tokens", [1, 60, 100_000])
 def test_packed_queries_are_answered_like_single_ones(setting, files, monkeypatch, method, pass_tokens):
     queries = [q | {"options": q["options"][:2 + i % 2]} for i, q in enumerate(files["test"])]
-    prefix = one_prefix(method, files["train"], 400, setting.llm, setting.distiller, setting.encoder, setting.args)
-    one_by_one = [predict(setting.llm, prefix, setting.encoder, [q], prefix.state is None)[0] for q in queries]
+    prefix = one_prefix(method, files["train"], 400, setting.llm, setting.distiller, setting.encoder,
+                        setting.args)
+    one_by_one = [predict(setting.llm, prefix, setting.encoder, [q], prefix.state is None)[0]
+                  for q in queries]
     sizes = sizes_of_passes(monkeypatch, torch.sum)
     monkeypatch.setattr(score, "PASS_TOKENS", {"cpu": pass_tokens, "cuda": pass_tokens})
     assert predict(setting.llm, prefix, setting.encoder, queries, prefix.state is None) == one_by_one
     assert len(set(one_by_one)) > 1  # else an LLM that always says the same would pass
-    assert {1: len(sizes) == 24, 60: max(sizes) <= 60 and 1 < len(sizes) < 24, 100_000: len(sizes) == 1}[pass_tokens]
+    assert {1: len(sizes) == 24, 60: max(sizes) <= 60 and 1 < len(sizes) < 24,
+            100_000: len(sizes) == 1}[pass_tokens]
     encoded = [setting.encoder.scoring_query(q, first=prefix.state is None) for q in queries]
     assert sum(sizes) == sum(len(x) + sum(map(len, options)) for x, options in encoded)
 
 
 @pytest.mark.parametrize("method", ["icl", "icl_budget", "last_l", "mend"])
 @pytest.mark.parametrize("set_tokens", [1, 700, 100_000])
-def test_a_demonstration_set_for_each_query_is_read_like_that_set_alone(setting, files, monkeypatch, method, set_tokens):
+def test_a_demonstration_set_for_each_query_is_read_like_that_set_alone(setting, files, monkeypatch, method,
+                                                                        set_tokens):
     rng = random.Random(4)
     queries = [q | {"options": q["options"][:2 + i % 2]} for i, q in enumerate(files["test"])]
     sets = [rng.sample(files["train"], rng.randint(1, 12)) for _ in queries]
@@ -298,11 +307,13 @@ def test_a_demonstration_set_for_each_query_is_read_like_that_set_alone(setting,
 
 def test_what_each_method_puts_before_the_query(setting, files):
     demos, encoder = files["train"], setting.encoder
-    prefix = {m: one_prefix(m, demos, 200, setting.llm, setting.distiller, encoder, setting.args) for m in METHODS}
+    prefix = {m: one_prefix(m, demos, 200, setting.llm, setting.distiller, encoder, setting.args)
+              for m in METHODS}
     whole = encoder.demonstrations(demos, 200)
     for method, ids in (("zero_shot", []), ("icl", whole), ("icl_budget", encoder.budget(demos, 24)),
                         ("last_l", whole[-24:])):
-        expected = demo_prefix(setting.llm, torch.tensor([ids], dtype=torch.long), torch.ones(1, len(ids), dtype=torch.bool))
+        expected = demo_prefix(setting.llm, torch.tensor([ids], dtype=torch.long),
+                               torch.ones(1, len(ids), dtype=torch.bool))
         assert prefix[method].mask.shape == (1, len(ids)) and (prefix[method].state is None) == (not ids)
         for (k, v), (k2, v2) in zip(prefix[method].keys_values, expected.keys_values, strict=True):
             assert torch.equal(k, k2) and torch.equal(v, v2)
@@ -328,18 +339,21 @@ def test_dev_figures_against_one_query_at_a_time(setting, tiny_tasks):
             chosen, ce = [], []
             for query in files["dev"]:
                 x, (y,) = encoder.training_query(query)
-                student, teacher = (log_softmaxes(llm, c, x + y) for c in (vectors, llm.get_input_embeddings()(demo)))
+                student, teacher = (log_softmaxes(llm, c, x + y) for c in (vectors,
+                                                                           llm.get_input_embeddings()(demo)))
                 kl += (teacher.exp() * (teacher - student)).sum(dim=1).tolist()
                 clm += [-student[i, token].item() for i, token in enumerate(x + y)]
                 pred += [-student[len(x) + i, token].item() for i, token in enumerate(y)]
                 options = [encoder.answer(option) for option in query["options"]]
-                scores = [log_softmaxes(llm, vectors, x + o)[range(len(x), len(x + o)), o].mean().item() for o in options]
+                scores = [log_softmaxes(llm, vectors, x + o)[range(len(x), len(x + o)), o].mean().item()
+                          for o in options]
                 chosen.append(query["options"][int(np.argmax(scores))])
                 shares = np.exp(scores) / np.exp(scores).sum()
                 ce.append(-np.log(shares[query["options"].index(query["output"])]))
             option_ce.append(np.mean(ce))
             golds = [q["output"] for q in files["dev"]]
-            headlines.append(f1_score(golds, chosen, labels=sorted(set(golds)), average="macro", zero_division=0))
+            headlines.append(f1_score(golds, chosen, labels=sorted(set(golds)), average="macro",
+                                      zero_division=0))
     assert whole == pytest.approx({"val_pred": np.mean(pred), "val_kl": np.mean(kl), "val_clm": np.mean(clm),
                                    "dev_headline": np.mean(headlines),
                                    "val_option_ce": np.mean(option_ce)}, rel=1e-4)

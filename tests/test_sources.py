@@ -22,33 +22,37 @@ from pocket.synthetic import Early, Functions, parts_of
 from sources import Tokenizer, load_tasks, read_examples
 
 # Tokenizer
-NASTY = ["", " ", "a", " a", "3", " 3", "12", " 12", "a12b", "a 12 b", "x  12", "x   7", "\n7", "\n\n7", " \n 7", "\t7",
-         "  7  8  ", "3.5", "1,907", "½", "Ⅷ", "x²", "٣٤", " ٣", "naïve café", "cafe\u0301", "日本語 テキスト", "Ελληνικά",
-         "👍", "👩‍👩‍👧‍👦 12", "🇩🇪🇫🇷", "a\u00a012", "\u3000\u30005", "\u2003x", "zero\u200bwidth", "\ufeffbom", "\x00", "\x01\x02\x1f\x7f",
-         "a\x00b 5\x0c6", "\x85 7", "\r\n\r\n", "\n" * 60, " " * 70, " " * 69 + "x", "\n" * 9 + "5", " \t" * 20 + "9", "it's they'll",
-         "IT'S 'S 's '12", "don’t", "'", "''s", "!!! ?!", "a_b-c", "<|endoftext|>", "a <|endoftext|> b<|endoftext|>7",
-         "<|im_start|>user", "\u2028\u2029", "\U0010ffff", "the river " * 50]
-ALPHABET = [*"aZéßж漢ع'’.,!-_<|>", "'s", "'ll", " the", *"0193", "½", "٣", "Ⅷ", "²", *" \n\t\r\x00\x1f\x0b\u00a0\u3000\u200b", "  ",
-            "\n\n", "🙂", "👍🏽", "\u0301", "<|endoftext|>"]
+NASTY = ["", " ", "a", " a", "3", " 3", "12", " 12", "a12b", "a 12 b", "x  12", "x   7", "\n7", "\n\n7",
+         " \n 7", "\t7", "  7  8  ", "3.5", "1,907", "½", "Ⅷ", "x²", "٣٤", " ٣", "naïve café", "cafe\u0301",
+         "日本語 テキスト", "Ελληνικά", "👍", "👩‍👩‍👧‍👦 12", "🇩🇪🇫🇷", "a\u00a012", "\u3000\u30005", "\u2003x",
+         "zero\u200bwidth", "\ufeffbom", "\x00", "\x01\x02\x1f\x7f", "a\x00b 5\x0c6", "\x85 7", "\r\n\r\n",
+         "\n" * 60, " " * 70, " " * 69 + "x", "\n" * 9 + "5", " \t" * 20 + "9", "it's they'll",
+         "IT'S 'S 's '12", "don’t", "'", "''s", "!!! ?!", "a_b-c", "<|endoftext|>",
+         "a <|endoftext|> b<|endoftext|>7", "<|im_start|>user", "\u2028\u2029", "\U0010ffff",
+         "the river " * 50]
+ALPHABET = [*"aZéßж漢ع'’.,!-_<|>", "'s", "'ll", " the", *"0193", "½", "٣", "Ⅷ", "²",
+            *" \n\t\r\x00\x1f\x0b\u00a0\u3000\u200b", "  ", "\n\n", "🙂", "👍🏽", "\u0301", "<|endoftext|>"]
 
 
 def random_texts(seed: int, n: int) -> list[str]:
     """Random strings; half of them mostly white space and digits, where pre-tokenizers differ most."""
     rng = random.Random(seed)
     spaces_and_digits = [*"0123456789", *" \n\t\u00a0", "  ", "a", "'s", "."]
-    return ["".join(rng.choices(rng.choice([ALPHABET, spaces_and_digits]), k=rng.randint(1, 40))) for _ in range(n)]
+    return ["".join(rng.choices(rng.choice([ALPHABET, spaces_and_digits]), k=rng.randint(1, 40)))
+            for _ in range(n)]
 
 
 def train_tokenizer(folder, digits: bool, texts: list[str], lacking=(), vocab_size: int = 600) -> Tokenizer:
     """A byte-level BPE tokenizer whose merges come from `texts`, saved and read again."""
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend = tokenizers.Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level]) \
-        if digits else byte_level
+    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True),
+                                                     byte_level]) if digits else byte_level
     backend.decoder = decoders.ByteLevel()
     alphabet = [c for c in pre_tokenizers.ByteLevel.alphabet() if c not in lacking]
     assert len(alphabet) == 256 - len(lacking)
-    backend.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False))
+    backend.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet,
+                                                           show_progress=False))
     PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(folder)
     return Tokenizer(str(folder))
 
@@ -65,7 +69,8 @@ def test_tiktoken_gives_transformers_ids(llm_folder):
 
 @pytest.mark.parametrize("digits", [False, True])
 def test_tiktoken_gives_transformers_ids_where_white_space_and_digits_merge(tmp_path, digits):
-    """The tiny models' vocabularies have no token of two spaces, so a wrong split of white space would not show there."""
+    """The tiny models' vocabularies have no token of two spaces, so a wrong split of white space would not
+    show there."""
     tokenizer = train_tokenizer(tmp_path, digits, random_texts(1, 2000))
     assert {"ĠĠ", "ĊĊ"} <= tokenizer.hf.get_vocab().keys()
     assert_like_transformers(tokenizer, NASTY + random_texts(0, 3000))
@@ -87,7 +92,8 @@ def test_digits_are_split_one_by_one_only_where_the_tokenizer_says_so(gpt2, llam
 
 @pytest.mark.parametrize("digits", [False, True])
 def test_a_byte_that_the_vocabulary_lacks_is_dropped(tmp_path, digits):
-    missing = {"\x00": chr(256), "\x01": chr(257), "\x7f": chr(256 + 33)}  # as byte-level BPE writes these bytes
+    # as byte-level BPE writes these bytes
+    missing = {"\x00": chr(256), "\x01": chr(257), "\x7f": chr(256 + 33)}
     tokenizer = train_tokenizer(tmp_path, digits, ["a small boat 12 17"] * 9, missing.values(), 300)
     for character in missing:
         assert tokenizer.encode(character) == tokenizer.reference(character) == []
@@ -109,7 +115,8 @@ def test_another_kind_of_tokenizer_takes_transformers_way(word_tokenizer):
     ({"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": False},
                                             {"type": "ByteLevel", "add_prefix_space": False}]}, False),
     ({"type": "Sequence", "pretokenizers": [{"type": "Split", "pattern": {"Regex": "x+"}},
-                                            {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]}, "x+"),
+                                            {"type": "ByteLevel", "add_prefix_space": False,
+                                             "use_regex": False}]}, "x+"),
     ({"type": "ByteLevel", "add_prefix_space": False}, True)])
 def test_only_understood_pre_tokenizers_go_through_tiktoken(pre, understood):
     pattern = sources.split_pattern(pre)
@@ -175,8 +182,8 @@ def test_an_interrupted_tokenisation_is_not_taken_for_a_whole_one(corpus_dir, to
         len(tokenizer.reference(text)) for text in texts_of(corpus_dir))
 
 
-@pytest.mark.parametrize("content", [gzip.compress(b'{"text": "fine"}\n' * 500)[:-9], b"no gzip", b"\x1f\x8b" + b"x" * 40,
-                                     gzip.compress(b'{"text": "caf\xe9"}\n')])
+@pytest.mark.parametrize("content", [gzip.compress(b'{"text": "fine"}\n' * 500)[:-9], b"no gzip",
+                                     b"\x1f\x8b" + b"x" * 40, gzip.compress(b'{"text": "caf\xe9"}\n')])
 def test_a_file_that_cannot_be_read_is_named(tmp_path, content):
     (tmp_path / "part.jsonl.gz").write_bytes(content)
     with pytest.raises(UserError, match=r"part\.jsonl\.gz cannot be read as UTF-8 text"):
@@ -261,7 +268,8 @@ def test_files_of_a_seed(tiny_tasks):
 
 
 def test_data_hash_follows_the_content(tmp_path):
-    folder = write_tasks(tmp_path, {"emotion": [example("a")]}, {"ag_news": [example("b")], "emo": [example("b")]})
+    folder = write_tasks(tmp_path, {"emotion": [example("a")]},
+                         {"ag_news": [example("b")], "emo": [example("b")]})
     tasks = load_tasks(str(folder), "class_to_class")
     before = tasks.data_hash("ag_news", 100)
     assert tasks.data_hash("emo", 100) == before
@@ -274,18 +282,21 @@ def test_data_hash_follows_the_content(tmp_path):
 
 
 def test_retrieval_pool(tmp_path):
-    """The union of all seeds' training files; nothing twice, no dev or test question; the 100-shot files where there are any."""
+    """The union of all seeds' training files; nothing twice, no dev or test question; the 100-shot files
+    where there are any."""
     folder = write_tasks(tmp_path, {"emotion": [example("a")]}, {"emo": [example("a")]})
     tasks, emo = load_tasks(str(folder), "class_to_class"), folder / "emo"
     for seed, train in ((13, ["a", "b", "dev 13"]), (42, ["b", "c", "test"]), (100, ["d", "dev 42"])):
         write_lines(emo / f"emo_16_{seed}_train.jsonl", [example(text) for text in train])
         write_lines(emo / f"emo_16_{seed}_dev.jsonl", [example(f"dev {seed}")])
-        write_lines(emo / f"emo_16_{seed}_test.jsonl", [example("test", "sad")])  # asks the same with another answer
+        # asks the same with another answer
+        write_lines(emo / f"emo_16_{seed}_test.jsonl", [example("test", "sad")])
     write_lines(emo / "emo_16384_100_train.jsonl", [example("never")])
     assert sorted(e["input"] for e in tasks.retrieval_pool("emo", 13)) == ["a", "b", "c", "d", "dev 42"]
     assert sorted(e["input"] for e in tasks.retrieval_pool("emo", 42)) == ["a", "b", "c", "d", "dev 13"]
     for seed in (13, 21):
-        write_lines(emo / f"emo_100_{seed}_train.jsonl", [example(f"shot {seed}"), example("test"), example("both")])
+        write_lines(emo / f"emo_100_{seed}_train.jsonl", [example(f"shot {seed}"), example("test"),
+                                                          example("both")])
     assert [e["input"] for e in tasks.retrieval_pool("emo", 13)] == ["shot 13", "both", "shot 21"]
 
 
@@ -301,11 +312,13 @@ def test_data_hash_of_retrieval_covers_the_pool(tmp_path):
     assert len({plain for plain, _ in hashes}) == 1 and len({pool for _, pool in hashes}) == 3
 
 
-@pytest.mark.parametrize("line, message", [
-    ('{"task": "t", "input": "a"', "line 2: expected"), ('{"task": "t", "input": "a"}', "KeyError"), ("[]", "TypeError"),
-    ('{"task": "t", "input": 3, "output": "x"}', "AttributeError"),
-    ('{"task": "t", "input": "  ", "output": "x"}', "line 2: the input or the output is empty"),
-    ('{"task": "t", "input": "a", "output": ""}', "line 2: the input or the output is empty")])
+@pytest.mark.parametrize("line, message", [('{"task": "t", "input": "a"', "line 2: expected"),
+                                           ('{"task": "t", "input": "a"}', "KeyError"), ("[]", "TypeError"),
+                                           ('{"task": "t", "input": 3, "output": "x"}', "AttributeError"),
+                                           ('{"task": "t", "input": "  ", "output": "x"}',
+                                            "line 2: the input or the output is empty"),
+                                           ('{"task": "t", "input": "a", "output": ""}',
+                                            "line 2: the input or the output is empty")])
 def test_broken_example_lines(tmp_path, line, message):
     path = tmp_path / "t.jsonl"
     path.write_text(f"{json.dumps(example('a'))}\n{line}\n")
@@ -335,7 +348,8 @@ def test_scoring_needs_options_with_the_gold_answer():
 
 @pytest.fixture
 def hub(monkeypatch):
-    """datasets.load_dataset gives these rows; a row that is an exception is raised. Holds what was asked for."""
+    """datasets.load_dataset gives these rows; a row that is an exception is raised. Holds what was asked
+    for."""
     import datasets
     found = SimpleNamespace(rows={}, asked=[])
 
@@ -355,8 +369,10 @@ def test_hub_tasks_are_written_once_in_metaicl_layout(hub):
     def row(task, text, seed, part):
         return example(text, task=task) | {"seed": seed, "split": part}
     hub.rows = {"meta_train": [row("emotion", "a", "100", "train"), row("emotion", "b", "100", "train")],
-                "meta_eval": [row("emo", f"{part} {seed}", seed, part) for seed in ("13", "100") for part in ("train", "dev", "test")],
-                "meta_eval_100shot": [row("emo", f"shot {seed} {i}", seed, "train") for seed in ("13", "100") for i in range(3)]}
+                "meta_eval": [row("emo", f"{part} {seed}", seed, part) for seed in ("13", "100")
+                              for part in ("train", "dev", "test")],
+                "meta_eval_100shot": [row("emo", f"shot {seed} {i}", seed, "train") for seed in ("13", "100")
+                                      for i in range(3)]}
     whole = hub.rows["meta_eval"]
     hub.rows["meta_eval"] = [*whole[:2], KeyboardInterrupt()]
     with pytest.raises(KeyboardInterrupt):  # half of it must not be taken for all of it
@@ -366,18 +382,21 @@ def test_hub_tasks_are_written_once_in_metaicl_layout(hub):
     assert (tasks.train, tasks.test) == (["emotion"], ["emo"])
     assert tasks.pool("emotion") == [example("a", task="emotion"), example("b", task="emotion")]
     for seed in (13, 100):
-        assert tasks.files("emo", seed) == {p: [example(f"{p} {seed}", task="emo")] for p in ("train", "dev", "test")}
+        assert tasks.files("emo", seed) == {p: [example(f"{p} {seed}", task="emo")]
+                                            for p in ("train", "dev", "test")}
         shots = [example(f"shot {s} {i}", task="emo") for s in (100, 13) for i in range(3)]
         assert tasks.retrieval_pool("emo", seed) == shots
     n = len(hub.asked)
-    assert set(hub.asked) == {(sources.HUB_TASKS, split) for split in ("meta_train", "meta_eval", "meta_eval_100shot")}
+    assert set(hub.asked) == {(sources.HUB_TASKS, split) for split in ("meta_train", "meta_eval",
+                                                                       "meta_eval_100shot")}
     assert load_tasks("metaicl", "class_to_class").train == ["emotion"] and len(hub.asked) == n
 
 
 def test_c4_comes_from_the_hub_once(hub, corpus_dir, tokenizer):
     hub.rows = {"validation": [{"text": text} for text in texts_of(corpus_dir)]}
     corpus = Corpus(["c4"], tokenizer, 128, 64)
-    assert np.array_equal(corpus.tokens, Corpus([str(corpus_dir)], tokenizer, 128, 64).tokens) and corpus.name == "c4"
+    assert np.array_equal(corpus.tokens, Corpus([str(corpus_dir)], tokenizer, 128,
+                                                64).tokens) and corpus.name == "c4"
     Corpus(["c4"], tokenizer, 128, 64)
     assert hub.asked == [(sources.HUB_TEXT, "en", "validation")]
 
@@ -406,8 +425,8 @@ def test_metaicl_through_datasets_from_parquet(local_hub):
         return example(text, task=task) | {"options": list(options), "seed": seed, "split": part}
     train = [row("emotion", f"text {i}", "100", "train", ["happy", "sad"] if i % 2 else []) for i in range(6)]
     write_parquet(local_hub[0], "meta_train", train, shards=2)
-    write_parquet(local_hub[0], "meta_eval", [row("emo", f"{part} {seed}", seed, part) for seed in ("13", "100")
-                                              for part in ("train", "dev", "test")])
+    write_parquet(local_hub[0], "meta_eval", [row("emo", f"{part} {seed}", seed, part)
+                                              for seed in ("13", "100") for part in ("train", "dev", "test")])
     write_parquet(local_hub[0], "meta_eval_100shot", [row("emo", "not read", "100", "train")])
     tasks = load_tasks("metaicl", "class_to_class")
     assert sorted(e["input"] for e in tasks.pool("emotion")) == [f"text {i}" for i in range(6)]
@@ -423,10 +442,12 @@ def test_c4_through_datasets_from_its_own_layout(local_hub, corpus_dir, tokenize
     (folder / "en").mkdir(parents=True)
     for split, texts in (("train", ["not read " * 100] * 30), ("validation", texts_of(corpus_dir))):
         with gzip.open(folder / "en" / f"c4-{split}.00000-of-00001.json.gz", "wt") as file:
-            file.writelines(json.dumps({"text": text, "timestamp": "2019-04-25T12:57:54Z", "url": "http://a"}) + "\n" for text in texts)
+            file.writelines(json.dumps({"text": text, "timestamp": "2019-04-25T12:57:54Z",
+                                        "url": "http://a"}) + "\n" for text in texts)
     (folder / "README.md").write_text("---\nconfigs:\n- config_name: en\n  data_files:\n  - split: train\n    path: "
                                       "en/c4-train.*.json.gz\n  - split: validation\n    path: en/c4-validation.*.json.gz\n---\n")
-    assert np.array_equal(Corpus(["c4"], tokenizer, 128, 64).tokens, Corpus([str(corpus_dir)], tokenizer, 128, 64).tokens)
+    assert np.array_equal(Corpus(["c4"], tokenizer, 128, 64).tokens,
+                          Corpus([str(corpus_dir)], tokenizer, 128, 64).tokens)
 
 
 def test_another_revision_of_c4_is_tokenised_anew(hub, corpus_dir, tokenizer, monkeypatch):
@@ -438,8 +459,8 @@ def test_another_revision_of_c4_is_tokenised_anew(hub, corpus_dir, tokenizer, mo
 
 def test_hub_errors_name_the_offline_way(hub, local_hub, tokenizer):
     offline = "give a local folder in place of {}, or add --preset pocket after `make assets`"
-    for rows, message in (([ConnectionError("no route")], "ConnectionError: no route"), ([{"texts": "x"}], "no column text among"),
-                          ([OSError()], "OSError")):
+    for rows, message in (([ConnectionError("no route")], "ConnectionError: no route"),
+                          ([{"texts": "x"}], "no column text among"), ([OSError()], "OSError")):
         hub.rows = {"validation": rows}
         with pytest.raises(UserError, match=f"--corpus c4: .*c4, revision abc, split validation cannot be read.*{message}.*"
                                             + offline.format("c4")):
@@ -463,8 +484,9 @@ def test_a_bos_is_taken_where_the_tokenizer_adds_one(tmp_path, corpus_dir, token
     opt.mkdir()
     (opt / "vocab.json").write_text(json.dumps(backend["model"]["vocab"] | {"</s>": 500}))
     (opt / "merges.txt").write_text("\n".join(" ".join(pair) for pair in backend["model"]["merges"]))
-    (opt / "tokenizer_config.json").write_text(json.dumps({
-        "tokenizer_class": "GPT2Tokenizer", "add_bos_token": True, "bos_token": "</s>", "eos_token": "</s>", "unk_token": "</s>"}))
+    (opt / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer",
+                                                           "add_bos_token": True, "bos_token": "</s>",
+                                                           "eos_token": "</s>", "unk_token": "</s>"}))
     assert Tokenizer(str(opt)).bos_id == 500
 
 

@@ -27,7 +27,8 @@ def plain_loss(llm, distiller, demo, query):
     """Eq. (4) of one query, with lambda = 1."""
     x, (y,) = query
     teacher, student = plain.teacher_and_student(llm, demo, plain.Distiller.forward(distiller, demo), x, y)
-    return plain.finetune_loss(plain.pred_loss(student[-len(y):], y), plain.distill_loss(student, teacher), 1.0)
+    return plain.finetune_loss(plain.pred_loss(student[-len(y):], y), plain.distill_loss(student, teacher),
+                               1.0)
 
 
 def test_the_step_that_is_timed_is_eq_4(parts):

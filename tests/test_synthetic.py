@@ -1,4 +1,5 @@
-"""Made tasks: what a function gives, that options tell nothing, that nothing of the meta-test is trained on."""
+"""Made tasks: what a function gives, that options tell nothing, that nothing of the meta-test is trained
+on."""
 
 import collections
 
@@ -101,7 +102,8 @@ def test_recall_says_when_the_vocabulary_is_too_small():
 
 def test_a_training_row_of_functions_has_k_demonstrations_of_the_query_s_function(llama):
     tasks, encoder = Functions(), data.Encoder(sources.Tokenizer(str(llama)), "newline", 900)
-    rows, again = ([data.sample_row(tasks, encoder, 1, i, k=4, queries=2) for i in range(3)] for _ in range(2))
+    rows, again = ([data.sample_row(tasks, encoder, 1, i, k=4, queries=2) for i in range(3)]
+                   for _ in range(2))
     assert rows == again and rows[0] != rows[1]
     assert all(len(row["queries"]) == 2 and row["demo"] for row in rows)
 
@@ -111,7 +113,8 @@ def test_finetuning_on_recall_reads_no_file_and_builds_no_pool_before_it_draws(f
             "--batch-size", "2", "--out-dir", str(tmp_path / "run")]
     final = train_finetune.main([*flags, *argv])
     assert final["steps"] == 2 and np.isfinite(final["val_option_ce"])
-    with pytest.raises(UserError, match=r"recall has 18 different examples, and --k 2 with --queries-per-demo 17"):
+    with pytest.raises(UserError,
+                       match=r"recall has 18 different examples, and --k 2 with --queries-per-demo 17"):
         train_finetune.main([*flags, *argv, "--queries-per-demo", "17"])
     tasks = Functions()
     assert min(map(tasks.size, tasks.train)) == len(inputs("adjective")) and not tasks.pools
