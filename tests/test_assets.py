@@ -18,9 +18,6 @@ def world(tmp_path, monkeypatch):
     return make_world(tmp_path, monkeypatch)
 
 
-# Atomic, once, and only the pinned file
-
-
 def test_half_written_folder_is_redone_and_a_complete_one_is_kept(world):
     argv, folder = world
     half = folder / "assets" / "sotu.tmp"
@@ -97,7 +94,7 @@ def test_committed_pins():
         **{f"{GEMMA}{part}": "1.0.0" for part in ("", "-part1", "-part2", "-part3", "-part4")}}
 
 
-# a second language model, in parts and under terms of its own
+# A second language model, in parts and under terms of its own
 
 
 @pytest.fixture
@@ -147,9 +144,6 @@ def test_gemma_is_made_only_when_it_is_asked_for(world, joined):
     argv, folder = world
     assert set(assets.main(argv)) == {"llm", "corpus", "tasks"}
     assert not (folder / "assets" / "gemma-3-270m").exists()
-
-
-# the tokenizer
 
 
 def test_digits_are_split_also_after_a_save(tmp_path):

@@ -20,9 +20,6 @@ from sources import Tokenizer
 CPU = torch.device("cpu")
 
 
-# The score
-
-
 def copying(n: int, bos: int, shift: int) -> torch.Tensor:
     """Attention (1, T, T) of a head that looks at `shift` back from each token of the second copy, else at
     itself."""
@@ -60,9 +57,6 @@ def test_score_against_a_plain_loop(bos):
                                                for i in range(n)]))
 
 
-# The weights of a model
-
-
 def test_weights_are_those_of_transformers(llm, llm_folder):
     ids = torch.randint(llm.config.vocab_size, (1, 20), generator=torch.Generator().manual_seed(0))
     before = llm.config._attn_implementation
@@ -92,8 +86,8 @@ def test_bos_stands_first(llama_llm):
 
 def test_an_induction_circuit_built_by_hand():
     """Two layers of attention on one-hot vectors [token | previous token | position]: the first layer's head
-    looks one
-    position back and writes the token there into the second slot; the second's looks for its own token in that slot."""
+    looks one position back and writes the token there into the second slot; the second's looks for its own
+    token in that slot."""
     n = 12
     width = 4 * n
     llm = GPT2LMHeadModel(GPT2Config(vocab_size=n, n_embd=width, n_layer=2, n_head=1, n_positions=2 * n,
@@ -120,9 +114,6 @@ def test_an_induction_circuit_built_by_hand():
     assert induces == pytest.approx((n - 0.5) / n, abs=1e-4) and looks_back == pytest.approx(0, abs=1e-4)
 
 
-# Pooling
-
-
 @pytest.mark.parametrize("n", [1, 7, 19, 20, 21, 32, 40, 847])
 def test_max_pool(n):
     weights = np.random.default_rng(n).random((4, n))
@@ -138,9 +129,6 @@ def test_max_pool(n):
     assert all(len(c) == 1 for c in columns) and columns == sorted(columns)
     sizes = Counter(c for c, in columns).values()
     assert len(sizes) == min(n, 20) and max(sizes) - min(sizes) <= 1
-
-
-# The command
 
 
 @pytest.mark.parametrize("bos_id", [None, 3])

@@ -5,20 +5,12 @@ import json
 import pytest
 import torch
 from conftest import make_distiller
-from sizes import LAYERS, LAYERS_S, T_D, T_X, TINY, WIDTH, WIDTH_S, L, V, attention, flops_by_hand, matrices
+from sizes import LAYERS, LAYERS_S, T_D, T_X, WIDTH, WIDTH_S, L, V, attention, flops_by_hand, matrices
 
 import bench
 import plain
 from common import UserError
 from paper import figures, measure, speed
-
-# The seven methods
-
-
-@pytest.fixture
-def tiny(monkeypatch):
-    for name, config in TINY.items():
-        monkeypatch.setitem(measure.CONFIGS, name, config)
 
 
 @pytest.mark.parametrize("all_logits", [True, False])
@@ -68,7 +60,8 @@ def test_what_is_stored_and_the_memory_beside_it(tiny):
     logits = 4 * V * (T_D + T_X)
     assert llm_bytes + logits < rows["icl"]["peak_bytes"] < llm_bytes + 4 * logits
     # what is stored, and the copy of it that reading a query makes
-    assert rows["icl_cached"]["peak_bytes"] - rows["mend_kv"]["peak_bytes"] == pytest.approx(2 * kv * (T_D - L), rel=0.2)
+    more = rows["icl_cached"]["peak_bytes"] - rows["mend_kv"]["peak_bytes"]
+    assert more == pytest.approx(2 * kv * (T_D - L), rel=0.2)
     assert rows["mend"]["peak_bytes"] > llm_bytes + distiller_bytes > rows["mend_vectors"]["peak_bytes"]
 
 
@@ -156,7 +149,8 @@ def test_fig3_and_its_pictures(tiny, tmp_path, monkeypatch, capsys):
     assert len(saved["settings"]) == 2 and len(saved["scaling"]) == 1 and len(saved["measured"]) == 2
     rows = next(s["rows"] for s in saved["settings"] if (s["llm"], s["demo_tokens"]) == ("gpt2-xl", 50))
     assert rows == bench.counted("gpt2-xl", 50, 9, 5, True)
-    assert saved["icl_over_mend_flops"]["gpt2-xl"][1] == rows["icl"]["query_flops"] / rows["mend"]["query_flops"]
+    ratio = rows["icl"]["query_flops"] / rows["mend"]["query_flops"]
+    assert saved["icl_over_mend_flops"]["gpt2-xl"][1] == ratio
     (scaling,) = saved["scaling"]
     # 900 + 200: too long
     assert scaling["demo_tokens"]["x"] == [2, 8, 1024 - 9] and scaling["distill_len"]["x"] == [5]
@@ -189,12 +183,14 @@ def test_suite_states_every_ratio(flags, tiny, tmp_path, monkeypatch, capsys):
             "training_share_of_matmul_rate"} <= saved["ratios"].keys() == final["ratios"].keys()
     assert saved["commit"] and saved["machine"] and saved["command"].startswith("python bench.py --suite")
     rows = saved["details"]["methods_gpt2-xl"]
-    assert saved["ratios"]["flops_icl_over_mend_gpt2_xl"] == rows["icl"]["query_flops"] / rows["mend"]["query_flops"]
+    ratio = rows["icl"]["query_flops"] / rows["mend"]["query_flops"]
+    assert saved["ratios"]["flops_icl_over_mend_gpt2_xl"] == ratio
     details = saved["details"]
     assert saved["ratios"]["scoring_cached_over_plain"] == min(details["scoring"][m]["ratio"]
                                                                for m in ("icl", "mend"))
     assert details["training_gpt2_large_bf16"]["sets"] == 1 and details["training_smollm2_fp32"]["sets"] == 2
-    assert "| loss memory plain over chunked | 3.00 | 4.00, missed | 1 against 3 MB" in capsys.readouterr().out
+    row = "| loss memory plain over chunked | 3.00 | 4.00, missed | 1 against 3 MB"
+    assert row in capsys.readouterr().out
 
 
 def test_flag_faults(flags, tiny):

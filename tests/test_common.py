@@ -93,7 +93,8 @@ def test_eight_bit_weights_need_cuda_and_two_packages(monkeypatch):
         evaluate.main(flags)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(common.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="needs the package bitsandbytes: pip install bitsandbytes.*the package accelerate"):
+    with pytest.raises(UserError, match="needs the package bitsandbytes: pip install bitsandbytes.*"
+                                        "the package accelerate"):
         evaluate.main(flags)
 
 

@@ -141,7 +141,8 @@ def test_limit_is_fixed_per_task_and_every_query_fits(llm_folder, tasks_dir):
     tasks = load_tasks(str(tasks_dir), "class_to_class")
     for task in tasks.train:
         limit = tasks.limit(task, enc.limit)
-        assert limit == enc.limit(tasks.pool(task)) == enc.limit(tasks.pool(task)[::-1]) == tasks.limit(task, enc.limit)
+        pool = tasks.pool(task)
+        assert limit == enc.limit(pool) == enc.limit(pool[::-1]) == tasks.limit(task, enc.limit)
         for seed in range(20):
             row = sample_row(tasks, enc, seed, 0, 16, 4)
             assert len(row["demo"]) + enc.distill_len <= 200
@@ -339,7 +340,8 @@ def test_pieces_of_text_have_the_tokens_of_the_whole(tmp_path, corpus_dir, kind)
 
 
 def test_newlines_that_a_tokenizer_drops_are_an_error_and_others_are_kept(tmp_path, corpus_dir, tokenizer):
-    with pytest.raises(UserError, match="--template newline, but the tokenizer of .*t5 drops newlines.*--template space"):
+    message = "--template newline, but the tokenizer of .*t5 drops newlines.*--template space"
+    with pytest.raises(UserError, match=message):
         Encoder(sentencepiece(tmp_path, corpus_dir, "t5"), "newline", 900)
     llama2 = sentencepiece(tmp_path, corpus_dir, "llama2")
     for kept in (llama2, tokenizer):

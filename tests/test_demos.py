@@ -27,8 +27,6 @@ from paper.demos import (
 )
 from sources import Tokenizer
 
-# Perturbation
-
 
 def random_examples(rng: random.Random, task: str = "t", shared: bool | None = None) -> list[dict]:
     """Examples with shared options (classification) or their own (multiple choice), some of them listed
@@ -97,9 +95,6 @@ def test_labels_mean_something_only_with_two_different_options():
     assert not has_labels([example("a", "a")])
 
 
-# BM25
-
-
 def lucene_bm25(pool: list[str], query: str) -> list[float]:
     """sum over query words of ln(1 + (N - df + 0.5) / (df + 0.5)) tf / (tf + k1 (1 - b + b len / mean
     len))."""
@@ -145,9 +140,6 @@ def test_equal_scores_stay_in_pool_order_and_texts_without_words_are_no_error():
         [1, 3, 0, 2], [0, 1, 2, 3], [0, 1, 2, 3], [0, 1, 2, 3]]
     assert bm25_neighbours(["", "?!", "boat"], ["boat"], 2).tolist() == [[2, 0]]
     assert bm25_neighbours(["5 + 7", "a"], ["boat", "5"], 2).tolist() == [[0, 1], [0, 1]]
-
-
-# Dense
 
 
 def test_dense_neighbours_against_brute_force():
@@ -208,9 +200,6 @@ def test_an_encoder_that_cannot_be_had(llama, tmp_path):
     with pytest.raises(UserError,
                        match="--dense-model .* cannot be loaded .*leave the flag out to use the LLM itself"):
         SentenceEncoder(str(tmp_path), llm, tokenizer)
-
-
-# Either
 
 
 def test_retrieve_gives_each_query_its_nearest_examples_by_input():

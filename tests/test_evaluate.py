@@ -171,7 +171,8 @@ def test_another_checkpoint_is_not_taken_from_the_results_file(scored, tmp_path,
 
 def test_default_results_file_is_named_after_the_split(argv):
     final = evaluate.main([*argv, "--methods", "zero_shot", *ONE, "--out", ""])
-    assert Path(final["out"]) == common.OUT / "eval-class_to_class.jsonl" and len(read_lines(Path(final["out"]))) == 1
+    out = Path(final["out"])
+    assert out == common.OUT / "eval-class_to_class.jsonl" and len(read_lines(out)) == 1
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -361,8 +362,8 @@ def test_a_cut_example_keeps_its_perturbed_label(scored, tokenizer, tiny_tasks, 
         clean = tiny_tasks.files("emo", seed)["train"][:4]
         spoiled = perturb(clean, "wrong_label", seed)
         shortest = min(range(4), key=lambda i: len(encoder.demonstration(spoiled[i], True)))  # noqa: B023
-        wrong = spoiled[shortest]["output"]
-        assert wrong != clean[shortest]["output"] and ids[-len(encoder.answer(wrong)):] == encoder.answer(wrong)[:4]
+        wrong = encoder.answer(spoiled[shortest]["output"])
+        assert wrong != encoder.answer(clean[shortest]["output"]) and ids[-len(wrong):] == wrong[:4]
 
 
 def test_tasks_without_options_are_left_out_where_labels_are_changed(argv, own_tasks, tmp_path, capsys):
@@ -427,9 +428,6 @@ def test_records_carry_what_a_checkpoint_was_trained_on(scored, tmp_path, llama_
     run = write_run(tmp_path / "run", llama_llm, **stages)
     records = scored("--checkpoint", str(run), "--methods", "icl", "mend", "majority", *ONE)
     assert {r["method"]: r["trained_on"] for r in records} == {"icl": None, "majority": None, "mend": stages}
-
-
-# Errors
 
 
 @pytest.mark.parametrize("change, message", [

@@ -1,8 +1,7 @@
-"""Every model family through the same code: prefix, packing, padding and cache change nothing, training
-works, MEND learns.
+"""Every model family through the same code: prefix, packing, padding, cache change nothing, training works.
 
-The oracle is the model's own forward over `input_ids`, one unpadded sequence at a time, and plain.py for vectors.
-Sliding windows are shorter than the sequences.
+The oracle is the model's own forward over `input_ids`, one unpadded sequence at a time, and plain.py for
+vectors. Sliding windows are shorter than the sequences.
 """
 
 import copy
@@ -12,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import demos, load, plain_losses, plain_scores
+from conftest import demos, load, losses, plain_losses, plain_scores, ways, where
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
@@ -37,7 +36,7 @@ from data import collate
 from loading import build_distiller, distiller_config, first_layers, load_distiller, load_llm, max_positions
 from model import demo_prefix, head_logits, loss_mask, query_states, vector_prefix
 from run import make_optimizer, save_checkpoint
-from score import distill_loss, finetune_loss, pred_loss, score_options
+from score import finetune_loss, score_options
 
 CPU, VOCAB, WINDOW = torch.device("cpu"), 320, 5
 
@@ -132,19 +131,6 @@ def own_logits(llm, prefix: list[int], x: list[int], y: list[int]):
     return llm(input_ids=torch.tensor([prefix + x + y])).logits[0, len(prefix + x) - 1:-1]
 
 
-def where(batch, b, s, o):
-    return batch["query_mask"][b] & (batch["segment"][b] == s) & (batch["branch"][b] == o)
-
-
-def ways(rows):
-    for b, row in enumerate(rows):
-        for s, (x, options) in enumerate(row["queries"]):
-            for o, option in enumerate(options, 1):
-                yield b, s, o, x, option
-
-
-# ------------------------------------------------------------------------------------------------------------
-# ---------
 # Parity
 
 
@@ -244,20 +230,7 @@ def test_positions_that_a_model_can_take(llm, family):
                                          "flan-t5": None}.get(family, 512)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# ---------
 # Training
-
-
-def losses(llm, distiller, rows):
-    """(pred, distill), the way a training step makes them."""
-    batch = collate(rows)
-    with torch.no_grad():
-        teacher = query_states(llm, demo_prefix(llm, *demos(batch)), batch)
-    student = query_states(llm, vector_prefix(llm, distiller(*demos(batch))), batch)
-    mask, answers = loss_mask(llm, batch), batch["query_mask"] & (batch["branch"] > 0)
-    return pred_loss(llm, student[answers], batch["query_ids"][answers]), distill_loss(llm, student[mask],
-                                                                                       teacher[mask])
 
 
 def backward(llm, distiller):
@@ -370,8 +343,6 @@ def test_grad_checkpoint_gives_the_same_gradient_from_less_memory(llm, checkpoin
     assert little < 0.7 * much
 
 
-# ------------------------------------------------------------------------------------------------------------
-# ---------
 # Loading
 
 

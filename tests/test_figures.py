@@ -7,6 +7,7 @@ import shlex
 import numpy as np
 import pytest
 import torch
+from conftest import write_lines
 from PIL import Image
 
 from common import UserError
@@ -37,11 +38,6 @@ MEAN, STD = 40.0, 10 * np.sqrt(2)
 
 def shifted(by: float) -> dict:
     return {key: value + by / 100 for key, value in HAND.items()}
-
-
-def write(path, records) -> str:
-    path.write_text("".join(json.dumps(r) + "\n" for r in records))
-    return str(path)
 
 
 def drawn_lines(ax) -> dict:
@@ -108,15 +104,15 @@ def fig4_records() -> list[dict]:
     over_k = [r for m, shift in (("icl", 0), ("hypertuning", 5), ("mend", 10))
               for i, k in enumerate((1, 2, 16)) for r in grid(shifted(shift + i), method=m, k=k)]
     over_l = [r for m, shift in (("prompt_tuning", 0), ("hypertuning", 2), ("mend", 4))
-              for i, l in enumerate((1, 4, 20, 40)) for r in grid(shifted(shift + i), method=m,
-                                                                  distill_len=l)]
+              for i, length in enumerate((1, 4, 20, 40))
+              for r in grid(shifted(shift + i), method=m, distill_len=length)]
     elsewhere = grid(shifted(20), split="qa_to_qa") + grid(shifted(20), retrieval="bm25") + \
         grid(shifted(20), perturbation="no_label")
     return over_k + over_l + elsewhere
 
 
 def test_fig4_draws_the_means_and_deviations(tmp_path):
-    path = write(tmp_path / "fig4.jsonl", fig4_records())
+    path = write_lines(tmp_path / "fig4.jsonl", fig4_records())
     fig, data = draw("fig4", "--results", path)
     over_k, over_l = map(drawn_lines, fig.axes)
     assert set(over_k) == {"MEND", "Vanilla ICL", "HyperTuning"} and set(over_l) == {"MEND", "HyperTuning",
@@ -133,7 +129,8 @@ def test_fig4_draws_the_means_and_deviations(tmp_path):
         np.testing.assert_allclose(y, MEAN + np.array(shifts))
         np.testing.assert_allclose(half, [STD] * len(xs))
     text = fig.texts[0].get_text().replace("\n", " ")
-    assert "2 tasks × 2 seeds, 40 queries a point" in text and "runs/fig4.sh" in text and "python -m paper.figures fig4" in text
+    for part in ("2 tasks × 2 seeds, 40 queries a point", "runs/fig4.sh", "python -m paper.figures fig4"):
+        assert part in text
     assert "($l$ = 8)" in fig.axes[0].get_xlabel() and "($K$ = 16)" in fig.axes[1].get_xlabel()
     out = main(["fig4", "--results", path, "--out", str(tmp_path / "out")])
     check_files(out, tmp_path / "out", "fig4")
@@ -159,7 +156,7 @@ def ablation_records() -> list[dict]:
 
 
 def test_fig6_and_fig7_choose_their_checkpoints(tmp_path):
-    path = write(tmp_path / "ablations.jsonl", ablation_records())
+    path = write_lines(tmp_path / "ablations.jsonl", ablation_records())
     expected = {"fig6": [([0.1, 0.5, 0.8, 0.9], 0), ([0.1, 1, 10], 10)], "fig7": [([0.01, 0.1, 1, 10], 20)]}
     for name, panels in expected.items():
         fig, _ = draw(name, "--results", path)
@@ -227,9 +224,11 @@ def test_what_was_not_measured_names_its_script(tmp_path, name):
 
 
 @pytest.mark.parametrize(("argv", "message"), [
-    (["fig3", "--results", "F"], "it lacks settings, scaling.*bench.py"), (["fig8", "--results", "F"], "it lacks scores, heads.*paper.attention"),
+    (["fig3", "--results", "F"], "it lacks settings, scaling.*bench.py"),
+    (["fig8", "--results", "F"], "it lacks scores, heads.*paper.attention"),
     (["fig4", "--results", "F"], "the results lack checkpoint, .*lines that evaluate.py wrote"),
-    (["fig8", "--results", "F", "F"], "fig8 takes one file"), (["method", "--out", "F/x"], "stands under a file")])
+    (["fig8", "--results", "F", "F"], "fig8 takes one file"),
+    (["method", "--out", "F/x"], "stands under a file")])
 def test_files_of_another_kind_are_named(tmp_path, argv, message):
     (tmp_path / "F").write_text('{"task": "emo"}')
     argv = [str(tmp_path / a) if a[0] == "F" else a for a in argv]
@@ -242,7 +241,7 @@ def test_files_of_another_kind_are_named(tmp_path, argv, message):
 
 def write_run(folder, trained_on: dict, lines: list[dict]) -> str:
     folder.mkdir()
-    write(folder / "metrics.jsonl", lines)
+    write_lines(folder / "metrics.jsonl", lines)
     save_checkpoint(folder / "last.safetensors", torch.nn.Linear(1, 1),
                     {"trained_on": trained_on, "flags": {"steps": 160, "eval_docs": 64}, "commit": "abc"})
     return str(folder)

@@ -1,9 +1,9 @@
-"""The method works, not only its shapes: in each kind of LLM both scripts train MEND until it beats zero-shot
-clearly.
+"""The method works, not only its shapes: both scripts train MEND until it beats zero-shot clearly.
 
-The task can only be solved from the demonstrations: three signs have three possible labels each, and a task picks one
-for each sign. A tiny LLM is first taught, here in the test, to read that off demonstrations of all 27 tasks: it stands
-for a pretrained one. It is then frozen, and MEND, which never sees four of the tasks, is trained by the two scripts.
+The task can only be solved from the demonstrations: three signs have three possible labels each, and a task
+picks one for each sign. A tiny LLM is first taught, here in the test, to read that off demonstrations of all
+27 tasks: it stands for a pretrained one. It is then frozen, and MEND, which never sees four of the tasks, is
+trained by the two scripts.
 """
 
 import itertools

@@ -89,9 +89,6 @@ def test_layer_counts_that_cannot_be_are_user_errors(llm, spec, message):
         make_distiller(llm, spec)
 
 
-# Loading
-
-
 def test_load_llm_freezes_it_in_the_dtype_asked_for(llm_folder):
     llm = load_llm(str(llm_folder), CPU, torch.bfloat16)
     assert llm.dtype == torch.bfloat16 and not llm.training and not any(p.requires_grad
@@ -211,8 +208,9 @@ def test_a_sibling_of_another_tokenizer_is_a_user_error_that_names_the_tokens(ll
     vocab["river?"] = vocab.pop("Ġriver")
     vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
     (sibling / "tokenizer.json").write_text(json.dumps(spec | {"model": spec["model"] | {"merges": []}}))
-    with pytest.raises(UserError, match=rf"4 tokens differ, such as 'a' \({vocab['b']} in the LLM's, {vocab['a']} in the "
-                                        rf"distiller's\), 'b' .*'river\?' \(not there in the LLM's, {vocab['river?']} in"):
+    with pytest.raises(UserError, match=(
+            rf"4 tokens differ, such as 'a' \({vocab['b']} in the LLM's, {vocab['a']} in the distiller's\), "
+            rf"'b' .*'river\?' \(not there in the LLM's, {vocab['river?']} in")):
         make_distiller(llm, str(sibling))
     for file in ("tokenizer.json", "tokenizer_config.json"):
         (sibling / file).unlink()

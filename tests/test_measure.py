@@ -11,8 +11,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from paper import measure
 
-# What measures
-
 
 def test_flops_are_those_of_torchs_counter():
     """On a path that torch's own counter sees whole: attention as two products."""

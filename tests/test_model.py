@@ -11,9 +11,12 @@ from conftest import (
     close,
     demos,
     ids_maker,
+    losses,
     make_distiller,
     scoring_rows,
     training_rows,
+    ways,
+    where,
 )
 from conftest import plain_losses as losses_of_prefixes
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2Model
@@ -22,21 +25,9 @@ import plain
 from data import collate
 from loading import build_distiller, embedding_rms
 from model import Distiller, attention_mask, demo_prefix, head_logits, query_states, vector_prefix, with_bos
-from score import distill_loss, finetune_loss, pred_loss, score_options
+from score import finetune_loss, score_options
 
 BOS = 7
-
-
-def losses(llm, distiller, rows, bos_id=None):
-    """(pred, distill) of rows, the way a training step does it."""
-    batch = collate(rows)
-    with torch.no_grad():
-        teacher = query_states(llm, demo_prefix(llm, *demos(batch), bos_id), batch)
-    vectors = distiller(*demos(batch))
-    student = query_states(llm, vector_prefix(llm, vectors, bos_id), batch)
-    mask, answers = batch["query_mask"], batch["query_mask"] & (batch["branch"] > 0)
-    return (pred_loss(llm, student[answers], batch["query_ids"][answers]),
-            distill_loss(llm, student[mask], teacher[mask]))
 
 
 def plain_losses(llm, distiller, rows, bos_id=None):
@@ -68,19 +59,6 @@ def test_head_logits_feel_the_cap():
 # The packed, cached, padded way against the plain one
 
 
-def sequences(rows):
-    """(row, segment, option number or 0, x, option) for every way through every query."""
-    for b, row in enumerate(rows):
-        for s, (x, options) in enumerate(row["queries"]):
-            for o, option in enumerate(options, 1):
-                yield b, s, o, x, option
-
-
-def where(batch, b, s, o):
-    """Columns of query s's own tokens (o = 0) or of its option o, in row b."""
-    return batch["query_mask"][b] & (batch["segment"][b] == s) & (batch["branch"][b] == o)
-
-
 @pytest.mark.parametrize("kind", ["demonstrations", "vectors"])
 @pytest.mark.parametrize("bos_id", [None, BOS])
 def test_query_states_equal_plain_states_and_logits(llm, kind, bos_id):
@@ -97,9 +75,10 @@ def test_query_states_equal_plain_states_and_logits(llm, kind, bos_id):
             plain_prefixes = [torch.cat([bos, plain.embed(llm, row["demo"])]) for row in rows]
         states = query_states(llm, prefix, batch)
         checked = torch.zeros_like(batch["query_mask"])
-        for b, s, o, x, option in sequences(rows):
+        for b, s, o, x, option in ways(rows):
             at_x, at_option = where(batch, b, s, 0), where(batch, b, s, o)
-            assert batch["query_ids"][b][at_x].tolist() + batch["query_ids"][b][at_option].tolist() == x + option
+            ids = batch["query_ids"][b]
+            assert ids[at_x].tolist() + ids[at_option].tolist() == x + option
             found = torch.cat([states[b][at_x], states[b][at_option]])
             plain_prefix = plain_prefixes[b]
             embeds = torch.cat([plain_prefix, plain.embed(llm, x + option)])
@@ -141,7 +120,7 @@ def test_queries_and_options_do_not_see_each_other(llm):
         moved = (scores(changed(b, s, o)) - before).nan_to_num().abs() > 1e-5
         expected = torch.zeros_like(moved)
         expected[b, s, (o - 1) if o else slice(len(rows[b]["queries"][s][1]))] = True
-        assert torch.equal(moved, expected), f"changing row {b}, query {s}, option {o} moved {moved.nonzero().tolist()}"
+        assert torch.equal(moved, expected), f"changing {b}, {s}, {o} moved {moved.nonzero().tolist()}"
 
 
 def test_attention_mask_worked_by_hand():
@@ -196,9 +175,6 @@ def test_eager_attention_gives_the_same_as_sdpa(llm, llm_folder):
         close(eager_vectors, vectors)
         for prefix in (lambda m: vector_prefix(m, vectors), lambda m: demo_prefix(m, *demos(batch))):
             close(*(query_states(m, prefix(m), batch)[batch["query_mask"]] for m in (eager, llm)))
-
-
-# BOS
 
 
 def test_bos_stands_before_the_first_real_token(llm):
@@ -318,9 +294,6 @@ def test_projection_stands_only_between_different_widths(width):
         assert extra == 16 * 32 + 32
         weight, bias = (distiller.state_dict()[f"project.0.{name}"] for name in ("weight", "bias"))
         close(vectors[1], torch.tanh(states @ weight.T + bias))
-
-
-# Free vectors (PromptTuning)
 
 
 def test_free_vectors_start_like_placeholders_and_ignore_the_demonstrations(llm):

@@ -14,9 +14,6 @@ def test_running_mean_by_hand():
     np.testing.assert_allclose(pictures.running_mean([1, 2, 6], 1), [1, 2, 6])
 
 
-# The method figure and the command line
-
-
 def test_method_figure(tmp_path):
     out = main(["method", "--out", str(tmp_path)])
     check_files(out, tmp_path, "method")

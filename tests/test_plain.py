@@ -44,7 +44,6 @@ def close(found, expected):
     torch.testing.assert_close(found, torch.as_tensor(expected, dtype=found.dtype), atol=1e-5, rtol=1e-5)
 
 
-# ------------------------------------------------------------------------------------------------------------
 # Losses, by hand
 
 
@@ -62,7 +61,6 @@ def test_pred_and_finetune_loss_by_hand():
     assert plain.finetune_loss(torch.tensor(2.0), torch.tensor(3.0), 0.1).item() == pytest.approx(2.3)
 
 
-# ------------------------------------------------------------------------------------------------------------
 # Reading, against the LLM's own forward over ids
 
 
@@ -97,7 +95,6 @@ def test_score_options_is_the_mean_log_likelihood(name, request):
     close(plain.score_options(llm, plain.embed(llm, D), X, options), torch.stack(expected))
 
 
-# ------------------------------------------------------------------------------------------------------------
 # The distiller
 
 
@@ -137,7 +134,6 @@ def test_the_gradient_flows_through_the_llm_to_the_distiller_alone(llm):
     assert all(grad is not None and grad.abs().max() > 0 for grad in used.values())
 
 
-# ------------------------------------------------------------------------------------------------------------
 # The toy world and the run
 
 
@@ -186,7 +182,6 @@ def test_mend_passes_on_what_unseen_demonstrations_say(same_threads):
     assert figures["swapped"] < 0.35 and figures["zero_shot"] < 0.35, figures  # chance is 0.25
 
 
-# ------------------------------------------------------------------------------------------------------------
 # The page
 
 

@@ -13,12 +13,6 @@ from loading import checkpoint_layers
 from paper import measure, plan, speed
 
 
-@pytest.fixture
-def tiny(monkeypatch):
-    for name, config in TINY.items():
-        monkeypatch.setitem(measure.CONFIGS, name, config)
-
-
 def plan_args():
     return argparse.Namespace(distill_len=L, demo_tokens=T_D, query_tokens=T_X)
 
@@ -59,8 +53,7 @@ def test_plan_by_hand(tiny):
 @pytest.mark.parametrize("name", measure.T5_PAIRS)
 def test_plan_of_t5_by_hand(tiny, name):
     """As above, but the student's backward pass reaches the encoder through the decoder's keys and values,
-    and logits
-    are those of the 4 answer tokens: once for the teacher, and forward and backward for each of two losses."""
+    and logits are those of the 4 answer tokens: once for the teacher, and both ways for each of two losses."""
     found = plan.plan_one(name, plan_args(), 2, False)
     c, small = (AutoConfig.for_model(**TINY[n]) for n in (name, measure.T5_PAIRS[name]))
     y, inner = 4, c.num_heads * c.d_kv

@@ -107,7 +107,8 @@ def test_table7(scripts):
 @pytest.mark.slow
 def test_fig4(scripts):
     folder = scripts("fig4.sh")
-    assert {(r["method"], r["k"]) for r in results(folder, "fig4a")} == {(m, k) for m in ("icl", "hypertuning", "mend") for k in (1, 4)}
+    assert {(r["method"], r["k"]) for r in results(folder, "fig4a")} == {
+        (m, k) for m in ("icl", "hypertuning", "mend") for k in (1, 4)}
     assert {(r["method"], r["distill_len"]) for r in results(folder, "fig4b")} == {
         (m, length) for m in ("prompt_tuning", "hypertuning", "mend") for length in (1, 4)}
     assert (folder / "results" / "figures" / "fig4.png").stat().st_size > 5000

@@ -246,7 +246,8 @@ def test_majority_by_hand():
     assert majority(shots("c", "a", "a", "c"), queries) == ["c", "c"]  # equally frequent: the one seen first
     # multiple choice: the labels are no option of the query; position 1 was right twice, position 0 once
     demos = [*shots("q", options="pq"), *shots("s", options="rs"), *shots("t", options="tu")]
-    assert majority(demos, shots("a", options="abc")) == ["b"] and majority(demos[2:], shots("a", options="abc")) == ["a"]
+    three = shots("a", options="abc")
+    assert majority(demos, three) == ["b"] and majority(demos[2:], three) == ["a"]
     far = shots("z", options="wxyz")  # position 3 of a query with two options: its last
     assert majority(far, shots("a", options="ab")) == ["b"]
     # the most frequent label, where the query has it

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow
 import pytest
 import tokenizers
-from conftest import example, sentencepiece, texts_of, write_lines, write_tasks
+from conftest import example, read_lines, sentencepiece, texts_of, write_lines, write_tasks
 from pyarrow import parquet
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -237,7 +237,8 @@ def test_load_tasks_errors(tmp_path, tasks_dir):
     with pytest.raises(UserError, match="does not exist; give metaicl, bigbench, or a folder"):
         load_tasks(str(tmp_path / "nothing"), "class_to_class")
     (tmp_path / "my_task").mkdir()
-    with pytest.raises(UserError, match="has 0 of .* meta-train and 0 of .* meta-test tasks of class_to_class; expected"):
+    message = "has 0 of .* meta-train and 0 of .* meta-test tasks of class_to_class; expected"
+    with pytest.raises(UserError, match=message):
         load_tasks(str(tmp_path), "class_to_class")
     with pytest.raises(UserError, match="of qa_to_qa"):
         load_tasks(str(tasks_dir), "qa_to_qa")
@@ -262,7 +263,7 @@ def test_files_of_a_seed(tiny_tasks):
     files = tiny_tasks.files("ag_news", 13)
     assert {part: len(examples) for part, examples in files.items()} == {"train": 16, "dev": 16, "test": 24}
     path = tiny_tasks.folder / "ag_news" / "ag_news_16_13_test.jsonl"
-    assert files["test"] == [json.loads(line) for line in path.read_text().splitlines()]
+    assert files["test"] == read_lines(path)
     with pytest.raises(UserError, match="no files of seed 7; MetaICL's seeds are 13, 21, 42, 87, 100"):
         tiny_tasks.files("ag_news", 7)
 
@@ -444,8 +445,9 @@ def test_c4_through_datasets_from_its_own_layout(local_hub, corpus_dir, tokenize
         with gzip.open(folder / "en" / f"c4-{split}.00000-of-00001.json.gz", "wt") as file:
             file.writelines(json.dumps({"text": text, "timestamp": "2019-04-25T12:57:54Z",
                                         "url": "http://a"}) + "\n" for text in texts)
-    (folder / "README.md").write_text("---\nconfigs:\n- config_name: en\n  data_files:\n  - split: train\n    path: "
-                                      "en/c4-train.*.json.gz\n  - split: validation\n    path: en/c4-validation.*.json.gz\n---\n")
+    (folder / "README.md").write_text(
+        "---\nconfigs:\n- config_name: en\n  data_files:\n  - split: train\n    path: en/c4-train.*.json.gz\n"
+        "  - split: validation\n    path: en/c4-validation.*.json.gz\n---\n")
     assert np.array_equal(Corpus(["c4"], tokenizer, 128, 64).tokens,
                           Corpus([str(corpus_dir)], tokenizer, 128, 64).tokens)
 
@@ -462,15 +464,15 @@ def test_hub_errors_name_the_offline_way(hub, local_hub, tokenizer):
     for rows, message in (([ConnectionError("no route")], "ConnectionError: no route"),
                           ([{"texts": "x"}], "no column text among"), ([OSError()], "OSError")):
         hub.rows = {"validation": rows}
-        with pytest.raises(UserError, match=f"--corpus c4: .*c4, revision abc, split validation cannot be read.*{message}.*"
-                                            + offline.format("c4")):
+        with pytest.raises(UserError, match="--corpus c4: .*c4, revision abc, split validation cannot be "
+                                            f"read.*{message}.*" + offline.format("c4")):
             Corpus(["c4"], tokenizer, 128, 64)
         assert not list(common.CACHE.glob("corpus-*/ends.npy"))
 
 
 def test_a_data_set_that_is_not_there_names_the_offline_way(local_hub):
-    with pytest.raises(UserError, match="--tasks metaicl: .*EvalMetaICLAll, revision main, split meta_train cannot be read.*"
-                                        "give a local folder in place of metaicl"):
+    with pytest.raises(UserError, match="--tasks metaicl: .*EvalMetaICLAll, revision main, split meta_train "
+                                        "cannot be read.*give a local folder in place of metaicl"):
         load_tasks("metaicl", "class_to_class")
     assert not [path for path in common.CACHE.glob("metaicl*") if path.suffix != ".tmp"]
 

@@ -13,8 +13,6 @@ from data import collate
 from loading import build_distiller, make_encoder
 from paper import measure, speed
 
-# Training and scoring
-
 
 @pytest.fixture
 def parts(llama_llm, tokenizer, tiny_tasks):

@@ -259,7 +259,8 @@ def test_table_2_whole():
             seeds = [np.mean([100 * r["headline"] for r in lines if (r["method"], r["split"], r["seed"])
                               == (m, split, s)]) for s in (13, 42)]
             means[m, split] = np.mean(seeds)
-            assert text.strip("*<u>/").startswith(f"{np.mean(seeds):.2f}") and text.endswith(f" ±{np.std(seeds, ddof=1):.2f}")
+            assert text.strip("*<u>/").startswith(f"{np.mean(seeds):.2f}")
+            assert text.endswith(f" ±{np.std(seeds, ddof=1):.2f}")
         assert found[2].strip("*<u>/") == f"{(means[m, 'class_to_class'] + means[m, 'qa_to_qa']) / 2:.2f}"
     text = "\n".join(table)
     assert "- tiny, class_to_class, icl, mend: 2 of 20 tasks, 20 queries, 2 seeds" in text
