@@ -140,7 +140,7 @@ def test_here_measures_memory_in_children(flags, tiny):
 def test_fig3_and_its_pictures(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench, "CONTEXTS", {"class_to_class": 30, "qa_to_qa": 50})
     monkeypatch.setattr(bench, "SCALING", {"demo_tokens": (2, 8), "distill_len": (5, 200)})
-    monkeypatch.delitem(measure.PAIRS, "opt-6.7b"), monkeypatch.delitem(measure.PAIRS, "gpt2-large")
+    monkeypatch.setattr(bench, "PAIRS", {"gpt2-xl": "gpt2"})
     flags = ["--preset", "paper", "--device", "cpu", "--dtype", "fp32", "--distill-len", "5",
              "--query-tokens", "9"]
     final = bench.main(["--fig3", *flags, "--repeats", "1", "--out", str(tmp_path / "fig3.json")])

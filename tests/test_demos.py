@@ -116,8 +116,8 @@ POOL = ["river boat river", "cold river", "boat music bread war", "music", "cold
 
 def test_bm25_by_hand():
     # mean length 15 / 6 = 2.5. river: df 2, idf ln(1 + 4.5 / 2.5) = 1.0296
-    # river boat river: 2 / (2 + 1.5 (0.25 + 0.75 * 3 / 2.5)) = 0.5370; cold river: 1 / (1 + 1.5 (0.25 + 0.75
-    # * 2 / 2.5)) = 0.4396
+    # river boat river: 2 / (2 + 1.5 (0.25 + 0.75 * 3 / 2.5)) = 0.5370
+    # cold river: 1 / (1 + 1.5 (0.25 + 0.75 * 2 / 2.5)) = 0.4396
     assert lucene_bm25(POOL, "river")[:3] == pytest.approx([0.5529, 0.4526, 0.0], abs=1e-4)
     assert bm25_neighbours(POOL, ["river", "music"], 3).tolist() == [[0, 1, 2], [3, 2, 0]]
     # case, punctuation, function words

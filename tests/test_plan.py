@@ -34,9 +34,8 @@ def test_plan_by_hand(tiny):
     head = 2 * width * V * (3 * T_X + 2 * 4)
     assert found[False]["flops"] == pytest.approx(2 * (teacher + student + distil + head), rel=0.05)
     # checkpointing: all but a layer's last product again (4 of its 12 d^2), attention in one piece with 4.5
-    # in place of 3.5,
-    # and the gradient of the first layer's queries, keys and values at x, whose embeddings need none by
-    # themselves
+    # in place of 3.5, and the gradient of the first layer's queries, keys and values at x, whose embeddings
+    # need none by themselves
     both = L + T_X
     again = matrices(width, layers, both) * 8 / 12 + 3 * 2 * width * width * T_X
     again += 4.5 * attention(width, layers, both, both)
@@ -53,7 +52,7 @@ def test_plan_by_hand(tiny):
 @pytest.mark.parametrize("name", measure.T5_PAIRS)
 def test_plan_of_t5_by_hand(tiny, name):
     """As above, but the student's backward pass reaches the encoder through the decoder's keys and values,
-    and logits are those of the 4 answer tokens: once for the teacher, and both ways for each of two losses."""
+    and logits are those of the 4 answer tokens: once for the teacher, both ways for each of two losses."""
     found = plan.plan_one(name, plan_args(), 2, False)
     c, small = (AutoConfig.for_model(**TINY[n]) for n in (name, measure.T5_PAIRS[name]))
     y, inner = 4, c.num_heads * c.d_kv
