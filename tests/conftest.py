@@ -64,8 +64,8 @@ def example(text: str, output: str = "happy", options=("happy", "sad"), task: st
 
 def write_tasks(folder: Path, train: dict[str, list[dict]], test: dict[str, list[dict]]) -> Path:
     """Tasks in MetaICL's layout: pools of meta-training tasks, and files of seed 100 of meta-test tasks."""
-    for tasks, stems in ((train, ["16384_100_train"]), (test, [f"16_100_{p}"
-                                                               for p in ("train", "dev", "test")])):
+    of_test = [f"16_100_{part}" for part in ("train", "dev", "test")]
+    for tasks, stems in ((train, ["16384_100_train"]), (test, of_test)):
         for task, examples in tasks.items():
             (folder / task).mkdir(parents=True, exist_ok=True)
             for stem in stems:
@@ -319,8 +319,7 @@ def log_softmaxes(llm, context: torch.Tensor, x: list[int]) -> torch.Tensor:
     """What an LLM without cache or packing says about x behind embedded `context`, (len(x) or len(x) - 1,
     V)."""
     inputs = torch.cat([context, llm.get_input_embeddings()(torch.tensor([x]))], dim=1)
-    logits = llm(inputs_embeds=inputs, attention_mask=torch.ones(inputs.shape[:2],
-                                                                 dtype=torch.long)).logits[0]
+    logits = llm(inputs_embeds=inputs, attention_mask=torch.ones_like(inputs[:, :, 0])).logits[0]
     return logits[max(context.shape[1] - 1, 0):-1].log_softmax(dim=1)
 
 

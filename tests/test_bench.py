@@ -49,11 +49,9 @@ def test_what_is_stored_and_the_memory_beside_it(tiny):
     """16 bit: two bytes a number; keys and values: 2 x layers x tokens x width."""
     rows = bench.counted("gpt2-large", T_D, T_X, L, True)
     kv = 2 * LAYERS * WIDTH * 2
-    assert {n: r["stored_bytes"] for n, r in rows.items()} == {"zero_shot": 0, "icl": 4 * T_D,
-                                                               "icl_cached": kv * T_D, "prompt_tuning": L
-                                                               * WIDTH * 2, "mend": 4 * T_D,
-                                                               "mend_vectors": L * WIDTH * 2,
-                                                               "mend_kv": kv * L}
+    assert {n: r["stored_bytes"] for n, r in rows.items()} == {
+        "zero_shot": 0, "icl": 4 * T_D, "icl_cached": kv * T_D, "mend": 4 * T_D, "prompt_tuning": L * WIDTH * 2,
+        "mend_vectors": L * WIDTH * 2, "mend_kv": kv * L}
     llm_bytes = 2 * (12 * WIDTH ** 2 * LAYERS + 13 * WIDTH * LAYERS + 2 * WIDTH + (V + 1024) * WIDTH)
     distiller_bytes = 4 * (12 * WIDTH_S ** 2 * LAYERS_S + 13 * WIDTH_S * LAYERS_S + 2 * WIDTH_S + (V + 1024)
                            * WIDTH_S + L * WIDTH_S + (WIDTH_S + 1) * WIDTH)
@@ -84,8 +82,8 @@ def test_all_ways_of_reading_give_the_plain_logits(llm):
                         for every in (True, False))
         prefixes = {"icl": plain.embed(llm, demo[0].tolist()),
                     "mend": plain.Distiller.forward(distiller, demo[0].tolist()),
-                    "zero_shot": plain.embed(llm, []), "prompt_tuning": plain.embed(llm,
-                                                                                    [demo[0, 0].item()] * L)}
+                    "zero_shot": plain.embed(llm, []),
+                    "prompt_tuning": plain.embed(llm, [demo[0, 0].item()] * L)}
         # the last of the logits are the prediction after the query: the token there does not matter
         plain_logits = {name: plain.read(llm, prefix, query[0].tolist(), [0])
                         for name, prefix in prefixes.items()}
@@ -162,8 +160,8 @@ def test_fig3_and_its_pictures(tiny, tmp_path, monkeypatch, capsys):
         drawn = figures.main([name, "--results", str(tmp_path / "fig3.json"), "--out", str(tmp_path)])
         assert drawn["files"] == [str(tmp_path / f"{name}{kind}") for kind in (".png", ".svg")]
     assert drawn["drawn"]["gpt2-xl"]["demo_tokens"] == at
-    assert (tmp_path / "fig3.png").read_bytes()[:4] == b"\x89PNG" and "<svg" in (tmp_path
-                                                                                 / "scaling.svg").read_text()
+    assert (tmp_path / "fig3.png").read_bytes()[:4] == b"\x89PNG"
+    assert "<svg" in (tmp_path / "scaling.svg").read_text()
 
 
 def test_suite_states_every_ratio(flags, tiny, tmp_path, monkeypatch, capsys):
@@ -173,8 +171,8 @@ def test_suite_states_every_ratio(flags, tiny, tmp_path, monkeypatch, capsys):
     scoring = speed.scoring_speed
     monkeypatch.setattr(speed, "scoring_speed", lambda *a, **k: scoring(*a, **k, n=12, n_plain=2, options=3))
     monkeypatch.setattr(speed, "SQUARE", 64)
-    monkeypatch.setattr(speed, "thread_settings", lambda *_: [{"threads": 1, "GOMP_SPINCOUNT": "100",
-                                                               "seconds": 1.0}])
+    monkeypatch.setattr(speed, "thread_settings", lambda *_: [
+        {"threads": 1, "GOMP_SPINCOUNT": "100", "seconds": 1.0}])
     final = bench.main(["--suite", *flags, "--k", "4", "--repeats", "1", "--out",
                         str(tmp_path / "bench.json")])
     saved = json.loads((tmp_path / "bench.json").read_text())
@@ -186,8 +184,8 @@ def test_suite_states_every_ratio(flags, tiny, tmp_path, monkeypatch, capsys):
     ratio = rows["icl"]["query_flops"] / rows["mend"]["query_flops"]
     assert saved["ratios"]["flops_icl_over_mend_gpt2_xl"] == ratio
     details = saved["details"]
-    assert saved["ratios"]["scoring_cached_over_plain"] == min(details["scoring"][m]["ratio"]
-                                                               for m in ("icl", "mend"))
+    assert saved["ratios"]["scoring_cached_over_plain"] == min(
+        details["scoring"][m]["ratio"] for m in ("icl", "mend"))
     assert details["training_gpt2_large_bf16"]["sets"] == 1 and details["training_smollm2_fp32"]["sets"] == 2
     row = "| loss memory plain over chunked | 3.00 | 4.00, missed | 1 against 3 MB"
     assert row in capsys.readouterr().out

@@ -105,8 +105,8 @@ def lucene_bm25(pool: list[str], query: str) -> list[float]:
         score = 0.0
         for word in query.split():
             df, tf = sum(word in other for other in documents), d.count(word)
-            score += math.log(1 + (n - df + 0.5) / (df + 0.5)) * tf / (tf + 1.5
-                                                                       * (0.25 + 0.75 * len(d) / mean))
+            idf, long = math.log(1 + (n - df + 0.5) / (df + 0.5)), 0.25 + 0.75 * len(d) / mean
+            score += idf * tf / (tf + 1.5 * long)
         scores.append(score)
     return scores
 
@@ -147,8 +147,7 @@ def test_dense_neighbours_against_brute_force():
     vectors = {f"{kind}{i}": v / np.linalg.norm(v) for kind in "pq"
                for i, v in enumerate(rng.normal(size=(25, 6)))}
     pool, queries = [f"p{i}" for i in range(25)], [f"q{i}" for i in range(5)]
-    found = dense_neighbours(pool, queries, 7, lambda texts: torch.tensor(np.stack([vectors[t]
-                                                                                    for t in texts])))
+    found = dense_neighbours(pool, queries, 7, lambda ts: torch.tensor(np.stack([vectors[t] for t in ts])))
     for query, row in zip(queries, found, strict=True):
         by_hand = sorted(range(25), key=lambda i: -float(vectors[query] @ vectors[f"p{i}"]))
         assert row.tolist() == by_hand[:7]

@@ -155,10 +155,9 @@ def test_a_query_with_options_does_not_depend_on_one_without(argv, demos, tmp_pa
 
 
 def test_text_of_any_kind_is_read(tmp_path):
-    (tmp_path / "d.jsonl").write_bytes("\ufeff".encode() + json.dumps({"input": "a\u2028b", "output": "é"},
-                                                                      ensure_ascii=False).encode())
-    assert [(e["input"], e["output"]) for e in distill.read_lines(str(tmp_path / "d.jsonl"),
-                                                                  ())] == [("a\u2028b", "é")]
+    (tmp_path / "d.jsonl").write_text('\ufeff{"input": "a\u2028b", "output": "é"}', encoding="utf-8")
+    found, = distill.read_lines(str(tmp_path / "d.jsonl"), ())
+    assert (found["input"], found["output"]) == ("a\u2028b", "é")
     (tmp_path / "d.jsonl").write_bytes("é".encode("latin-1"))
     with pytest.raises(common.UserError, match="cannot be read as UTF-8"):
         distill.read_lines(str(tmp_path / "d.jsonl"), ())

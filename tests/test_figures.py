@@ -115,8 +115,8 @@ def test_fig4_draws_the_means_and_deviations(tmp_path):
     path = write_lines(tmp_path / "fig4.jsonl", fig4_records())
     fig, data = draw("fig4", "--results", path)
     over_k, over_l = map(drawn_lines, fig.axes)
-    assert set(over_k) == {"MEND", "Vanilla ICL", "HyperTuning"} and set(over_l) == {"MEND", "HyperTuning",
-                                                                                     "PromptTuning"}
+    assert set(over_k) == {"MEND", "Vanilla ICL", "HyperTuning"}
+    assert set(over_l) == {"MEND", "HyperTuning", "PromptTuning"}
     # the points at l = 8 in (b) are those at K = 16 in (a)
     expected = [(over_k, "Vanilla ICL", [1, 2, 16], [0, 1, 2]),
                 (over_k, "HyperTuning", [1, 2, 16], [5, 6, 7]), (over_k, "MEND", [1, 2, 16], [10, 11, 12]),
@@ -150,8 +150,8 @@ def ablation_records() -> list[dict]:
     for i, lam in enumerate((0.01, 0.1, 1, 10)):
         records += grid(shifted(20 + i), trained_on=trained("kl", lam=lam, pred_weight=1.0))
     others = [trained("clm"), trained("clm", lam=1, pred_weight=1.0), trained("kl", lam=1, pred_weight=0.0),
-              trained("kl", lam=0, pred_weight=1.0), {"finetune": {"tasks": "metaicl", "lam": 1,
-                                                                   "pred_weight": 1.0}}, None]
+              trained("kl", lam=0, pred_weight=1.0), None,
+              {"finetune": {"tasks": "metaicl", "lam": 1, "pred_weight": 1.0}}]
     return records + [r for other in others for r in grid(shifted(40), trained_on=other)]
 
 

@@ -91,8 +91,8 @@ def test_layer_counts_that_cannot_be_are_user_errors(llm, spec, message):
 
 def test_load_llm_freezes_it_in_the_dtype_asked_for(llm_folder):
     llm = load_llm(str(llm_folder), CPU, torch.bfloat16)
-    assert llm.dtype == torch.bfloat16 and not llm.training and not any(p.requires_grad
-                                                                        for p in llm.parameters())
+    assert llm.dtype == torch.bfloat16 and not llm.training
+    assert not any(p.requires_grad for p in llm.parameters())
     assert max_positions(llm.config) == (640 if llm.config.model_type == "gpt2" else 2048)
 
 
@@ -253,7 +253,7 @@ WITHOUT = "holds .* was trained without L_distill; evaluate it with --methods hy
     ("mend", "layers:2", {"finetune": UNSEEN | {"lam": 0.0}}, WITHOUT),
     ("hypertuning", "layers:2", {"pretrain": CLM, "finetune": UNSEEN | {"lam": 0.0}}, None),
     ("hypertuning", "layers:2", {"finetune": UNSEEN | {"lam": 0.0}}, None),
-                                                                ("mend", "layers:2", {"pretrain": KL}, None),
+    ("mend", "layers:2", {"pretrain": KL}, None),
     ("mend", "layers:2", {"pretrain": CLM, "finetune": UNSEEN | {"lam": 1.0}}, None),  # Table 4's row CLM
     ("mend", "layers:2", {"pretrain": KL, "finetune": UNSEEN | {"lam": 0.0}}, None),   # and w/o L_distill
     ("mend", "layers:2", {"finetune": UNSEEN}, None), ("mend", "layers:2", {"pretrain": {"corpus": "c4"}},

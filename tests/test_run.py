@@ -26,8 +26,7 @@ from run import load_checkpoint, lr_at, save_checkpoint
 def test_lr_at_by_hand():
     # 10 steps, warm-up of 0.4 * 10 = 4 steps, then 6 steps down to zero
     by_hand = [0.25, 0.5, 0.75, 1, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6, 0]
-    assert [lr_at(step, 10, 0.4, 2.0) for step in range(11)] == pytest.approx([2 * share
-                                                                               for share in by_hand])
+    assert [lr_at(step, 10, 0.4, 2.0) / 2 for step in range(11)] == pytest.approx(by_hand)
 
 
 @pytest.mark.parametrize("steps, warmup", [(1, 0.0), (1, 1.0), (7, 0.0), (7, 1.0), (40, 0.05), (1000, 0.1)])
@@ -51,8 +50,7 @@ def test_checkpoint_holds_weights_moments_and_state(tmp_path):
     optimizer.step()
     save_checkpoint(tmp_path / "run" / "last.safetensors", module, {"step": 3, "note": "é"}, optimizer)
     tensors, state = load_checkpoint(tmp_path / "run")
-    assert state == {"step": 3, "note": "é"} == run.load_checkpoint(tmp_path / "run" / "last.safetensors",
-                                                                    weights=False)[1]
+    assert state == {"step": 3, "note": "é"} == state_of(tmp_path / "run")
     expected = {f"distiller.{n}": t for n, t in module.state_dict().items()}
     expected |= {f"optimizer.{n}.{key}": optimizer.state[p][key] for n, p in module.named_parameters()
                  for key in ("step", "exp_avg", "exp_avg_sq")}
@@ -168,8 +166,8 @@ def test_an_evaluation_cut_off_before_its_checkpoint_is_logged_once(pretraining,
 
 
 @pytest.mark.parametrize("script, more, values, best_step", [
-    (train_pretrain, [], [4.0, 3.0, 1.0, 2.0, 1.0], 2), (train_pretrain, ["--objective", "clm"],
-                                                         [9.0, 5, 2, 1.5, 3], 3),
+    (train_pretrain, [], [4.0, 3.0, 1.0, 2.0, 1.0], 2),
+    (train_pretrain, ["--objective", "clm"], [9.0, 5.0, 2.0, 1.5, 3.0], 3),
     (train_pretrain, ["--objective", "clm+kl", "--gamma", "0.5"], [9.0, 5.0, 2.0, 1.5, 3.0], 3),
     (train_finetune, [], [5.0, 3.0, 1.0, 2.0, 4.0], 2), (train_finetune, [], [1.0, 3.0, 2.0, 2.0, 2.0], 0)],
     indirect=["script"])
@@ -180,8 +178,8 @@ def test_best_is_the_checkpoint_with_the_lowest_option_ce(script, argv, tmp_path
     stub_dev(monkeypatch, script, values, seen)
     train(script, argv, tmp_path / "run", "--eval-every", "1", *more)
     best, state = load_checkpoint(tmp_path / "run")
-    assert (state["step"], state["best"], state["figures"]["val_option_ce"]) == (best_step,
-                                                                                 *[min(values)] * 2)
+    assert (state["step"], state["best"]) == (best_step, min(values))
+    assert state["figures"]["val_option_ce"] == min(values)
     assert all(torch.equal(best[f"distiller.{name}"], t) for name, t in seen[best_step].items())
     assert not all(torch.equal(best[f"distiller.{name}"], t) for name, t in seen[best_step + 1].items())
     assert state_of(tmp_path / "run")["bad_evaluations"] == 4 - best_step

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import read_lines
 
 from run import load_checkpoint
 
@@ -39,19 +40,26 @@ def scripts(llama, tasks_dir, corpus_dir, tmp_path_factory):
 
 
 def results(folder: Path, name: str) -> list[dict]:
-    return [json.loads(line) for line in (folder / "results"
-                                          / f"{name}-pocket.jsonl").read_text().splitlines()]
+    return read_lines(folder / "results" / f"{name}.jsonl")
 
 
 def columns(folder: Path, number: str) -> list[str]:
-    return (folder / "results"
-            / f"table{number}-pocket.md").read_text().splitlines()[0].strip("| ").split(" | ")
+    table = folder / "results" / f"table{number}-pocket.md"
+    return table.read_text().splitlines()[0].strip("| ").split(" | ")
+
+
+WAYS = ("zero_shot", "majority", "icl", "icl_budget", "prompt_tuning", "hypertuning", "mend")
+
+
+def assert_all_of_table_2(records: list[dict]) -> None:
+    assert {(r["method"], r["task"], r["seed"]) for r in records} == {
+        (method, task, seed) for method in WAYS for task in ("ag_news", "emo") for seed in (100, 13)}
 
 
 @pytest.mark.slow
 def test_table1(scripts):
     folder = scripts("table1.sh")
-    record, = results(folder, "table1")
+    record, = results(folder, "table1-pocket")
     assert (record["train"]["tasks"], record["test"]["tasks"]) == (5, 2)
     assert "5 of 43" in (folder / "results" / "table1-pocket.md").read_text()
 
@@ -59,16 +67,13 @@ def test_table1(scripts):
 @pytest.mark.slow
 def test_table2_and_again(scripts):
     folder = scripts("table2.sh")
-    records = results(folder, "table2")
-    assert {(r["method"], r["task"], r["seed"]) for r in records} == {
-        (m, t, s) for m in ("zero_shot", "majority", "icl", "icl_budget", "prompt_tuning", "hypertuning",
-                            "mend")
-        for t in ("ag_news", "emo") for s in (100, 13)}
+    records = results(folder, "table2-pocket")
+    assert_all_of_table_2(records)
     assert columns(folder, "2") == ["LLM", "row", "class_to_class"]
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
     assert len(before) == 10  # two pretrained, three finetuned: last and best
     scripts("table2.sh")
-    assert results(folder, "table2") == records
+    assert results(folder, "table2-pocket") == records
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")} == before
 
 
@@ -77,7 +82,7 @@ def test_table3(scripts):
     folder = scripts("table3.sh")
     assert columns(folder, "3")[2:] == ["none", "bm25", "dense", "no_label", "no_input", "random_label",
                                         "wrong_label"]
-    assert len(results(folder, "table3")) == 3 * 7 * 2 * 2
+    assert len(results(folder, "table3-pocket")) == 3 * 7 * 2 * 2
 
 
 @pytest.mark.slow
@@ -87,16 +92,16 @@ def test_ablations(scripts):
                                               / "table4-pocket.md").read_text().splitlines()
             if line.startswith("| tiny-llama")]
     assert rows == ["icl", "mend", "no_pretraining", "clm", "clm+kl", "without_pred", "without_distill"]
-    assert {r["trained_on"]["pretrain"]["beta"] for r in results(folder, "fig6a")} == {0.5, 0.8}
-    assert {r["trained_on"]["pretrain"]["gamma"] for r in results(folder, "fig6b")} == {0.1, 1}
-    assert {r["trained_on"]["finetune"]["lam"] for r in results(folder, "fig7")} == {0.1, 1}
+    assert {r["trained_on"]["pretrain"]["beta"] for r in results(folder, "fig6a-pocket")} == {0.5, 0.8}
+    assert {r["trained_on"]["pretrain"]["gamma"] for r in results(folder, "fig6b-pocket")} == {0.1, 1}
+    assert {r["trained_on"]["finetune"]["lam"] for r in results(folder, "fig7-pocket")} == {0.1, 1}
     for name in ("fig6", "fig7"):
         assert (folder / "results" / "figures" / f"{name}.png").stat().st_size > 5000
 
 
 @pytest.mark.slow
 def test_table6(scripts):
-    assert len(results(scripts("table6.sh"), "table6")) == 4 * 2 * 2
+    assert len(results(scripts("table6.sh"), "table6-pocket")) == 4 * 2 * 2
 
 
 @pytest.mark.slow
@@ -107,9 +112,9 @@ def test_table7(scripts):
 @pytest.mark.slow
 def test_fig4(scripts):
     folder = scripts("fig4.sh")
-    assert {(r["method"], r["k"]) for r in results(folder, "fig4a")} == {
+    assert {(r["method"], r["k"]) for r in results(folder, "fig4a-pocket")} == {
         (m, k) for m in ("icl", "hypertuning", "mend") for k in (1, 4)}
-    assert {(r["method"], r["distill_len"]) for r in results(folder, "fig4b")} == {
+    assert {(r["method"], r["distill_len"]) for r in results(folder, "fig4b-pocket")} == {
         (m, length) for m in ("prompt_tuning", "hypertuning", "mend") for length in (1, 4)}
     assert (folder / "results" / "figures" / "fig4.png").stat().st_size > 5000
 
@@ -125,7 +130,7 @@ def test_fig5(scripts):
 @pytest.mark.slow
 def test_lr(scripts):
     folder = scripts("lr.sh", RATES="1e-3 1e-2")
-    records = results(folder, "lr")
+    records = results(folder, "lr-pocket")
     assert [(r["method"], r["lr"]) for r in records] == [
         (m, lr) for lr in (1e-3, 1e-2) for m in ("mend", "hypertuning", "prompt_tuning")]
     for r in records:
@@ -138,10 +143,5 @@ def test_gpu(scripts, tmp_path):
     with pytest.raises(AssertionError, match="give a whole number"):
         scripts("gpu.sh", RUNS=str(tmp_path), MINUTES="0.5")
     folder = scripts("gpu.sh", RUNS=str(tmp_path))
-    records = [json.loads(line) for line in (folder / "results"
-                                             / "table2-gpu.jsonl").read_text().splitlines()]
-    assert {(r["method"], r["task"], r["seed"]) for r in records} == {
-        (m, t, s) for m in ("zero_shot", "majority", "icl", "icl_budget", "prompt_tuning", "hypertuning",
-                            "mend")
-        for t in ("ag_news", "emo") for s in (100, 13)}
+    assert_all_of_table_2(results(folder, "table2-gpu"))
     assert "mend" in (folder / "results" / "table2-gpu.md").read_text()

@@ -163,8 +163,8 @@ def test_sum_in_chunks_equals_one_sum_in_value_and_gradient(chunk):
 def test_finetune_and_pretrain_loss_weigh_their_terms():
     pred, distill = torch.tensor(3.0, requires_grad=True), torch.tensor(5.0, requires_grad=True)
     assert finetune_loss(pred, distill, 0.1).item() == pytest.approx(3.5)
-    assert finetune_loss(pred, distill, 0.5, 0.0).item() == 2.5 and finetune_loss(pred, distill,
-                                                                                  0.0).item() == 3.0
+    assert finetune_loss(pred, distill, 0.5, 0.0).item() == 2.5
+    assert finetune_loss(pred, distill, 0.0).item() == 3.0
     loss = pretrain_loss(pred, distill, 0.1)  # L_CLM + gamma L_distill, App. B
     loss.backward()
     assert (loss.item(), pred.grad.item(), distill.grad.item()) == pytest.approx((3.5, 1.0, 0.1))
@@ -336,12 +336,12 @@ def test_dev_figures_against_one_query_at_a_time(setting, tiny_tasks):
         for task in tiny_tasks.test:
             files = tiny_tasks.files(task, 13)
             demo = torch.tensor([encoder.demonstrations(files["train"][:3], 900)])
+            embedded = llm.get_input_embeddings()(demo)
             vectors = distiller(demo, torch.ones_like(demo, dtype=torch.bool))
             chosen, ce = [], []
             for query in files["dev"]:
                 x, (y,) = encoder.training_query(query)
-                student, teacher = (log_softmaxes(llm, c, x + y) for c in (vectors,
-                                                                           llm.get_input_embeddings()(demo)))
+                student, teacher = (log_softmaxes(llm, context, x + y) for context in (vectors, embedded))
                 kl += (teacher.exp() * (teacher - student)).sum(dim=1).tolist()
                 clm += [-student[i, token].item() for i, token in enumerate(x + y)]
                 pred += [-student[len(x) + i, token].item() for i, token in enumerate(y)]

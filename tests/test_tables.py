@@ -8,6 +8,7 @@ import statistics
 import numpy as np
 import pytest
 import scipy.stats
+from conftest import write_lines
 
 import common
 import evaluate
@@ -29,9 +30,8 @@ def record(**changes) -> dict:
 
 
 def mend(pretrain: dict | None, finetune: dict | None, **changes) -> dict:
-    stages = {"pretrain": pretrain, "finetune": finetune}
-    return record(method="mend", checkpoint="run@1", trained_on={k: v for k, v in stages.items()
-                                                                 if v}) | changes
+    stages = {k: v for k, v in (("pretrain", pretrain), ("finetune", finetune)) if v}
+    return record(method="mend", checkpoint="run@1", trained_on=stages) | changes
 
 
 KL, FULL = {"objective": "kl"}, {"lam": 1.0, "pred_weight": 1.0}
@@ -333,8 +333,7 @@ def test_a_line_cut_short_is_left_out_and_the_file_is_not_touched(tmp_path):
 
 def test_table_flag_prints_the_table(tmp_path, capsys):
     path = tmp_path / "results.jsonl"
-    path.write_text("".join(json.dumps(record(method=m, headline=h)) + "\n"
-                            for m, h in (("icl", 0.25), ("majority", 0.5))))
+    write_lines(path, [record(method=m, headline=h) for m, h in (("icl", 0.25), ("majority", 0.5))])
     final = evaluate.main(["--table", "2", str(path)])
     *table, last = capsys.readouterr().out.splitlines()
     assert table[0].startswith("| LLM | row |")  # and no word about presets
@@ -357,8 +356,7 @@ def test_table_flag_lets_no_unknown_flag_pass(capsys):
 
 
 def test_methods_of_the_paper_are_known():
-    assert {m for rows in PAPER["2"].values() for m in rows} | {m for rows in PAPER["6"].values()
-                                                                for m in rows} <= set(METHODS)
+    assert {m for number in "26" for rows in PAPER[number].values() for m in rows} <= set(METHODS)
 
 
 @pytest.mark.parametrize("file", sorted((common.ROOT / "results").glob("table*.jsonl")),

@@ -217,8 +217,15 @@ def test_held_out_kl_and_its_references_against_one_window_at_a_time(pretraining
             for name, context in contexts.items():
                 student = log_softmaxes(llama_llm, context, x)[-(len(x) - 1):]
                 kl[name] += F.kl_div(student, teacher, reduction="none", log_target=True).sum(dim=1).tolist()
-    assert {name: final[name] for name in kl} == pytest.approx({name: np.mean(v) for name, v in kl.items()},
-                                                               rel=1e-4)
+    kl = {name: np.mean(values) for name, values in kl.items()}
+    assert {name: final[name] for name in kl} == pytest.approx(kl, rel=1e-4)
+
+
+def rows_collated(script, monkeypatch) -> list[dict]:
+    """The rows that `script` makes batches of from now on."""
+    read, collate = [], data.collate
+    monkeypatch.setattr(script, "collate", lambda rows, device: (read.extend(rows), collate(rows, device))[1])
+    return read
 
 
 def test_every_window_is_read_once(pretraining, quick_dev, tmp_path, monkeypatch):
@@ -226,9 +233,7 @@ def test_every_window_is_read_once(pretraining, quick_dev, tmp_path, monkeypatch
     monkeypatch.setattr(Corpus, "training_rows", lambda corpus, seed, first, count, beta: (
         asked.append((seed, first, count)),
         [row | {"sample": first + i} for i, row in enumerate(rows(corpus, seed, first, count, beta))])[1])
-    read, collate = [], data.collate
-    monkeypatch.setattr(train_pretrain, "collate", lambda rows, device: (read.extend(rows),
-                                                                         collate(rows, device))[1])
+    read = rows_collated(train_pretrain, monkeypatch)
     train(train_pretrain, pretraining, tmp_path / "run", "--steps", "66", "--eval-every", "66", "--eval-docs",
           "1", "--batch-size", "1", "--window", "32")
     assert asked == [(100, 0, 128), (100, 128, 128)]  # 64 steps at a time, sorted by length together
@@ -317,9 +322,7 @@ def test_every_step_draws_new_samples(finetuning, quick_dev, tmp_path, monkeypat
     drawn, sample = [], data.sample_row
     monkeypatch.setattr(train_finetune, "sample_row", lambda tasks, encoder, seed, number, k, queries: (
         drawn.append((seed, number, k, queries)), sample(tasks, encoder, seed, number, k, queries))[1])
-    read, collate = [], data.collate
-    monkeypatch.setattr(train_finetune, "collate", lambda rows, device: (read.extend(rows),
-                                                                         collate(rows, device))[1])
+    read = rows_collated(train_finetune, monkeypatch)
     train(train_finetune, finetuning, tmp_path / "run")
     assert drawn == [(100, number, 4, 2) for number in range(256)]  # of 64 steps, sorted by length together
     assert len({id(row) for row in read}) == len(read) == 16
