@@ -44,7 +44,6 @@ def pytest_configure(config):
 
 # Text, tasks and tokenizers
 
-
 def write_lines(path: Path, records: list[dict]) -> str:
     path.write_text("".join(json.dumps(r) + "\n" for r in records))
     return str(path)
@@ -147,7 +146,6 @@ def word_tokenizer(tmp_path):
 
 
 # Models
-
 
 def write_llm(folder: Path, family: str) -> Path:
     """A tiny random LLM with its tokenizer. Weights are large enough for attention to matter."""
@@ -305,7 +303,6 @@ def tiny(monkeypatch):
 
 # Rows of tokens, and what plain.py makes of them
 
-
 def close(found, expected, tolerance: float = 1e-4):
     torch.testing.assert_close(found, torch.as_tensor(expected, dtype=found.dtype), atol=tolerance,
                                rtol=tolerance)
@@ -396,7 +393,6 @@ def plain_scores(llm, rows: list[dict], prefixes: list[torch.Tensor]) -> list[li
 
 
 # Training
-
 
 @pytest.fixture
 def small(flags) -> list[str]:

@@ -96,7 +96,6 @@ def test_committed_pins():
 
 # A second language model, in parts and under terms of its own
 
-
 @pytest.fixture
 def joined(monkeypatch):
     """Converting stops at the joined file, as there is no made-up model; its hash is the expected one."""

@@ -50,8 +50,8 @@ def test_what_is_stored_and_the_memory_beside_it(tiny):
     rows = bench.counted("gpt2-large", T_D, T_X, L, True)
     kv = 2 * LAYERS * WIDTH * 2
     assert {n: r["stored_bytes"] for n, r in rows.items()} == {
-        "zero_shot": 0, "icl": 4 * T_D, "icl_cached": kv * T_D, "mend": 4 * T_D, "prompt_tuning": L * WIDTH * 2,
-        "mend_vectors": L * WIDTH * 2, "mend_kv": kv * L}
+        "zero_shot": 0, "icl": 4 * T_D, "icl_cached": kv * T_D, "mend": 4 * T_D, "mend_kv": kv * L,
+        "prompt_tuning": L * WIDTH * 2, "mend_vectors": L * WIDTH * 2}
     llm_bytes = 2 * (12 * WIDTH ** 2 * LAYERS + 13 * WIDTH * LAYERS + 2 * WIDTH + (V + 1024) * WIDTH)
     distiller_bytes = 4 * (12 * WIDTH_S ** 2 * LAYERS_S + 13 * WIDTH_S * LAYERS_S + 2 * WIDTH_S + (V + 1024)
                            * WIDTH_S + L * WIDTH_S + (WIDTH_S + 1) * WIDTH)
@@ -115,7 +115,6 @@ def test_crossing():
 
 
 # The command line
-
 
 def last_line(capsys) -> dict:
     return json.loads(capsys.readouterr().out.splitlines()[-1])

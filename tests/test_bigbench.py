@@ -30,7 +30,6 @@ def made(tmp_path_factory):
 
 # BIG-bench to MetaICL's layout
 
-
 def test_layout_and_last_line(made):
     folder, result, printed = made
     assert json.loads(printed.splitlines()[-1]) == result
@@ -124,7 +123,6 @@ def test_a_subtask_can_be_a_task_of_its_own(world):
 
 
 # BIG-bench's functions
-
 
 def test_each_function_is_a_meta_test_task(made):
     folder, result, _ = made

@@ -20,7 +20,6 @@ SCRIPTS = [data, evaluate, train_pretrain, train_finetune]
 
 # Flags and presets
 
-
 def parsed(script, argv):
     presets = getattr(script, "PRESETS", {"paper": {}, "pocket": {}})
     return common.parse(script.get_parser(), argv, presets)
@@ -110,7 +109,6 @@ def test_did_you_mean():
 
 
 # User errors at the command line
-
 
 def test_run_main_turns_a_user_error_into_one_paragraph_and_code_2(capsys):
     def main():

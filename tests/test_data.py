@@ -151,7 +151,6 @@ def test_limit_is_fixed_per_task_and_every_query_fits(llm_folder, tasks_dir):
 
 # Batches
 
-
 def random_rows(rng: random.Random) -> list[dict]:
     def ids(low: int, high: int) -> list[int]:
         return [rng.randint(1, 400) for _ in range(rng.randint(low, high))]
@@ -351,7 +350,6 @@ def test_newlines_that_a_tokenizer_drops_are_an_error_and_others_are_kept(tmp_pa
 
 
 # Looking at the data
-
 
 def test_table_1_against_a_direct_count(llama, tasks_dir, capsys):
     figures = data.main(["--preset", "pocket", "--llm", str(llama), "--tasks", str(tasks_dir), "--split",

@@ -214,7 +214,6 @@ def test_the_summary_has_accuracy_recovered_gain_and_a_star_for_a_single_label(c
 
 # Controls
 
-
 @pytest.fixture
 def three_tasks(tasks_dir, tmp_path) -> Path:
     """tasks_dir with a third meta-test task, of other examples than the two."""
@@ -302,7 +301,6 @@ def test_permuted_labels_are_wrong_alike_and_of_classification(argv, tokenizer, 
 
 
 # Retrieved and perturbed demonstrations, vectors of other methods
-
 
 def read_by(monkeypatch) -> tuple[list[list[int]], list[list[int]]]:
     """The demonstration tokens, row by row, that the LLM and the distiller are given from now on."""

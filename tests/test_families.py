@@ -11,24 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers as hf
 from conftest import demos, load, losses, plain_losses, plain_scores, ways, where
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    BartConfig,
-    BloomConfig,
-    CohereConfig,
-    Gemma2Config,
-    Gemma3TextConfig,
-    GemmaConfig,
-    GPT2Config,
-    LlamaConfig,
-    MistralConfig,
-    OPTConfig,
-    Qwen2Config,
-    Qwen3Config,
-    T5Config,
-)
 
 import plain
 from common import UserError
@@ -49,25 +33,27 @@ T5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 3, "num_heads": 4,
       "relative_attention_num_buckets": 8, "relative_attention_max_distance": 20, "decoder_start_token_id": 0,
       "n_positions": 16}
 CONFIGS = {
-    "gpt2": lambda: GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=3, n_head=4, n_positions=128,
+    "gpt2": lambda: hf.GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=3, n_head=4, n_positions=128,
                                initializer_range=0.2),
-    "opt": lambda: OPTConfig(vocab_size=VOCAB, **OPT),
-    "opt-350m": lambda: OPTConfig(vocab_size=VOCAB, **OPT, word_embed_proj_dim=16,
+    "opt": lambda: hf.OPTConfig(vocab_size=VOCAB, **OPT),
+    "opt-350m": lambda: hf.OPTConfig(vocab_size=VOCAB, **OPT, word_embed_proj_dim=16,
                                   do_layer_norm_before=False),
-    "llama": lambda: LlamaConfig(vocab_size=VOCAB, **ROTARY, tie_word_embeddings=False),
-    "qwen2": lambda: Qwen2Config(vocab_size=VOCAB, **{k: v for k, v in ROTARY.items() if k != "head_dim"},
+    "llama": lambda: hf.LlamaConfig(vocab_size=VOCAB, **ROTARY, tie_word_embeddings=False),
+    "qwen2": lambda: hf.Qwen2Config(vocab_size=VOCAB, **{k: v for k, v in ROTARY.items() if k != "head_dim"},
                                  use_sliding_window=True, max_window_layers=1, sliding_window=WINDOW),
-    "qwen3": lambda: Qwen3Config(vocab_size=VOCAB, **ROTARY, tie_word_embeddings=True),
-    "mistral": lambda: MistralConfig(vocab_size=VOCAB, **ROTARY, sliding_window=WINDOW),
-    "gemma": lambda: GemmaConfig(vocab_size=VOCAB, **ROTARY),
-    "gemma2": lambda: Gemma2Config(vocab_size=VOCAB, **ROTARY, sliding_window=WINDOW, query_pre_attn_scalar=8,
+    "qwen3": lambda: hf.Qwen3Config(vocab_size=VOCAB, **ROTARY, tie_word_embeddings=True),
+    "mistral": lambda: hf.MistralConfig(vocab_size=VOCAB, **ROTARY, sliding_window=WINDOW),
+    "gemma": lambda: hf.GemmaConfig(vocab_size=VOCAB, **ROTARY),
+    "gemma2": lambda: hf.Gemma2Config(vocab_size=VOCAB, **ROTARY, sliding_window=WINDOW,
+                                      query_pre_attn_scalar=8,
                                    attn_logit_softcapping=3.0, final_logit_softcapping=3.0),
-    "gemma3": lambda: Gemma3TextConfig(vocab_size=VOCAB, **ROTARY, sliding_window=WINDOW,
+    "gemma3": lambda: hf.Gemma3TextConfig(vocab_size=VOCAB, **ROTARY, sliding_window=WINDOW,
                                        query_pre_attn_scalar=8,
                                        layer_types=["sliding_attention", "full_attention",
                                                     "sliding_attention"]),
-    "t5": lambda: T5Config(vocab_size=VOCAB, **T5, feed_forward_proj="relu", tie_word_embeddings=True),
-    "flan-t5": lambda: T5Config(vocab_size=VOCAB, **T5, num_decoder_layers=2, feed_forward_proj="gated-gelu",
+    "t5": lambda: hf.T5Config(vocab_size=VOCAB, **T5, feed_forward_proj="relu", tie_word_embeddings=True),
+    "flan-t5": lambda: hf.T5Config(vocab_size=VOCAB, **T5, num_decoder_layers=2,
+                                   feed_forward_proj="gated-gelu",
                                 tie_word_embeddings=False),
 }
 
@@ -77,7 +63,8 @@ def write_model(folder, family: str, **changes):
     for name, value in changes.items():
         setattr(config, name, value)
     torch.manual_seed(0)
-    model = (AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM).from_config(config)
+    model = (hf.AutoModelForSeq2SeqLM if config.is_encoder_decoder
+             else hf.AutoModelForCausalLM).from_config(config)
     if family == "flan-t5":
         model.lm_head.weight = torch.nn.Parameter(0.3 * torch.randn(VOCAB, 32))
     model.save_pretrained(folder)
@@ -132,7 +119,6 @@ def own_logits(llm, prefix: list[int], x: list[int], y: list[int]):
 
 
 # Parity
-
 
 @pytest.mark.parametrize("cached", [True, False])
 def test_packed_padded_cached_logits_equal_those_of_input_ids(llm, checkpointing, cached):
@@ -231,7 +217,6 @@ def test_positions_that_a_model_can_take(llm, family):
 
 
 # Training
-
 
 def backward(llm, distiller):
     """Gradients of Eq. (4) in the distiller, flattened, and the bytes that autograd kept for them."""
@@ -345,7 +330,6 @@ def test_grad_checkpoint_gives_the_same_gradient_from_less_memory(llm, checkpoin
 
 # Loading
 
-
 def test_eight_bit_weights_pass_on_nearly_the_same_gradient(llm, folder, family):
     """bitsandbytes has kernels for the CPU too, so what CUDA runs can be checked where that package is."""
     pytest.importorskip("bitsandbytes")
@@ -362,15 +346,16 @@ def test_eight_bit_weights_pass_on_nearly_the_same_gradient(llm, folder, family)
 
 @pytest.mark.parametrize(("config", "message"), [
     # positions by its own biases
-    (BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4), "of type bloom"),
-    (CohereConfig(vocab_size=VOCAB, **ROTARY, logit_scale=0.5),
+    (hf.BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4), "of type bloom"),
+    (hf.CohereConfig(vocab_size=VOCAB, **ROTARY, logit_scale=0.5),
      "of type cohere, gives other predictions .*by 100%"),
-    (BartConfig(vocab_size=VOCAB, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
+    (hf.BartConfig(vocab_size=VOCAB, d_model=32, encoder_layers=1, decoder_layers=1,
+                   encoder_attention_heads=4,
                 decoder_attention_heads=4,
                 encoder_ffn_dim=32, decoder_ffn_dim=32), "an encoder-decoder of type bart; of these T5")])
 def test_an_architecture_that_would_be_silently_wrong_is_refused(config, message, tmp_path):
-    (AutoModelForSeq2SeqLM if config.is_encoder_decoder
-     else AutoModelForCausalLM).from_config(config).save_pretrained(tmp_path)
+    (hf.AutoModelForSeq2SeqLM if config.is_encoder_decoder
+     else hf.AutoModelForCausalLM).from_config(config).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=message):
         load_llm(str(tmp_path), CPU, torch.float32)
 

@@ -67,7 +67,6 @@ def check_files(figures_dict, out, name) -> None:
 
 # Averages
 
-
 def test_averages_by_hand():
     data = averages(grid(HAND, k=4) + grid(shifted(5), k=1) + grid(shifted(-10), k=4, method="icl"),
                     ("icl", "mend"), lambda r: r["k"])
@@ -98,7 +97,6 @@ def test_of_two_checkpoints_at_one_point_the_newest_counts():
 
 
 # Figs. 4, 6, 7
-
 
 def fig4_records() -> list[dict]:
     over_k = [r for m, shift in (("icl", 0), ("hypertuning", 5), ("mend", 10))
@@ -237,7 +235,6 @@ def test_files_of_another_kind_are_named(tmp_path, argv, message):
 
 
 # Training curves
-
 
 def write_run(folder, trained_on: dict, lines: list[dict]) -> str:
     folder.mkdir()

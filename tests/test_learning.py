@@ -12,16 +12,8 @@ import random
 
 import pytest
 import torch
+import transformers as hf
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    T5Config,
-    T5ForConditionalGeneration,
-)
 
 import evaluate
 import train_finetune
@@ -53,18 +45,19 @@ def taught_llm(folder, family: str, steps: int):
     """A tiny LLM that has learned to answer from demonstrations, saved with its tokenizer of whole words."""
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(VOCAB)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="</s>",
+    hf.PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="</s>",
                             pad_token="<pad>").save_pretrained(folder)
     shape = {"vocab_size": len(VOCAB), "num_hidden_layers": 2, "num_attention_heads": 4, "eos_token_id": 1}
     torch.manual_seed(0)
     if family == "t5":
-        llm = T5ForConditionalGeneration(T5Config(**shape, d_model=32, d_kv=16, d_ff=64, dropout_rate=0.0,
-                                                  pad_token_id=0, decoder_start_token_id=0))
+        llm = hf.T5ForConditionalGeneration(hf.T5Config(**shape, d_model=32, d_kv=16, d_ff=64,
+                                                        dropout_rate=0.0, pad_token_id=0,
+                                                        decoder_start_token_id=0))
     elif family == "gpt2":
-        llm = GPT2LMHeadModel(GPT2Config(**shape, n_embd=32, n_positions=512, initializer_range=0.1,
+        llm = hf.GPT2LMHeadModel(hf.GPT2Config(**shape, n_embd=32, n_positions=512, initializer_range=0.1,
                                          resid_pdrop=0, embd_pdrop=0, attn_pdrop=0))
     else:
-        llm = LlamaForCausalLM(LlamaConfig(**shape, hidden_size=32, intermediate_size=64,
+        llm = hf.LlamaForCausalLM(hf.LlamaConfig(**shape, hidden_size=32, intermediate_size=64,
                                            initializer_range=0.1, tie_word_embeddings=True))
     rng = random.Random(2)
     optimizer = torch.optim.AdamW(llm.parameters())
@@ -104,11 +97,10 @@ def write_tasks(folder):
     return folder
 
 
-@pytest.mark.parametrize(("family", "layers", "steps"), [("gpt2", 1, (150, 100, 120)),
-                                                         ("llama", 1, (150, 100, 120)),
-                                                         ("t5", 2, (250, 80, 200))])
-def test_mend_learns_to_pass_on_what_the_demonstrations_say(family, layers, steps, tmp_path):
-    """layers: of the distiller. steps: of teaching the LLM, of pretraining MEND, of finetuning it.
+@pytest.mark.parametrize("family, steps", [("gpt2", (150, 80, 100)), ("llama", (150, 80, 100)),
+                                           ("t5", (250, 80, 180))])
+def test_mend_learns_to_pass_on_what_the_demonstrations_say(family, steps, tmp_path):
+    """steps: of teaching the LLM, of pretraining MEND, of finetuning it.
 
     With one step of either stage MEND stays at 40 to 72%.
     """
@@ -118,7 +110,7 @@ def test_mend_learns_to_pass_on_what_the_demonstrations_say(family, layers, step
                                                  + "\n" for _ in range(1000)))
     flags = ["--preset", "pocket", "--llm", str(llm), "--distill-len", "4", "--tasks", str(tasks),
              "--dtype", "fp32", "--device", "cpu", "--k", str(K)]
-    training = ["--distiller", f"layers:{layers}", "--lr", "5e-3", "--warmup", "0.1", "--save-every", "1000",
+    training = ["--distiller", "layers:1", "--lr", "5e-3", "--warmup", "0.1", "--save-every", "1000",
                 "--eval-every", "1000", "--patience", "0"]
     pretrained = train_pretrain.main([*flags, *training, "--vector-start", "matched", "--corpus",
                                       str(tmp_path / "text.jsonl"), "--window", "30", "--min-doc-len", "30",

@@ -58,7 +58,6 @@ def test_head_logits_feel_the_cap():
 
 # The packed, cached, padded way against the plain one
 
-
 @pytest.mark.parametrize("kind", ["demonstrations", "vectors"])
 @pytest.mark.parametrize("bos_id", [None, BOS])
 def test_query_states_equal_plain_states_and_logits(llm, kind, bos_id):
@@ -210,7 +209,6 @@ def test_a_siblings_own_embedding_is_trained_and_saved_once(llm, llm_folder):
 
 
 # The distiller
-
 
 def test_placeholders_start_as_embedding_rows_of_ids_from_100_on(llm):
     rows = llm.get_input_embeddings().weight                                                          # (V, d)

@@ -46,7 +46,6 @@ def close(found, expected):
 
 # Losses, by hand
 
-
 def test_distill_loss_is_the_forward_kl_averaged_over_tokens():
     """KL((3/4, 1/4) || (1/2, 1/2)) at the first token, 0 at the second; the other way it is larger."""
     teacher, student = (torch.tensor([[p, 1 - p], [0.5, 0.5]]).log() for p in (0.75, 0.5))
@@ -62,7 +61,6 @@ def test_pred_and_finetune_loss_by_hand():
 
 
 # Reading, against the LLM's own forward over ids
-
 
 def test_read_gives_the_logits_that_predict_x_and_y(llm):
     logits = llm(torch.tensor([D + X + Y])).logits[0]
@@ -96,7 +94,6 @@ def test_score_options_is_the_mean_log_likelihood(name, request):
 
 
 # The distiller
-
 
 @pytest.mark.parametrize("width", [32, 16])
 def test_vectors_are_the_last_states_behind_the_demonstrations(llm, width):
@@ -135,7 +132,6 @@ def test_the_gradient_flows_through_the_llm_to_the_distiller_alone(llm):
 
 
 # The toy world and the run
-
 
 def test_a_task_can_only_be_told_from_its_demonstrations():
     assert len({*plain.UNSEEN, *plain.SEEN}) == 256 and not {*plain.UNSEEN} & {*plain.SEEN}
@@ -183,7 +179,6 @@ def test_mend_passes_on_what_unseen_demonstrations_say(same_threads):
 
 
 # The page
-
 
 def test_it_is_one_page_that_imports_nothing_of_ours():
     source = (ROOT / "plain.py").read_text(encoding="utf-8")

@@ -37,7 +37,6 @@ def test_lr_never_leaves_zero_to_peak_and_every_step_moves(steps, warmup):
 
 # Checkpoints
 
-
 def small(seed: int) -> nn.Module:
     torch.manual_seed(seed)
     return nn.Linear(3, 2)
@@ -120,7 +119,6 @@ def test_a_missing_checkpoint_says_what_was_expected(tmp_path):
 
 
 # A run of either stage
-
 
 @pytest.mark.parametrize("script, family, more", [  # gpt2 has dropout, which must be drawn again alike
     (train_pretrain, "llama", []), (train_pretrain, "gpt2", []), (train_finetune, "llama", []),

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 from conftest import read_lines
 
+import common
 from run import load_checkpoint
 
-ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +33,8 @@ def scripts(llama, tasks_dir, corpus_dir, tmp_path_factory):
                         "PAIRS": f"{llama},{llama}", "OMP_NUM_THREADS": "1",}
 
     def run(name: str, **more: str) -> Path:
-        done = subprocess.run(["bash", str(ROOT / "paper" / "runs" / name)], env=env | more, check=False,
-                              capture_output=True, text=True)
+        command = ["bash", str(common.ROOT / "paper" / "runs" / name)]
+        done = subprocess.run(command, env=env | more, check=False, capture_output=True, text=True)
         assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
         return folder
     return run
@@ -56,7 +57,6 @@ def assert_all_of_table_2(records: list[dict]) -> None:
         (method, task, seed) for method in WAYS for task in ("ag_news", "emo") for seed in (100, 13)}
 
 
-@pytest.mark.slow
 def test_table1(scripts):
     folder = scripts("table1.sh")
     record, = results(folder, "table1-pocket")
@@ -64,7 +64,6 @@ def test_table1(scripts):
     assert "5 of 43" in (folder / "results" / "table1-pocket.md").read_text()
 
 
-@pytest.mark.slow
 def test_table2_and_again(scripts):
     folder = scripts("table2.sh")
     records = results(folder, "table2-pocket")
@@ -77,7 +76,6 @@ def test_table2_and_again(scripts):
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")} == before
 
 
-@pytest.mark.slow
 def test_table3(scripts):
     folder = scripts("table3.sh")
     assert columns(folder, "3")[2:] == ["none", "bm25", "dense", "no_label", "no_input", "random_label",
@@ -85,7 +83,6 @@ def test_table3(scripts):
     assert len(results(folder, "table3-pocket")) == 3 * 7 * 2 * 2
 
 
-@pytest.mark.slow
 def test_ablations(scripts):
     folder = scripts("ablations.sh")
     rows = [line.split(" | ")[1] for line in (folder / "results"
@@ -99,17 +96,14 @@ def test_ablations(scripts):
         assert (folder / "results" / "figures" / f"{name}.png").stat().st_size > 5000
 
 
-@pytest.mark.slow
 def test_table6(scripts):
     assert len(results(scripts("table6.sh"), "table6-pocket")) == 4 * 2 * 2
 
 
-@pytest.mark.slow
 def test_table7(scripts):
     assert columns(scripts("table7.sh"), "7")[2:] == ["space", "newline", "difference"]
 
 
-@pytest.mark.slow
 def test_fig4(scripts):
     folder = scripts("fig4.sh")
     assert {(r["method"], r["k"]) for r in results(folder, "fig4a-pocket")} == {
@@ -119,7 +113,6 @@ def test_fig4(scripts):
     assert (folder / "results" / "figures" / "fig4.png").stat().st_size > 5000
 
 
-@pytest.mark.slow
 def test_fig5(scripts):
     folder = scripts("fig5.sh")
     assert json.loads((folder / "results" / "attention.json").read_text())["mend"]["prefix"]
@@ -127,7 +120,6 @@ def test_fig5(scripts):
         assert (folder / "results" / "figures" / f"{name}.png").stat().st_size > 5000
 
 
-@pytest.mark.slow
 def test_lr(scripts):
     folder = scripts("lr.sh", RATES="1e-3 1e-2")
     records = results(folder, "lr-pocket")
@@ -138,7 +130,6 @@ def test_lr(scripts):
         assert (state["flags"]["lr"], state["best"]) == (r["lr"], r["best_option_ce"])
 
 
-@pytest.mark.slow
 def test_gpu(scripts, tmp_path):
     with pytest.raises(AssertionError, match="give a whole number"):
         scripts("gpu.sh", RUNS=str(tmp_path), MINUTES="0.5")

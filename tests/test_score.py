@@ -212,7 +212,6 @@ def test_full_precision_gives_every_tensor_back_as_it_was(llm_folder, dtype):
 
 # Metrics
 
-
 @pytest.mark.parametrize("seed", range(25))
 def test_metrics_against_scikit_learn(seed):
     rng = random.Random(seed)
@@ -255,7 +254,6 @@ def test_majority_by_hand():
 
 
 # Prediction
-
 
 @pytest.fixture
 def files(tiny_tasks):

@@ -346,7 +346,6 @@ def test_scoring_needs_options_with_the_gold_answer():
 
 # The hub, played by a stub
 
-
 @pytest.fixture
 def hub(monkeypatch):
     """datasets.load_dataset gives these rows; a row that is an exception is raised. Holds what was asked

@@ -42,7 +42,6 @@ def norm_of_gradients(distiller) -> float:
 
 # Both stages
 
-
 EVERY = {"stage", "steps", "val_kl", "val_option_ce", "best_option_ce", "out_dir"}
 KEYS = {train_pretrain: EVERY | {"val_kl_no_context", "val_kl_last_l", "recovered", "dev_kl", "dev_clm"},
         train_finetune: EVERY | {"split", "val_pred", "val_clm", "dev_headline"}}
@@ -165,7 +164,6 @@ def test_user_errors_come_before_the_first_step(script, argv, monkeypatch, chang
 
 # Pretraining
 
-
 @pytest.mark.parametrize("objective, gamma", [("kl", 1.0), ("clm", 1.0), ("clm+kl", 0.25)])
 def test_the_first_step_is_eq_3_on_the_whole_step(pretraining, quick_dev, tmp_path, llama, llama_llm,
                                                   corpus_dir, objective, gamma):
@@ -253,7 +251,6 @@ def test_a_window_that_fills_the_llm_is_taken_and_a_longer_one_is_not(pretrainin
 
 
 # Finetuning
-
 
 @pytest.mark.parametrize("lam, pred_weight", [(0.0, 1.0), (0.5, 1.0), (0.5, 0.0)])
 @pytest.mark.parametrize("template", ["space", "newline"])
@@ -352,7 +349,6 @@ def test_there_is_nothing_to_train_on_among_the_functions(finetuning, tmp_path):
 
 
 # Where finetuning starts from
-
 
 @pytest.fixture
 def pretrained(llama, llama_llm):
