@@ -61,11 +61,10 @@ def test_help_shows_both_presets_values(script, capsys):
     assert stop.value.code == 0 and "(paper: gpt2-large; pocket: SmolLM2-135M-Instruct)" in text
 
 
-@pytest.mark.parametrize("script, flag, value", [(train_pretrain, "--split", "qa_to_qa"),
-                                                 (train_finetune, "--corpus", "sotu"),
-                                                 (evaluate, "--distiller", "layers:2"),
-                                                 (evaluate, "--corpus", "sotu"), (evaluate, "--seed", "13"),
-                                                 (data, "--distill-len", "4"), (data, "--corpus", "sotu")])
+@pytest.mark.parametrize("script, flag, value", [
+    (train_pretrain, "--split", "qa_to_qa"), (train_finetune, "--corpus", "sotu"),
+    (evaluate, "--distiller", "layers:2"), (evaluate, "--corpus", "sotu"), (evaluate, "--seed", "13"),
+    (data, "--distill-len", "4"), (data, "--corpus", "sotu")])
 def test_a_flag_without_a_part_is_refused(script, flag, value, capsys):
     with pytest.raises(SystemExit) as stop:
         script.main([flag, value])

@@ -116,10 +116,9 @@ def test_demonstrations_without_input_or_label(llm_folder, template, no_input, n
 LABELS = ["ok", "a much longer label of many tokens", "sad"]
 
 
-@pytest.mark.parametrize("context_len, distill_len, llm_positions, distiller_positions",
-                         [(900, 100, 1024, 1024), (900, 4, 640, 640), (900, 200, 2048, 1024),
-                          (50, 100, 1024, 1024), (900, 8, None, None), (900, 8, None, 512),
-                          (900, 100, 512, None)])
+@pytest.mark.parametrize("context_len, distill_len, llm_positions, distiller_positions", [
+    (900, 100, 1024, 1024), (900, 4, 640, 640), (900, 200, 2048, 1024), (50, 100, 1024, 1024),
+    (900, 8, None, None), (900, 8, None, 512), (900, 100, 512, None)])
 def test_limit_is_the_formula_of_appendix_a(llama, context_len, distill_len, llm_positions,
                                             distiller_positions):
     enc = encoder(llama, context_len=context_len, distill_len=distill_len, llm_positions=llm_positions,

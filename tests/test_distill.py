@@ -203,15 +203,12 @@ def test_bad_flags(flags, message, demos):
         distill.main(argv)
 
 
-@pytest.mark.parametrize("line, message", [("{", "line 1: expected"),
-                                           ('{"output": "b"}', "input must not be empty"),
-                                           ('{"input": "a"}', "output must not be empty"),
-                                           ("[1]", "line 1: expected"), ("", "is empty"),
-                                           ('{"input": null, "output": "b"}', "must be text"),
-                                           ('{"input": "a", "output": "b", "options": "bc"}',
-                                            "options must be a list"),
-                                           ('{"input": "a", "output": "b", "options": ["c"]}',
-                                            "none of its options")])
+@pytest.mark.parametrize("line, message", [
+    ("{", "line 1: expected"), ('{"output": "b"}', "input must not be empty"),
+    ('{"input": "a"}', "output must not be empty"), ("[1]", "line 1: expected"), ("", "is empty"),
+    ('{"input": null, "output": "b"}', "must be text"),
+    ('{"input": "a", "output": "b", "options": "bc"}', "options must be a list"),
+    ('{"input": "a", "output": "b", "options": ["c"]}', "none of its options")])
 def test_bad_files(line, message, tmp_path):
     (tmp_path / "d.jsonl").write_text(line + "\n")
     with pytest.raises(common.UserError, match=re.escape(message)):

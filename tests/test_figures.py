@@ -198,11 +198,10 @@ def test_fig5_draws_the_weights(tmp_path):
     rows = {m: {"prefix": rng.random((4, n)).tolist(), "query": rng.random((4, 6)).tolist()}
             for m, n in (("icl", 20), ("mend", 8))}
     path = tmp_path / "attention.json"
-    path.write_text(json.dumps(ABOUT | rows | {"checkpoint": "run/best@1", "trained_on": {"pretrain": {}},
-                                               "step": 10, "task": "ag_news", "data_hash": "0", "example": 3,
-                                               "k": 16, "demo_tokens": 300, "distill_len": 8,
-                                               "heads": [[1, 0], [1, 1], [2, 0], [2, 3]],
-                                               "query_tokens": list("abcdef")}))
+    path.write_text(json.dumps(ABOUT | rows | {
+        "checkpoint": "run/best@1", "trained_on": {"pretrain": {}}, "step": 10, "task": "ag_news",
+        "data_hash": "0", "example": 3, "k": 16, "demo_tokens": 300, "distill_len": 8,
+        "heads": [[1, 0], [1, 1], [2, 0], [2, 3]], "query_tokens": list("abcdef")}))
     fig, _ = draw("fig5", "--results", str(path))
     for ax, method in zip(fig.axes, ("icl", "mend"), strict=False):
         query, prefix = ax.images
@@ -278,7 +277,3 @@ def test_faulty_flags(argv, tmp_path):
     with pytest.raises(UserError):
         main([*shlex.split(argv), "--out", str(tmp_path)])
 
-
-def test_last_line_is_json(tmp_path, capsys):
-    main(["method", "--out", str(tmp_path)])
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["figure"] == "method"

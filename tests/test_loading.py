@@ -79,11 +79,10 @@ def test_first_layers_are_a_trainable_fp32_copy(llm_folder):
     assert all(torch.equal(tensor, before[name]) for name, tensor in llm.state_dict().items())
 
 
-@pytest.mark.parametrize("spec, message", [("layers:0", "layers:0.*has 3 layers.*layers:1 to layers:3"),
-                                           ("layers:", "layers:: expected layers:N"),
-                                           ("layers:99", "layers:99.*has 3 layers.*layers:1 to layers:3"),
-                                           ("layers:-1", "layers:-1: expected layers:N"),
-                                           ("layers:x", "layers:x: expected layers:N.*layers:6")])
+@pytest.mark.parametrize("spec, message", [
+    ("layers:0", "layers:0.*has 3 layers.*layers:1 to layers:3"), ("layers:", "layers:: expected layers:N"),
+    ("layers:99", "layers:99.*has 3 layers.*layers:1 to layers:3"),
+    ("layers:-1", "layers:-1: expected layers:N"), ("layers:x", "layers:x: expected layers:N.*layers:6")])
 def test_layer_counts_that_cannot_be_are_user_errors(llm, spec, message):
     with pytest.raises(UserError, match=message):
         make_distiller(llm, spec)

@@ -1,5 +1,7 @@
 """Tests of pictures.py: the method figure and what all figures share."""
 
+import json
+
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.patches import FancyArrowPatch
@@ -14,8 +16,9 @@ def test_running_mean_by_hand():
     np.testing.assert_allclose(pictures.running_mean([1, 2, 6], 1), [1, 2, 6])
 
 
-def test_method_figure(tmp_path):
+def test_method_figure(tmp_path, capsys):
     out = main(["method", "--out", str(tmp_path)])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["figure"] == "method"
     check_files(out, tmp_path, "method")
     first = (tmp_path / "method.svg").read_bytes()
     main(["method", "--out", str(tmp_path)])

@@ -63,6 +63,10 @@ def assert_like_transformers(tokenizer: Tokenizer, texts: list[str]) -> None:
         assert tokenizer.encode(text) == tokenizer.reference(text), repr(text)
 
 
+def tasks_of(folder, train: dict, test: dict, split: str = "class_to_class"):
+    return load_tasks(str(write_tasks(folder, train, test)), split)
+
+
 def test_tiktoken_gives_transformers_ids(llm_folder):
     assert_like_transformers(Tokenizer(str(llm_folder)), NASTY + random_texts(0, 1500))
 
@@ -130,8 +134,7 @@ def test_unknown_tokenizer_is_a_user_error(tmp_path):
 
 def test_exact_duplicates_leave_the_pool(tmp_path, tasks_dir):
     lines = [example("a"), example("b"), example("a"), example("a", "sad"), example("b")]
-    folder = write_tasks(tmp_path / "tasks", {"emotion": lines}, {"ag_news": [example("q")]})
-    pool = load_tasks(str(folder), "class_to_class").pool("emotion")
+    pool = tasks_of(tmp_path, {"emotion": lines}, {"ag_news": [example("q")]}).pool("emotion")
     assert [(e["input"], e["output"]) for e in pool] == [("a", "happy"), ("b", "happy"), ("a", "sad")]
 
 
@@ -218,17 +221,15 @@ def test_present_and_missing_tasks(tiny_tasks):
 
 def test_sick_is_evaluated_and_not_trained_on(tmp_path):
     one = [example("a")]
-    folder = write_tasks(tmp_path, {"sick": one, "ag_news": one}, {"sick": one})
-    tasks = load_tasks(str(folder), "non_nli_to_nli")
+    tasks = tasks_of(tmp_path, {"sick": one, "ag_news": one}, {"sick": one}, "non_nli_to_nli")
     assert (tasks.train, tasks.test) == (["ag_news"], ["sick"])
 
 
 @pytest.mark.parametrize("split", common.SPLITS)
 def test_no_task_is_both_trained_on_and_tested(tmp_path, split):
     setting = json.loads((common.ROOT / "splits.json").read_text())["metaicl"]["settings"][split]
-    one = [example("a")]
-    folder = write_tasks(tmp_path, dict.fromkeys(setting["train"], one), dict.fromkeys(setting["test"], one))
-    tasks = load_tasks(str(folder), split)
+    train, test = (dict.fromkeys(setting[side], [example("a")]) for side in ("train", "test"))
+    tasks = tasks_of(tmp_path, train, test, split)
     assert not set(tasks.train) & set(tasks.test) and set(tasks.test) == set(setting["test"])
     assert set(setting["train"]) - set(tasks.train) <= {"sick"}
 
@@ -248,15 +249,14 @@ def test_functions_are_found_by_their_folders_and_none_is_trained_on(tmp_path):
     one = [example("a")]
     names = ["list_functions-c001", "mult_data_wrangling-login_1_names_1"]
     others = dict.fromkeys(["gem-xsum", "word_sorting", "list_functions", "emo"], one)
-    folder = write_tasks(tmp_path, {"gem-xsum": one}, dict.fromkeys(names, one) | others)
-    (folder / "list_functions-empty").mkdir()
-    tasks = load_tasks(str(folder), "functions")
+    (tmp_path / "list_functions-empty").mkdir()
+    tasks = tasks_of(tmp_path, {"gem-xsum": one}, dict.fromkeys(names, one) | others, "functions")
     assert (tasks.train, tasks.test, tasks.collection) == ([], names, "bigbench")
     assert (tasks.missing_train, tasks.missing_test) == ([], ["list_functions-empty"])
     assert set(tasks.types.values()) == {"multi-choice"}  # the headline is accuracy
     with pytest.raises(UserError, match="0 of 0 meta-test tasks of functions; expected folders such as "
                                         ".*/list_functions-c001/list_functions-c001_16_100_test.jsonl"):
-        load_tasks(str(write_tasks(tmp_path / "other", {}, {"emo": one})), "functions")
+        tasks_of(tmp_path / "other", {}, {"emo": one}, "functions")
 
 
 def test_files_of_a_seed(tiny_tasks):
@@ -269,13 +269,12 @@ def test_files_of_a_seed(tiny_tasks):
 
 
 def test_data_hash_follows_the_content(tmp_path):
-    folder = write_tasks(tmp_path, {"emotion": [example("a")]},
-                         {"ag_news": [example("b")], "emo": [example("b")]})
-    tasks = load_tasks(str(folder), "class_to_class")
+    one = [example("b")]
+    tasks = tasks_of(tmp_path, {"emotion": one}, {"ag_news": one, "emo": one})
     before = tasks.data_hash("ag_news", 100)
     assert tasks.data_hash("emo", 100) == before
     for part in ("train", "dev", "test"):
-        path = folder / "ag_news" / f"ag_news_16_100_{part}.jsonl"
+        path = tmp_path / "ag_news" / f"ag_news_16_100_{part}.jsonl"
         whole = path.read_text()
         path.write_text(whole.replace('"b"', '"c"'))
         assert tasks.data_hash("ag_news", 100) != before
@@ -285,8 +284,7 @@ def test_data_hash_follows_the_content(tmp_path):
 def test_retrieval_pool(tmp_path):
     """The union of all seeds' training files; nothing twice, no dev or test question; the 100-shot files
     where there are any."""
-    folder = write_tasks(tmp_path, {"emotion": [example("a")]}, {"emo": [example("a")]})
-    tasks, emo = load_tasks(str(folder), "class_to_class"), folder / "emo"
+    tasks, emo = tasks_of(tmp_path, {"emotion": [example("a")]}, {"emo": [example("a")]}), tmp_path / "emo"
     for seed, train in ((13, ["a", "b", "dev 13"]), (42, ["b", "c", "test"]), (100, ["d", "dev 42"])):
         write_lines(emo / f"emo_16_{seed}_train.jsonl", [example(text) for text in train])
         write_lines(emo / f"emo_16_{seed}_dev.jsonl", [example(f"dev {seed}")])
@@ -296,30 +294,24 @@ def test_retrieval_pool(tmp_path):
     assert sorted(e["input"] for e in tasks.retrieval_pool("emo", 13)) == ["a", "b", "c", "d", "dev 42"]
     assert sorted(e["input"] for e in tasks.retrieval_pool("emo", 42)) == ["a", "b", "c", "d", "dev 13"]
     for seed in (13, 21):
-        write_lines(emo / f"emo_100_{seed}_train.jsonl", [example(f"shot {seed}"), example("test"),
-                                                          example("both")])
+        shots = [example(text) for text in (f"shot {seed}", "test", "both")]
+        write_lines(emo / f"emo_100_{seed}_train.jsonl", shots)
     assert [e["input"] for e in tasks.retrieval_pool("emo", 13)] == ["shot 13", "both", "shot 21"]
 
 
 def test_data_hash_of_retrieval_covers_the_pool(tmp_path):
-    folder = write_tasks(tmp_path, {"emotion": [example("a")]}, {"emo": [example("a")]})
-    tasks, other = load_tasks(str(folder), "class_to_class"), folder / "emo" / "emo_16_13_train.jsonl"
-    hashes = []
-    for text in ("x", "y"):
-        write_lines(other, [example(text)])
+    tasks, hashes = tasks_of(tmp_path, {"emotion": [example("a")]}, {"emo": [example("a")]}), []
+    for name, text in (("emo_16_13", "x"), ("emo_16_13", "y"), ("emo_100_13", "z")):
+        write_lines(tmp_path / "emo" / f"{name}_train.jsonl", [example(text)])
         hashes.append((tasks.data_hash("emo", 100), tasks.data_hash("emo", 100, retrieval=True)))
-    write_lines(folder / "emo" / "emo_100_13_train.jsonl", [example("z")])
-    hashes.append((tasks.data_hash("emo", 100), tasks.data_hash("emo", 100, retrieval=True)))
     assert len({plain for plain, _ in hashes}) == 1 and len({pool for _, pool in hashes}) == 3
 
 
-@pytest.mark.parametrize("line, message", [('{"task": "t", "input": "a"', "line 2: expected"),
-                                           ('{"task": "t", "input": "a"}', "KeyError"), ("[]", "TypeError"),
-                                           ('{"task": "t", "input": 3, "output": "x"}', "AttributeError"),
-                                           ('{"task": "t", "input": "  ", "output": "x"}',
-                                            "line 2: the input or the output is empty"),
-                                           ('{"task": "t", "input": "a", "output": ""}',
-                                            "line 2: the input or the output is empty")])
+@pytest.mark.parametrize("line, message", [
+    ('{"task": "t", "input": "a"', "line 2: expected"), ('{"task": "t", "input": "a"}', "KeyError"),
+    ("[]", "TypeError"), ('{"task": "t", "input": 3, "output": "x"}', "AttributeError"),
+    ('{"task": "t", "input": "  ", "output": "x"}', "line 2: the input or the output is empty"),
+    ('{"task": "t", "input": "a", "output": ""}', "line 2: the input or the output is empty")])
 def test_broken_example_lines(tmp_path, line, message):
     path = tmp_path / "t.jsonl"
     path.write_text(f"{json.dumps(example('a'))}\n{line}\n")
@@ -490,16 +482,15 @@ def test_a_bos_is_taken_where_the_tokenizer_adds_one(tmp_path, corpus_dir, token
     assert Tokenizer(str(opt)).bos_id == 500
 
 
-def test_a_mixture_draws_from_each_collection_and_passes_on_to_it():
+def test_a_mixture_passes_on_to_its_collections():
     functions, early = Functions(), Early()
-    tasks = sources.load_tasks(["functions", "early"], "class_to_class")
+    tasks = load_tasks(["functions", "early"], "class_to_class")
     assert tasks.collection == "functions early" and tasks.test == functions.test + early.test
-    drawn = [tasks.draw(np.random.default_rng(i), 4, 2)[0] for i in range(20)]
-    assert set(drawn) <= set(functions.train) and len(set(drawn)) > 5
-    task = early.test[0]
+    drawn = {tasks.draw(np.random.default_rng(i), 4, 2)[0] for i in range(20)}
+    assert drawn <= set(functions.train) and len(drawn) > 5
+    task, noun = early.test[0], functions.test[0]
     assert tasks.files(task, 13) == early.files(task, 13) and tasks.partner(task, tasks.test) == early.test[1]
     assert tasks.data_hash(task, 13) == early.data_hash(task, 13)
-    noun = functions.test[0]
     assert parts_of(tasks.partner(noun, tasks.test))[0] == "noun" != tasks.partner(noun, tasks.test)
 
 
