@@ -7,22 +7,21 @@ vectors. Sliding windows are shorter than the sequences.
 import copy
 import re
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers as hf
-from conftest import demos, load, losses, plain_losses, plain_scores, ways, where
+from conftest import CPU, demos, load, losses, plain_losses, plain_scores, save_distiller, ways, where
 
 import plain
 from common import UserError
 from data import collate
-from loading import build_distiller, distiller_config, first_layers, load_distiller, load_llm, max_positions
+from loading import build_distiller, first_layers, load_distiller, load_llm, max_positions
 from model import demo_prefix, head_logits, loss_mask, query_states, vector_prefix
-from run import make_optimizer, save_checkpoint
+from run import make_optimizer
 from score import finetune_loss, score_options
 
-CPU, VOCAB, WINDOW = torch.device("cpu"), 320, 5
+VOCAB, WINDOW = 320, 5
 
 ROTARY = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
           "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 512, "initializer_range": 0.2,
@@ -32,34 +31,31 @@ OPT = {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 3, "num_attention_
 T5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 3, "num_heads": 4,
       "relative_attention_num_buckets": 8, "relative_attention_max_distance": 20, "decoder_start_token_id": 0,
       "n_positions": 16}
+WINDOWS = ROTARY | {"sliding_window": WINDOW}
+GEMMA = WINDOWS | {"query_pre_attn_scalar": 8}
 CONFIGS = {
-    "gpt2": lambda: hf.GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=3, n_head=4, n_positions=128,
-                               initializer_range=0.2),
-    "opt": lambda: hf.OPTConfig(vocab_size=VOCAB, **OPT),
-    "opt-350m": lambda: hf.OPTConfig(vocab_size=VOCAB, **OPT, word_embed_proj_dim=16,
-                                  do_layer_norm_before=False),
-    "llama": lambda: hf.LlamaConfig(vocab_size=VOCAB, **ROTARY, tie_word_embeddings=False),
-    "qwen2": lambda: hf.Qwen2Config(vocab_size=VOCAB, **{k: v for k, v in ROTARY.items() if k != "head_dim"},
-                                 use_sliding_window=True, max_window_layers=1, sliding_window=WINDOW),
-    "qwen3": lambda: hf.Qwen3Config(vocab_size=VOCAB, **ROTARY, tie_word_embeddings=True),
-    "mistral": lambda: hf.MistralConfig(vocab_size=VOCAB, **ROTARY, sliding_window=WINDOW),
-    "gemma": lambda: hf.GemmaConfig(vocab_size=VOCAB, **ROTARY),
-    "gemma2": lambda: hf.Gemma2Config(vocab_size=VOCAB, **ROTARY, sliding_window=WINDOW,
-                                      query_pre_attn_scalar=8,
-                                   attn_logit_softcapping=3.0, final_logit_softcapping=3.0),
-    "gemma3": lambda: hf.Gemma3TextConfig(vocab_size=VOCAB, **ROTARY, sliding_window=WINDOW,
-                                       query_pre_attn_scalar=8,
-                                       layer_types=["sliding_attention", "full_attention",
-                                                    "sliding_attention"]),
-    "t5": lambda: hf.T5Config(vocab_size=VOCAB, **T5, feed_forward_proj="relu", tie_word_embeddings=True),
-    "flan-t5": lambda: hf.T5Config(vocab_size=VOCAB, **T5, num_decoder_layers=2,
-                                   feed_forward_proj="gated-gelu",
-                                tie_word_embeddings=False),
+    "gpt2": (hf.GPT2Config, {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128,
+                             "initializer_range": 0.2}),
+    "opt": (hf.OPTConfig, OPT),
+    "opt-350m": (hf.OPTConfig, OPT | {"word_embed_proj_dim": 16, "do_layer_norm_before": False}),
+    "llama": (hf.LlamaConfig, ROTARY | {"tie_word_embeddings": False}),
+    "qwen2": (hf.Qwen2Config, {k: v for k, v in WINDOWS.items() if k != "head_dim"} | {
+        "use_sliding_window": True, "max_window_layers": 1}),
+    "qwen3": (hf.Qwen3Config, ROTARY | {"tie_word_embeddings": True}),
+    "mistral": (hf.MistralConfig, WINDOWS),
+    "gemma": (hf.GemmaConfig, ROTARY),
+    "gemma2": (hf.Gemma2Config, GEMMA | {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 3.0}),
+    "gemma3": (hf.Gemma3TextConfig, GEMMA | {
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
+    "t5": (hf.T5Config, T5 | {"feed_forward_proj": "relu", "tie_word_embeddings": True}),
+    "flan-t5": (hf.T5Config, T5 | {"num_decoder_layers": 2, "feed_forward_proj": "gated-gelu",
+                                   "tie_word_embeddings": False}),
 }
 
 
 def write_model(folder, family: str, **changes):
-    config = CONFIGS[family]()
+    kind, settings = CONFIGS[family]
+    config = kind(vocab_size=VOCAB, **settings)
     for name, value in changes.items():
         setattr(config, name, value)
     torch.manual_seed(0)
@@ -310,10 +306,7 @@ def test_checkpoint_round_trip(llm, kind, family, tmp_path, monkeypatch):
     with torch.no_grad():
         for p in distiller.parameters():
             p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
-    flags = SimpleNamespace(distiller="layers:2" if kind == "layers" else str(tmp_path / "sibling"),
-                            distill_len=4, vector_start="matched", template="space")
-    save_checkpoint(tmp_path / "best.safetensors", distiller,
-                    {"model": distiller_config(distiller, llm, flags)})
+    save_distiller(tmp_path, distiller, llm, "layers:2" if kind == "layers" else str(tmp_path / "sibling"))
     again, _ = load_distiller(tmp_path, llm)
     with torch.no_grad():
         vectors = distiller(*demos(batch))
@@ -349,15 +342,14 @@ def test_eight_bit_weights_pass_on_nearly_the_same_gradient(llm, folder, family)
     (hf.BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4), "of type bloom"),
     (hf.CohereConfig(vocab_size=VOCAB, **ROTARY, logit_scale=0.5),
      "of type cohere, gives other predictions .*by 100%"),
-    (hf.BartConfig(vocab_size=VOCAB, d_model=32, encoder_layers=1, decoder_layers=1,
-                   encoder_attention_heads=4,
-                decoder_attention_heads=4,
-                encoder_ffn_dim=32, decoder_ffn_dim=32), "an encoder-decoder of type bart; of these T5")])
+    (hf.BartConfig(vocab_size=VOCAB, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
+                   decoder_attention_heads=4, encoder_ffn_dim=32, decoder_ffn_dim=32),
+     "an encoder-decoder of type bart; of these T5")])
 def test_an_architecture_that_would_be_silently_wrong_is_refused(config, message, tmp_path):
-    (hf.AutoModelForSeq2SeqLM if config.is_encoder_decoder
-     else hf.AutoModelForCausalLM).from_config(config).save_pretrained(tmp_path)
+    kind = hf.AutoModelForSeq2SeqLM if config.is_encoder_decoder else hf.AutoModelForCausalLM
+    kind.from_config(config).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=message):
-        load_llm(str(tmp_path), CPU, torch.float32)
+        load(tmp_path)
 
 
 def test_t5_in_fp16_is_refused(tmp_path):

@@ -46,7 +46,7 @@ def taught_llm(folder, family: str, steps: int):
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(VOCAB)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     hf.PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="</s>",
-                            pad_token="<pad>").save_pretrained(folder)
+                               pad_token="<pad>").save_pretrained(folder)
     shape = {"vocab_size": len(VOCAB), "num_hidden_layers": 2, "num_attention_heads": 4, "eos_token_id": 1}
     torch.manual_seed(0)
     if family == "t5":
@@ -55,10 +55,10 @@ def taught_llm(folder, family: str, steps: int):
                                                         decoder_start_token_id=0))
     elif family == "gpt2":
         llm = hf.GPT2LMHeadModel(hf.GPT2Config(**shape, n_embd=32, n_positions=512, initializer_range=0.1,
-                                         resid_pdrop=0, embd_pdrop=0, attn_pdrop=0))
+                                               resid_pdrop=0, embd_pdrop=0, attn_pdrop=0))
     else:
         llm = hf.LlamaForCausalLM(hf.LlamaConfig(**shape, hidden_size=32, intermediate_size=64,
-                                           initializer_range=0.1, tie_word_embeddings=True))
+                                                 initializer_range=0.1, tie_word_embeddings=True))
     rng = random.Random(2)
     optimizer = torch.optim.AdamW(llm.parameters())
     for step in range(steps):

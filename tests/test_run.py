@@ -22,7 +22,6 @@ from run import load_checkpoint, lr_at, save_checkpoint
 
 # Learning rate
 
-
 def test_lr_at_by_hand():
     # 10 steps, warm-up of 0.4 * 10 = 4 steps, then 6 steps down to zero
     by_hand = [0.25, 0.5, 0.75, 1, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6, 0]

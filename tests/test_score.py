@@ -49,7 +49,6 @@ from sources import Tokenizer
 
 # Losses on their own
 
-
 BOS, METHODS = 7, ["zero_shot", "icl", "icl_budget", "last_l", "mend"]
 
 
