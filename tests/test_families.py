@@ -342,8 +342,8 @@ def test_eight_bit_weights_pass_on_nearly_the_same_gradient(llm, folder, family)
     (hf.BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4), "of type bloom"),
     (hf.CohereConfig(vocab_size=VOCAB, **ROTARY, logit_scale=0.5),
      "of type cohere, gives other predictions .*by 100%"),
-    (hf.BartConfig(vocab_size=VOCAB, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
-                   decoder_attention_heads=4, encoder_ffn_dim=32, decoder_ffn_dim=32),
+    (hf.BartConfig(vocab_size=VOCAB, d_model=32, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=32,
+                   encoder_attention_heads=4, decoder_attention_heads=4, decoder_ffn_dim=32),
      "an encoder-decoder of type bart; of these T5")])
 def test_an_architecture_that_would_be_silently_wrong_is_refused(config, message, tmp_path):
     kind = hf.AutoModelForSeq2SeqLM if config.is_encoder_decoder else hf.AutoModelForCausalLM
