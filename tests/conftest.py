@@ -212,8 +212,7 @@ def save_distiller(folder: Path, distiller, llm, spec: str = "layers:2", start: 
 
 @pytest.fixture(scope="session")
 def tasks_dir(tmp_path_factory) -> Path:
-    """Five meta-training and two meta-test tasks of class_to_class in MetaICL's layout; one of them free of
-    repeats."""
+    """Five meta-training and two meta-test tasks of class_to_class in MetaICL's layout; one without repeats."""
     folder, rng = tmp_path_factory.mktemp("data") / "tasks", random.Random(1)
 
     def example(task: str) -> dict:
@@ -285,8 +284,7 @@ class LogitsAreStates(nn.Module):
 
 @pytest.fixture(scope="session")
 def setting(llama, llama_llm):
-    """What stands behind a prefix: an LLM, a distiller with l = 4, an encoder and flags with a budget of
-    24."""
+    """An LLM, a distiller with l = 4, an encoder, and flags with a budget of 24."""
     tokenizer = OurTokenizer(str(llama))
     return SimpleNamespace(llm=llama_llm, distiller=make_distiller(llama_llm), tokenizer=tokenizer,
                            encoder=Encoder(tokenizer, "space", context_len=900, distill_len=24),
@@ -312,8 +310,7 @@ def demos(batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def log_softmaxes(llm, context: torch.Tensor, x: list[int]) -> torch.Tensor:
-    """What an LLM without cache or packing says about x behind embedded `context`, (len(x) or len(x) - 1,
-    V)."""
+    """What an LLM without cache or packing says about x behind embedded `context`, (n, V)."""
     inputs = torch.cat([context, llm.get_input_embeddings()(torch.tensor([x]))], dim=1)
     logits = llm(inputs_embeds=inputs, attention_mask=torch.ones_like(inputs[:, :, 0])).logits[0]
     return logits[max(context.shape[1] - 1, 0):-1].log_softmax(dim=1)
@@ -325,8 +322,7 @@ def ids_maker(seed: int = 0):
 
 
 def training_rows() -> list[dict]:
-    """Ragged rows with several queries of one answer each: padding on the left and on the right, and
-    packing."""
+    """Ragged rows with several queries of one answer each: padding on both sides, and packing."""
     ids = ids_maker(1)
     return [{"demo": ids(9), "queries": [(ids(5), [ids(2)]), (ids(3), [ids(4)]), (ids(6), [ids(1)])]},
             {"demo": ids(17), "queries": [(ids(2), [ids(3)])]},

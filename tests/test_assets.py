@@ -94,8 +94,6 @@ def test_committed_pins():
         **{f"{GEMMA}{part}": "1.0.0" for part in ("", "-part1", "-part2", "-part3", "-part4")}}
 
 
-# A second language model, in parts and under terms of its own
-
 @pytest.fixture
 def joined(monkeypatch):
     """Converting stops at the joined file, as there is no made-up model; its hash is the expected one."""

@@ -21,8 +21,7 @@ CPU = torch.device("cpu")
 
 
 def copying(n: int, bos: int, shift: int) -> torch.Tensor:
-    """Attention (1, T, T) of a head that looks at `shift` back from each token of the second copy, else at
-    itself."""
+    """Attention (1, T, T) of a head that looks `shift` back from the second copy, and else at itself."""
     T = 2 * n + bos
     weights = torch.eye(T)
     for t in range(n + bos, T):

@@ -97,8 +97,7 @@ def test_all_ways_of_reading_give_the_plain_logits(llm):
 
 
 def test_pays_off_after():
-    """Distilling costs 100 and saves 40 a query; cached ICL costs 300 at first and 5 more a query; a dearer
-    one never."""
+    """Distilling costs 100 and saves 40 a query; cached ICL costs 300 at first; a dearer one never pays."""
     assert bench.pays_off_after(100, 60, 0, 100) == 2.5
     assert bench.pays_off_after(100, 60, 300, 65) == 0
     assert bench.pays_off_after(100, 60, 0, 60) is None and bench.pays_off_after(100, 60, 0, 50) is None
@@ -113,8 +112,6 @@ def test_crossing():
     assert bench.crossing([0, 10], [5, 6], [7, 6]) == 10
     assert bench.crossing([0, 10], [1, 2], [3, 4]) is None and bench.crossing([0, 10], [1, 2], [1, 2]) is None
 
-
-# The command line
 
 def last_line(capsys) -> dict:
     return json.loads(capsys.readouterr().out.splitlines()[-1])

@@ -28,8 +28,6 @@ def made(tmp_path_factory):
         return folder, assets.main([*argv, "--only", "tasks"]), printed.getvalue()
 
 
-# BIG-bench to MetaICL's layout
-
 def test_layout_and_last_line(made):
     folder, result, printed = made
     assert json.loads(printed.splitlines()[-1]) == result
@@ -121,8 +119,6 @@ def test_a_subtask_can_be_a_task_of_its_own(world):
     assert {row["task"] for row in rows} == {"shapes-part_a"}
     assert not any(row["input"].endswith("of b?") for row in rows)
 
-
-# BIG-bench's functions
 
 def test_each_function_is_a_meta_test_task(made):
     folder, result, _ = made

@@ -18,8 +18,6 @@ from common import UserError, did_you_mean, run_main
 SCRIPTS = [data, evaluate, train_pretrain, train_finetune]
 
 
-# Flags and presets
-
 def parsed(script, argv):
     presets = getattr(script, "PRESETS", {"paper": {}, "pocket": {}})
     return common.parse(script.get_parser(), argv, presets)
@@ -106,8 +104,6 @@ def test_did_you_mean():
     assert did_you_mean("qa_to_q", ["hr_to_lr", "qa_to_qa"]).startswith("did you mean qa_to_qa")
     assert did_you_mean("zzz", ["b", "a"]) == "known: a, b"
 
-
-# User errors at the command line
 
 def test_run_main_turns_a_user_error_into_one_paragraph_and_code_2(capsys):
     def main():

@@ -148,8 +148,6 @@ def test_limit_is_fixed_per_task_and_every_query_fits(llm_folder, tasks_dir):
             assert all(len(row["demo"]) + 256 + len(y) <= 400 for _, (y,) in row["queries"])
 
 
-# Batches
-
 def random_rows(rng: random.Random) -> list[dict]:
     def ids(low: int, high: int) -> list[int]:
         return [rng.randint(1, 400) for _ in range(rng.randint(low, high))]
@@ -161,8 +159,7 @@ def random_rows(rng: random.Random) -> list[dict]:
 
 
 def slow_row(row: dict) -> list[dict]:
-    """The tokens of a row; predictors are found by search: the token one position earlier that this one may
-    see."""
+    """The tokens of a row; predictors are found by search among what a token may see."""
     tokens = []
     for segment, (x, options) in enumerate(row["queries"]):
         tokens += [{"id": t, "segment": segment, "branch": 0, "position": i} for i, t in enumerate(x)]
@@ -254,8 +251,7 @@ def test_a_step_is_a_function_of_seed_and_step():
 
 
 def test_rows_of_similar_length_meet_in_random_order():
-    """Padding of batches of eight: over 40% as drawn, under 10% by length; the order of the steps says
-    nothing."""
+    """Padding of batches of eight: over 40% as drawn, under 10% by length; steps are in no order."""
     def padding(batches):
         batches = [collate(batch) for batch in batches]
         masks = [batch[name] for batch in batches for name in ("demo_mask", "query_mask")]
@@ -347,8 +343,6 @@ def test_newlines_that_a_tokenizer_drops_are_an_error_and_others_are_kept(tmp_pa
                                                             example("a boat", "sad")], 900)
         assert ids == kept.reference("the river\nhappy\n\n\na boat\nsad")
 
-
-# Looking at the data
 
 def test_table_1_against_a_direct_count(llama, tasks_dir, capsys):
     figures = data.main(["--preset", "pocket", "--llm", str(llama), "--tasks", str(tasks_dir), "--split",

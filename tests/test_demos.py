@@ -29,8 +29,7 @@ from sources import Tokenizer
 
 
 def random_examples(rng: random.Random, task: str = "t", shared: bool | None = None) -> list[dict]:
-    """Examples with shared options (classification) or their own (multiple choice), some of them listed
-    twice."""
+    """Examples with shared options (classification) or their own (multiple choice), some twice."""
     def options() -> list[str]:
         return [f"option {i}" for i in rng.sample(range(50), rng.randint(2, 6))]
     common_options = options()
@@ -64,8 +63,7 @@ def test_properties_of_every_perturbation(case):
 
 @pytest.mark.parametrize("kind, labels", [("random_label", "abcd"), ("wrong_label", "acd")])
 def test_labels_are_drawn_uniformly(kind, labels):
-    """The counts of one position over 3,000 seeds: chi-square below its 99.9% point for 3 degrees of freedom,
-    16.27."""
+    """Counts over 3,000 seeds: chi-square below its 99.9% point for 3 degrees of freedom, 16.27."""
     examples = [{"task": "t", "input": "x", "output": "b", "options": ["a", "b", "c", "d", "a"]}
                 for _ in range(3)]
     for position in (0, 2):
@@ -96,8 +94,7 @@ def test_labels_mean_something_only_with_two_different_options():
 
 
 def lucene_bm25(pool: list[str], query: str) -> list[float]:
-    """sum over query words of ln(1 + (N - df + 0.5) / (df + 0.5)) tf / (tf + k1 (1 - b + b len / mean
-    len))."""
+    """sum over words of ln(1 + (N - df + 0.5) / (df + 0.5)) tf / (tf + k1 (1 - b + b len / mean))."""
     documents, n = [text.split() for text in pool], len(pool)
     mean = sum(map(len, documents)) / n
     scores = []

@@ -114,8 +114,6 @@ def own_logits(llm, prefix: list[int], x: list[int], y: list[int]):
     return llm(input_ids=torch.tensor([prefix + x + y])).logits[0, len(prefix + x) - 1:-1]
 
 
-# Parity
-
 @pytest.mark.parametrize("cached", [True, False])
 def test_packed_padded_cached_logits_equal_those_of_input_ids(llm, checkpointing, cached):
     """With a cached prefix, and with prefix and queries in one pass (what a checkpointed LLM does)."""
@@ -212,8 +210,6 @@ def test_positions_that_a_model_can_take(llm, family):
                                          "flan-t5": None}.get(family, 512)
 
 
-# Training
-
 def backward(llm, distiller):
     """Gradients of Eq. (4) in the distiller, flattened, and the bytes that autograd kept for them."""
     sizes = {}
@@ -244,8 +240,7 @@ def test_losses_and_gradients_equal_plain_ones(llm):
 
 
 def test_pretraining_reads_d_and_predicts_x(llm):
-    """The row of data.Corpus: everything behind D is predicted, from its first token on, by either kind of
-    LLM."""
+    """The row of data.Corpus: all behind D is predicted, from its first token on, by either kind."""
     row = {"demo": rows()[1]["demo"], "queries": [([], [rows()[1]["queries"][0][0]])]}
     distiller = build_distiller("layers:2", llm, 4, "matched", 0).eval()
     _, found = losses(llm, distiller, [row, rows(1)[0]])
@@ -257,8 +252,7 @@ def test_pretraining_reads_d_and_predicts_x(llm):
 
 
 def test_an_encoder_with_nothing_to_read_gets_the_end_of_sequence(llm):
-    """The reference 'no context' of pretraining: no prefix, no query. A decoder-only LLM leaves its first
-    token out."""
+    """Pretraining's 'no context': no prefix, no query. A decoder-only LLM leaves a token out."""
     (x, _), = rows()[1]["queries"]
     batch = collate([{"demo": [], "queries": [([], [x])]}, {"demo": [], "queries": [([], [x[:4]])]},
                      # the last one has something to read: padding for the others
@@ -320,8 +314,6 @@ def test_grad_checkpoint_gives_the_same_gradient_from_less_memory(llm, checkpoin
     assert expected.norm() > 1e-3 and (found - expected).norm() < 1e-6 * expected.norm()
     assert little < 0.7 * much
 
-
-# Loading
 
 def test_eight_bit_weights_pass_on_nearly_the_same_gradient(llm, folder, family):
     """bitsandbytes has kernels for the CPU too, so what CUDA runs can be checked where that package is."""

@@ -30,8 +30,7 @@ def grid(values: dict, **more) -> list[dict]:
     return [record(task=task, seed=seed, headline=value, **more) for (task, seed), value in values.items()]
 
 
-# per seed: means over tasks 30 and 50 -> 40 ± 10 sqrt 2; per task the mean is the same and the deviation is
-# not
+# per seed: means over tasks 30 and 50 -> 40 ± 10 sqrt 2; per task the deviation is another
 HAND = {("ag_news", 100): 0.2, ("emo", 100): 0.4, ("ag_news", 13): 0.7, ("emo", 13): 0.3}
 MEAN, STD = 40.0, 10 * np.sqrt(2)
 
@@ -41,8 +40,7 @@ def shifted(by: float) -> dict:
 
 
 def drawn_lines(ax) -> dict:
-    """{label: (x, y, half the length of each error bar)} of an axes' error bar plots, all of them inside its
-    limits."""
+    """{label: (x, y, half of each error bar)} of an axes' plots, all of them inside its limits."""
     for container in ax.containers:
         ends = np.concatenate(container[2][0].get_segments())
         for values, (low, high) in zip(ends.T, (ax.get_xlim(), ax.get_ylim()), strict=True):
@@ -64,8 +62,6 @@ def check_files(figures_dict, out, name) -> None:
     assert pixels.shape[1] >= 800 and 0.01 < (pixels < 200).mean() < 0.9  # neither blank nor black
     assert (out / f"{name}.svg").read_text().count("<path") > 20
 
-
-# Averages
 
 def test_averages_by_hand():
     data = averages(grid(HAND, k=4) + grid(shifted(5), k=1) + grid(shifted(-10), k=4, method="icl"),
@@ -95,8 +91,6 @@ def test_of_two_checkpoints_at_one_point_the_newest_counts():
     assert averages(old + new, ("mend",), lambda r: r["k"]) == averages(new, ("mend",), lambda r: r["k"])
     assert averages(new + old, ("mend",), lambda r: r["k"]) != averages(new, ("mend",), lambda r: r["k"])
 
-
-# Figs. 4, 6, 7
 
 def fig4_records() -> list[dict]:
     over_k = [r for m, shift in (("icl", 0), ("hypertuning", 5), ("mend", 10))
@@ -232,8 +226,6 @@ def test_files_of_another_kind_are_named(tmp_path, argv, message):
     with pytest.raises(UserError, match=message):
         main(argv if "--out" in argv else [*argv, "--out", str(tmp_path)])
 
-
-# Training curves
 
 def write_run(folder, trained_on: dict, lines: list[dict]) -> str:
     folder.mkdir()

@@ -56,8 +56,6 @@ def test_head_logits_feel_the_cap():
     close(logits, [[2 * math.tanh(1.5), 2 * math.tanh(-0.5)]], 1e-6)
 
 
-# The packed, cached, padded way against the plain one
-
 @pytest.mark.parametrize("kind", ["demonstrations", "vectors"])
 @pytest.mark.parametrize("bos_id", [None, BOS])
 def test_query_states_equal_plain_states_and_logits(llm, kind, bos_id):
@@ -123,8 +121,7 @@ def test_queries_and_options_do_not_see_each_other(llm):
 
 
 def test_attention_mask_worked_by_hand():
-    """One pad, one prefix token; x of two tokens, options of one and of two, another query of one, one
-    pad."""
+    """One pad, one prefix token; x of two tokens, options of one and two, a query of one, one pad."""
     mask = attention_mask(torch.tensor([[False, True]]), torch.tensor([[0, 0, 0, 0, 0, 1, 0]]),
                           torch.tensor([[0, 0, 1, 2, 2, 0, 0]]), torch.tensor([[True] * 6 + [False]]))
     assert mask.shape == (1, 1, 7, 9)
@@ -136,8 +133,7 @@ def test_attention_mask_worked_by_hand():
 
 
 def test_gradient_through_the_shared_prefix_equals_the_sum_of_separate_ones(llm):
-    """Several queries read one cached prefix; the plain way distils anew for each and backpropagates
-    separately."""
+    """The plain way distils anew for each query and backpropagates separately."""
     rows, distiller, lam = training_rows(), make_distiller(llm), 0.7
     finetune_loss(*losses(llm, distiller, rows), lam).backward()
     found = gradients(distiller)
@@ -208,8 +204,6 @@ def test_a_siblings_own_embedding_is_trained_and_saved_once(llm, llm_folder):
     assert [name for name, p in distiller.named_parameters() if p.shape == shape] == ["embed.weight"]
 
 
-# The distiller
-
 def test_placeholders_start_as_embedding_rows_of_ids_from_100_on(llm):
     rows = llm.get_input_embeddings().weight                                                          # (V, d)
     placeholders = make_distiller(llm, distill_len=200).placeholders
@@ -251,8 +245,7 @@ def test_matched_output_has_the_embeddings_scale_and_plain_output_the_norms(llm)
 
 @pytest.mark.parametrize("length", [2, 4, 9])  # fewer demonstration tokens than vectors, as many, more
 def test_residual_start_adds_the_last_tokens_embeddings(llm, length):
-    """S_D = E_D[-l:] + gain * MEND(D)[-l:], 0 in the place of tokens that are not there; the gain starts at
-    0.1."""
+    """S_D = E_D[-l:] + gain * MEND(D)[-l:], 0 where there is no token; the gain starts at 0.1."""
     matched, residual = make_distiller(llm), make_distiller(llm, start="residual")
     assert residual.gain.item() == pytest.approx(0.1 * matched.gain.item(), rel=1e-5)
     ids = list(range(5, 5 + length))

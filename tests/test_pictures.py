@@ -27,8 +27,7 @@ def test_method_figure(tmp_path, capsys):
 
 
 def test_method_figure_has_no_overlaps():
-    """No text leaves the canvas, touches another text or crosses the edge of a box; all are readable at 400
-    pixels."""
+    """No text leaves the canvas or touches a text or an edge; all are readable at 400 pixels."""
     fig, _ = draw("method")
     renderer = FigureCanvasAgg(fig).get_renderer()
     texts = [t for t in fig.axes[0].texts if t.get_text()]

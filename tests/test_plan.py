@@ -18,8 +18,7 @@ def plan_args():
 
 
 def test_plan_by_hand(tiny):
-    """Teacher: all tokens once. Distiller: three times. Student: forward, and backward to its input without
-    weights."""
+    """Teacher: all tokens once. Distiller: three times. Student: forward, and back to its input."""
     found = {c: plan.plan_one("opt-6.7b", plan_args(), 2, c) for c in (False, True)}
     width, layers, width_s, layers_s = 64, 3, 32, 2
 
@@ -99,8 +98,7 @@ def test_plan_of_t5_counts_a_real_step(tiny, checkpointing):
 
 
 def test_plan_counts_fused_attention(tiny):
-    """With 1,000 demonstration tokens, the distiller's scores alone would take 2 layers x 4 heads x 1,005^2 x
-    2 bytes."""
+    """The distiller's scores alone would take 2 layers x 4 heads x 1,005^2 x 2 bytes."""
     args = argparse.Namespace(distill_len=L, demo_tokens=1000, query_tokens=T_X)
     assert plan.plan_one("gpt2-large", args, 1, False)["bytes"]["alive"] < 2 * 4 * 1005 ** 2 * 2
 

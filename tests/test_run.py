@@ -34,8 +34,6 @@ def test_lr_never_leaves_zero_to_peak_and_every_step_moves(steps, warmup):
     assert max(rates) == pytest.approx(3e-4) and min(rates) > 0
 
 
-# Checkpoints
-
 def small(seed: int) -> nn.Module:
     torch.manual_seed(seed)
     return nn.Linear(3, 2)
@@ -116,8 +114,6 @@ def test_a_missing_checkpoint_says_what_was_expected(tmp_path):
     with pytest.raises(UserError, match="no checkpoint at .*best.safetensors"):
         load_checkpoint(tmp_path)
 
-
-# A run of either stage
 
 @pytest.mark.parametrize("script, family, more", [  # gpt2 has dropout, which must be drawn again alike
     (train_pretrain, "llama", []), (train_pretrain, "gpt2", []), (train_finetune, "llama", []),
@@ -297,8 +293,7 @@ common.run_main(train_pretrain.main)
 
 
 def driver(folder: Path, pause: float = 0.0) -> str:
-    """A script that runs train_pretrain.py with its cache in `folder`, resting `pause` seconds before each
-    step."""
+    """A script that runs train_pretrain.py with its cache in `folder`, resting before each step."""
     path = folder / "driver.py"
     path.write_text(DRIVER.format(root=str(common.ROOT), folder=str(folder), pause=pause))
     return str(path)

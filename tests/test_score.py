@@ -204,8 +204,6 @@ def test_full_precision_gives_every_tensor_back_as_it_was(llm_folder, dtype):
     assert (llm.get_input_embeddings().weight is llm.get_output_embeddings().weight) == tied
 
 
-# Metrics
-
 @pytest.mark.parametrize("seed", range(25))
 def test_metrics_against_scikit_learn(seed):
     rng = random.Random(seed)
@@ -239,8 +237,6 @@ def test_majority_by_hand():
     # the most frequent label, where the query has it
     assert majority(demos, shots("a", options="qa")) == ["q"]
 
-
-# Prediction
 
 @pytest.fixture
 def files(tiny_tasks):

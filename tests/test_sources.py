@@ -73,8 +73,7 @@ def test_tiktoken_gives_transformers_ids(llm_folder):
 
 @pytest.mark.parametrize("digits", [False, True])
 def test_tiktoken_gives_transformers_ids_where_white_space_and_digits_merge(tmp_path, digits):
-    """The tiny models' vocabularies have no token of two spaces, so a wrong split of white space would not
-    show there."""
+    """The tiny models have no token of two spaces: a wrong split would not show there."""
     tokenizer = train_tokenizer(tmp_path, digits, random_texts(1, 2000))
     assert {"ĠĠ", "ĊĊ"} <= tokenizer.hf.get_vocab().keys()
     assert_like_transformers(tokenizer, NASTY + random_texts(0, 3000))
@@ -282,8 +281,7 @@ def test_data_hash_follows_the_content(tmp_path):
 
 
 def test_retrieval_pool(tmp_path):
-    """The union of all seeds' training files; nothing twice, no dev or test question; the 100-shot files
-    where there are any."""
+    """All seeds' training files, or 100-shot files; nothing twice, no dev or test question."""
     tasks, emo = tasks_of(tmp_path, {"emotion": [example("a")]}, {"emo": [example("a")]}), tmp_path / "emo"
     for seed, train in ((13, ["a", "b", "dev 13"]), (42, ["b", "c", "test"]), (100, ["d", "dev 42"])):
         write_lines(emo / f"emo_16_{seed}_train.jsonl", [example(text) for text in train])
@@ -340,8 +338,7 @@ def test_scoring_needs_options_with_the_gold_answer():
 
 @pytest.fixture
 def hub(monkeypatch):
-    """datasets.load_dataset gives these rows; a row that is an exception is raised. Holds what was asked
-    for."""
+    """datasets.load_dataset gives these rows, or raises them; holds what was asked for."""
     import datasets
     found = SimpleNamespace(rows={}, asked=[])
 

@@ -43,8 +43,6 @@ def cells(lines: list[str]) -> dict[tuple[str, str], list[str]]:
     return {(llm, row): rest for llm, row, *rest in rows}
 
 
-# One cell
-
 def test_summary_by_hand():
     scores = {("a", 1): (50.0, 10), ("a", 2): (60.0, 10), ("b", 1): (30.0, 4), ("b", 2): (20.0, 4),
               ("c", 1): (99.0, 7)}
@@ -148,8 +146,6 @@ def test_more_seeds_of_the_same_tasks_do_not_narrow_the_interval():
     assert one == pytest.approx(many)
 
 
-# Which records make a table
-
 def test_the_latest_line_of_a_task_and_seed_counts_and_the_newest_checkpoint_of_a_cell():
     lines = [mend(KL, FULL, headline=0.1), mend(KL, FULL, task="ag_news", headline=0.2),
              mend(KL, FULL, headline=0.3), record(headline=0.9)]
@@ -226,8 +222,6 @@ def test_no_record_and_other_files():
         table_lines([record()], "1")
 
 
-# How it is printed
-
 def test_best_is_bold_and_second_underlined_ties_alike():
     assert marked({"a": 1.0, "b": 3.0, "c": 2.0, "d": None, "e": 2.001, "f": 2.999}) == {
         "a": "{}", "b": "**{}**", "c": "<u>{}</u>", "d": "{}", "e": "<u>{}</u>", "f": "**{}**"}
@@ -279,8 +273,6 @@ def test_each_llm_has_its_own_lines_and_notes():
     assert cells(table)["paper, opt-6.7b", "mend"] == ["**44.27** ±1.12"]
 
 
-# The paper's own figures
-
 def test_paper_rows_are_those_of_the_paper():
     table = cells(table_lines([record(split=s) for s in common.SPLITS], "2"))
     for llm, rows in PAPER["2"].items():
@@ -310,8 +302,6 @@ def test_averages_of_the_papers_rows_are_the_printed_ones(number, llm, averages)
               for name, row in rows.items()}
     assert {name: d for name, d in differ.items() if abs(d) > (0.0101 if number == "2" else 0.0126)} == {}
 
-
-# Files
 
 def test_a_line_cut_short_is_left_out_and_the_file_is_not_touched(tmp_path):
     path = tmp_path / "results.jsonl"

@@ -106,8 +106,7 @@ def test_the_start_is_evaluated_once(script, argv, quick_dev, monkeypatch, tmp_p
 
 
 def test_a_bf16_run_is_evaluated_in_fp32(script, argv, llama, monkeypatch, tmp_path):
-    """On weights that bf16 holds exactly, the figures of the start equal those of an fp32 run, and those of
-    bf16 are far from them."""
+    """On weights that bf16 holds exactly: as in an fp32 run, and far from figures in bf16."""
     folder = shutil.copytree(llama, tmp_path / "models" / llama.name)
     load(llama).to(torch.bfloat16).float().save_pretrained(folder)
     start = {}
@@ -301,8 +300,7 @@ def test_llm_weights_overrule_dtype_for_the_llm_alone(finetuning, quick_dev, tmp
 
 
 def test_identical_prefixes_have_no_kl_in_a_bf16_run(finetuning, monkeypatch, tmp_path):
-    """The student reads the demonstrations too, but as embeddings in a padded prefix, as rounding would
-    tell."""
+    """The student reads the demonstrations too, as embeddings in a padded prefix."""
     prefix = score.one_prefix
 
     def padded(method, demos, limit, llm, distiller, encoder, args):
@@ -352,8 +350,7 @@ def test_there_is_nothing_to_train_on_among_the_functions(finetuning, tmp_path):
 
 @pytest.fixture
 def pretrained(llama, llama_llm):
-    """Writes a pretraining run of an untrained distiller under out/, told apart by its seed: (name, ...) ->
-    folder."""
+    """Writes a pretraining run of an untrained distiller under out/: (name, ...) -> folder."""
     def write(name: str, val_kl: float, seed: int, spec: str = "layers:2", distill_len: int = 4,
               start: str = "matched", stages=("pretrain",), llm_name: str = llama.name,
               objective: str | None = "kl") -> Path:
