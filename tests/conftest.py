@@ -212,7 +212,7 @@ def save_distiller(folder: Path, distiller, llm, spec: str = "layers:2", start: 
 
 @pytest.fixture(scope="session")
 def tasks_dir(tmp_path_factory) -> Path:
-    """Five meta-training and two meta-test tasks of class_to_class in MetaICL's layout; one without repeats."""
+    """Five meta-training and two meta-test tasks of class_to_class in MetaICL's layout."""
     folder, rng = tmp_path_factory.mktemp("data") / "tasks", random.Random(1)
 
     def example(task: str) -> dict:

@@ -116,8 +116,7 @@ def vectors_of(distiller, tokenizer, files: dict) -> torch.Tensor:
     return distiller(torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.bool))
 
 
-def test_the_vectors_of_the_checkpoint_are_used(scored, checkpoint, llama_llm, tokenizer, tiny_tasks,
-                                                monkeypatch):
+def test_the_checkpoints_vectors_are_used(scored, checkpoint, llama_llm, tokenizer, tiny_tasks, monkeypatch):
     seen = []
     monkeypatch.setattr(score, "vector_prefix", lambda llm, vectors, bos: seen.append(vectors) or demo_prefix(
         llm, torch.tensor([[1]]), torch.ones(1, 1, dtype=torch.bool)))
@@ -248,8 +247,7 @@ def test_partners_are_a_derangement_of_the_evaluated_tasks():
         evaluate.partners("mend_swapped", "a", ["a"], collection(["a"]))
 
 
-def test_controls_read_vectors_of_other_tasks_and_say_whose(scored, three_tasks, llama_llm, tokenizer,
-                                                            monkeypatch):
+def test_controls_read_vectors_of_other_tasks(scored, three_tasks, llama_llm, tokenizer, monkeypatch):
     seen, prefix = [], model.vector_prefix
     monkeypatch.setattr(score, "vector_prefix", lambda llm, vectors, bos: (
         seen.append(vectors), prefix(llm, vectors, bos))[1])
@@ -277,8 +275,7 @@ def test_a_control_of_other_tasks_is_not_taken_from_the_results_file(scored, thr
     assert found["mend", "emo"] == 1 and found["mend_constant", "emo"] == 2
 
 
-def test_permuted_labels_are_wrong_alike_and_of_classification(argv, tokenizer, three_tasks, monkeypatch,
-                                                               capsys):
+def test_permuted_labels_are_wrong_alike(argv, tokenizer, three_tasks, monkeypatch, capsys):
     _, by_distiller = read_by(monkeypatch)
     load = sources.load_tasks
 
@@ -332,7 +329,7 @@ def assembled(tokenizer: Tokenizer, template: str, demos: list[dict]) -> list[in
 
 @pytest.mark.parametrize("kind", PERTURBATIONS)
 @pytest.mark.parametrize("template", ["space", "newline"])
-def test_llm_and_distiller_read_the_same_perturbed_demonstrations(scored, tokenizer, tiny_tasks, monkeypatch,
+def test_both_read_the_same_perturbed_demonstrations(scored, tokenizer, tiny_tasks, monkeypatch,
                                                                   kind, template):
     by_llm, by_distiller = read_by(monkeypatch)
     records = scored("--methods", "icl", "mend", "icl_budget", "--perturb", kind, "--template", template,
@@ -379,8 +376,7 @@ def test_tasks_without_options_are_left_out_where_labels_are_changed(argv, own_t
 
 
 @pytest.mark.parametrize("method", ["icl", "mend"])
-def test_each_query_is_read_behind_its_own_retrieved_demonstrations(scored, own_tasks, tokenizer, monkeypatch,
-                                                                    method):
+def test_each_query_is_read_behind_its_neighbours(scored, own_tasks, tokenizer, monkeypatch, method):
     by_llm, by_distiller = read_by(monkeypatch)
     # among other seeds' training examples are this seed's test questions
     shutil.copy(own_tasks / "emo" / "emo_16_13_test.jsonl", own_tasks / "emo" / "emo_16_42_train.jsonl")
@@ -403,8 +399,7 @@ def test_dense_retrieval_takes_the_llm_or_a_named_encoder(scored, gpt2, monkeypa
     assert len(by_llm) == 16 and sorted(by_llm[:8]) != sorted(by_llm[8:])
 
 
-def test_what_needs_no_demonstrations_is_scored_once_for_all_seeds(scored, own_tasks, tmp_path, llama_llm,
-                                                                   monkeypatch):
+def test_what_needs_no_demonstrations_is_scored_once(scored, own_tasks, tmp_path, llama_llm, monkeypatch):
     shutil.copy(own_tasks / "emo" / "emo_16_13_test.jsonl", own_tasks / "emo" / "emo_16_42_test.jsonl")
     calls = calls_of_evaluate_one(monkeypatch)
     free = write_run(tmp_path / "free", llama_llm, "free", finetune=UNSEEN | {"lam": 0.0})

@@ -118,8 +118,7 @@ def test_a_missing_checkpoint_says_what_was_expected(tmp_path):
 @pytest.mark.parametrize("script, family, more", [  # gpt2 has dropout, which must be drawn again alike
     (train_pretrain, "llama", []), (train_pretrain, "gpt2", []), (train_finetune, "llama", []),
     (train_finetune, "gpt2", []), (train_finetune, "llama", PROMPT_TUNING)], indirect=["script"])
-def test_a_run_that_was_interrupted_equals_one_that_was_not(script, argv, request, tmp_path, monkeypatch,
-                                                            family, more):
+def test_an_interrupted_run_equals_a_whole_one(script, argv, request, tmp_path, monkeypatch, family, more):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     argv = [*argv, "--llm", str(request.getfixturevalue(family)), "--save-every", "1", *more]
     train(script, argv, whole)
@@ -141,8 +140,7 @@ def test_a_run_that_was_interrupted_equals_one_that_was_not(script, argv, reques
 
 
 @pytest.mark.parametrize("where", ["best.safetensors", "last.safetensors"])
-def test_an_evaluation_cut_off_before_its_checkpoint_is_logged_once(pretraining, tmp_path, monkeypatch,
-                                                                    where):
+def test_an_evaluation_cut_off_is_logged_once(pretraining, tmp_path, monkeypatch, where):
     stub_dev(monkeypatch, train_pretrain, [4.0, 3.0, 2.0, 1.0])
     argv, save = [*pretraining, "--save-every", "1"], run.save_checkpoint
 
@@ -164,7 +162,7 @@ def test_an_evaluation_cut_off_before_its_checkpoint_is_logged_once(pretraining,
     (train_pretrain, ["--objective", "clm+kl", "--gamma", "0.5"], [9.0, 5.0, 2.0, 1.5, 3.0], 3),
     (train_finetune, [], [5.0, 3.0, 1.0, 2.0, 4.0], 2), (train_finetune, [], [1.0, 3.0, 2.0, 2.0, 2.0], 0)],
     indirect=["script"])
-def test_best_is_the_checkpoint_with_the_lowest_option_ce(script, argv, tmp_path, monkeypatch, more, values,
+def test_best_is_the_one_with_the_lowest_option_ce(script, argv, tmp_path, monkeypatch, more, values,
                                                           best_step):
     """Not the one with the lowest losses, which fall all the way; and it may be the start."""
     seen = []
@@ -212,8 +210,7 @@ def test_more_steps_on_resume_are_told(pretraining, quick_dev, tmp_path, capsys)
 @pytest.mark.parametrize("script, name, value", [
     (train_pretrain, "distill_loss", "nan"), (train_finetune, "pred_loss", "inf"),
     (train_finetune, "distill_loss", "inf")], indirect=["script"])
-def test_a_loss_that_is_not_finite_stops_and_names_the_step(script, argv, quick_dev, tmp_path, monkeypatch,
-                                                            name, value):
+def test_a_loss_that_is_not_finite_stops(script, argv, quick_dev, tmp_path, monkeypatch, name, value):
     loss, calls = getattr(script, name), []
 
     def breaks(*a):
@@ -262,8 +259,7 @@ def test_gradients_are_clipped_to_the_given_norm(pretraining, quick_dev, tmp_pat
     assert norms == pytest.approx([bound] * 4 if bound else logged, rel=1e-2 if bound else 1e-5)
 
 
-def test_dropout_is_drawn_in_training_and_not_in_evaluation(pretraining, quick_dev, tmp_path, gpt2,
-                                                            monkeypatch):
+def test_dropout_is_drawn_in_training_alone(pretraining, quick_dev, tmp_path, gpt2, monkeypatch):
     finals, seed = [], torch.manual_seed
     for shift in (0, 1):  # the same weights and data, other dropout
         monkeypatch.setattr(torch, "manual_seed", lambda s, shift=shift: seed(s + shift * (s > 1_000_000)))

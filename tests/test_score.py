@@ -271,8 +271,7 @@ def test_packed_queries_are_answered_like_single_ones(setting, files, monkeypatc
 
 @pytest.mark.parametrize("method", ["icl", "icl_budget", "last_l", "mend"])
 @pytest.mark.parametrize("set_tokens", [1, 700, 100_000])
-def test_a_demonstration_set_for_each_query_is_read_like_that_set_alone(setting, files, monkeypatch, method,
-                                                                        set_tokens):
+def test_a_set_for_each_query_is_read_like_that_set_alone(setting, files, monkeypatch, method, set_tokens):
     rng = random.Random(4)
     queries = [q | {"options": q["options"][:2 + i % 2]} for i, q in enumerate(files["test"])]
     sets = [rng.sample(files["train"], rng.randint(1, 12)) for _ in queries]

@@ -164,7 +164,7 @@ def test_user_errors_come_before_the_first_step(script, argv, monkeypatch, chang
 # Pretraining
 
 @pytest.mark.parametrize("objective, gamma", [("kl", 1.0), ("clm", 1.0), ("clm+kl", 0.25)])
-def test_the_first_step_is_eq_3_on_the_whole_step(pretraining, quick_dev, tmp_path, llama, llama_llm,
+def test_the_first_step_is_eq_3(pretraining, quick_dev, tmp_path, llama, llama_llm,
                                                   corpus_dir, objective, gamma):
     """Or CLM, or L_CLM + gamma L_distill (App. B): from one window at a time, full logits and autograd."""
     more = ["--steps", "1", "--objective", objective, "--beta", "0.6", "--window", "300", "--seed", "1"]
@@ -193,7 +193,7 @@ def test_the_first_step_is_eq_3_on_the_whole_step(pretraining, quick_dev, tmp_pa
               "--resume")
 
 
-def test_held_out_kl_and_its_references_against_one_window_at_a_time(pretraining, quick_dev, tmp_path, llama,
+def test_held_out_kl_against_one_window_at_a_time(pretraining, quick_dev, tmp_path, llama,
                                                                      llama_llm, corpus_dir):
     more = ["--steps", "1", "--eval-docs", "5", "--min-doc-len", "8"]
     final = train(train_pretrain, pretraining, tmp_path / "run", *more)
@@ -253,7 +253,7 @@ def test_a_window_that_fills_the_llm_is_taken_and_a_longer_one_is_not(pretrainin
 
 @pytest.mark.parametrize("lam, pred_weight", [(0.0, 1.0), (0.5, 1.0), (0.5, 0.0)])
 @pytest.mark.parametrize("template", ["space", "newline"])
-def test_the_first_step_is_eq_4_on_the_whole_step(finetuning, quick_dev, tmp_path, llama, llama_llm,
+def test_the_first_step_is_eq_4(finetuning, quick_dev, tmp_path, llama, llama_llm,
                                                   tiny_tasks, lam, pred_weight, template):
     """Losses and gradient norm of step 1, from one query at a time, full logits and autograd."""
     train(train_finetune, finetuning, tmp_path / "run", "--steps", "1", "--lam", str(lam), "--pred-weight",
@@ -417,8 +417,7 @@ def test_a_given_start_is_used(start_of, pretrained):
 
 
 @pytest.mark.parametrize("there", [False, True])
-def test_without_pretraining_it_starts_from_its_own_weights_and_says_so_loudly(start_of, pretrained,
-                                                                               llama_llm, there):
+def test_without_pretraining_it_says_so_loudly(start_of, pretrained, llama_llm, there):
     """Where there is no run to start from; where there is one, only as --init-from none asks for it."""
     if there:
         pretrained("a", 0.1, seed=1)
