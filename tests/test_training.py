@@ -232,10 +232,10 @@ def test_every_window_is_read_once(pretraining, quick_dev, tmp_path, monkeypatch
         [row | {"sample": first + i} for i, row in enumerate(rows(corpus, seed, first, count, beta))])[1])
     read = rows_collated(train_pretrain, monkeypatch)
     train(train_pretrain, pretraining, tmp_path / "run", "--steps", "66", "--eval-every", "66", "--eval-docs",
-          "1", "--batch-size", "1", "--window", "32")
-    assert asked == [(100, 0, 128), (100, 128, 128)]  # 64 steps at a time, sorted by length together
+          "1", "--batch-size", "1", "--grad-accum", "1", "--window", "32")
+    assert asked == [(100, 0, 64), (100, 64, 64)]  # 64 steps at a time, sorted by length together
     samples = [row["sample"] for row in read if "sample" in row]
-    assert sorted(samples[:128]) == list(range(128)) and len(set(samples)) == len(samples) == 66 * 2
+    assert sorted(samples[:64]) == list(range(64)) and len(set(samples)) == len(samples) == 66
 
 
 def test_a_window_that_fills_the_llm_is_taken_and_a_longer_one_is_not(pretraining, quick_dev, tmp_path, gpt2):
