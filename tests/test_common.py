@@ -1,4 +1,4 @@
-"""Tests of common.py: presets and flags, the hub probe, learning rate, checkpoints."""
+"""Tests of common.py: presets and flags, the hub probe, errors at the command line."""
 
 import json
 import time
@@ -7,36 +7,15 @@ from types import SimpleNamespace
 import pytest
 import requests
 import torch
-from torch import nn
 
 import common
 import data
 import evaluate
-import run
 import train_finetune
 import train_pretrain
 from common import UserError, did_you_mean, run_main
-from run import load_checkpoint, lr_at, save_checkpoint
 
 SCRIPTS = [data, evaluate, train_pretrain, train_finetune]
-
-
-# Learning rate
-
-
-def test_lr_at_by_hand():
-    # 10 steps, warm-up of 0.4 * 10 = 4 steps, then 6 steps down to zero
-    by_hand = [0.25, 0.5, 0.75, 1, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6, 0]
-    assert [lr_at(step, 10, 0.4, 2.0) for step in range(11)] == pytest.approx([2 * share for share in by_hand])
-
-
-@pytest.mark.parametrize("steps, warmup", [(1, 0.0), (1, 1.0), (7, 0.0), (7, 1.0), (40, 0.05), (1000, 0.1)])
-def test_lr_never_leaves_zero_to_peak_and_every_step_moves(steps, warmup):
-    rates = [lr_at(step, steps, warmup, 3e-4) for step in range(steps)]
-    assert max(rates) == pytest.approx(3e-4) and min(rates) > 0
-
-
-# Flags and presets
 
 
 def parsed(script, argv):
@@ -45,7 +24,8 @@ def parsed(script, argv):
 
 
 def test_preset_fills_only_flags_that_were_not_given():
-    given = parsed(train_pretrain, ["--preset", "pocket", "--distill-len", "7", "--lr", "0.5", "--window", "33"])
+    given = parsed(train_pretrain, ["--preset", "pocket", "--distill-len", "7", "--lr", "0.5", "--window",
+                                    "33"])
     assert (given.distill_len, given.lr, given.window) == (7, 0.5, 33)
     for preset in ("paper", "pocket"):
         expected = {**common.PRESETS[preset], **train_pretrain.PRESETS[preset]}
@@ -80,8 +60,9 @@ def test_help_shows_both_presets_values(script, capsys):
 
 
 @pytest.mark.parametrize("script, flag, value", [
-    (train_pretrain, "--split", "qa_to_qa"), (train_finetune, "--corpus", "sotu"), (evaluate, "--distiller", "layers:2"),
-    (evaluate, "--corpus", "sotu"), (evaluate, "--seed", "13"), (data, "--distill-len", "4"), (data, "--corpus", "sotu")])
+    (train_pretrain, "--split", "qa_to_qa"), (train_finetune, "--corpus", "sotu"),
+    (evaluate, "--distiller", "layers:2"), (evaluate, "--corpus", "sotu"), (evaluate, "--seed", "13"),
+    (data, "--distill-len", "4"), (data, "--corpus", "sotu")])
 def test_a_flag_without_a_part_is_refused(script, flag, value, capsys):
     with pytest.raises(SystemExit) as stop:
         script.main([flag, value])
@@ -94,9 +75,10 @@ def test_long_name_of_the_paraphrase_split():
 
 def test_shared_faults_are_listed_together():
     with pytest.raises(UserError) as error:
-        train_finetune.main(["--preset", "pocket", "--split", "class_to_clas", "--k", "0", "--distill-len", "0", "--seed", "-1",
-                   "--dtype", "fp16", "--device", "cpu"])
-    for part in ("--split class_to_clas", "class_to_class", "--k is 0", "--distill-len is 0", "--seed is -1", "fp16"):
+        train_finetune.main(["--preset", "pocket", "--split", "class_to_clas", "--k", "0", "--distill-len",
+                             "0", "--seed", "-1", "--dtype", "fp16", "--device", "cpu"])
+    for part in ("--split class_to_clas", "class_to_class", "--k is 0", "--distill-len is 0", "--seed is -1",
+                 "fp16"):
         assert part in str(error.value)
 
 
@@ -107,7 +89,8 @@ def test_eight_bit_weights_need_cuda_and_two_packages(monkeypatch):
         evaluate.main(flags)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(common.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="needs the package bitsandbytes: pip install bitsandbytes.*the package accelerate"):
+    with pytest.raises(UserError, match="needs the package bitsandbytes: pip install bitsandbytes.*"
+                                        "the package accelerate"):
         evaluate.main(flags)
 
 
@@ -120,9 +103,6 @@ def test_did_you_mean():
     assert did_you_mean("agnews", ["emo", "ag_news"]) == "did you mean ag_news?"
     assert did_you_mean("qa_to_q", ["hr_to_lr", "qa_to_qa"]).startswith("did you mean qa_to_qa")
     assert did_you_mean("zzz", ["b", "a"]) == "known: a, b"
-
-
-# User errors at the command line
 
 
 def test_run_main_turns_a_user_error_into_one_paragraph_and_code_2(capsys):
@@ -149,7 +129,8 @@ def fresh_probe():
 
 def test_hub_is_not_asked_when_offline(fresh_probe, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(requests, "head", lambda *_, **__: pytest.fail("asked the hub although HF_HUB_OFFLINE is set"))
+    monkeypatch.setattr(requests, "head",
+                        lambda *_, **__: pytest.fail("asked the hub although HF_HUB_OFFLINE is set"))
     assert common.hub_reachable() is False
 
 
@@ -187,89 +168,6 @@ def test_paper_preset_without_a_hub_names_the_pocket_command(script, extra, task
     assert stop.value.code == 2 and time.time() - started < 5
     assert err.startswith("error: --llm gpt2-large") and "make assets" in err and "--preset pocket" in err
     assert "Traceback" not in err
-
-
-# Checkpoints
-
-
-def small(seed: int) -> nn.Module:
-    torch.manual_seed(seed)
-    return nn.Linear(3, 2)
-
-
-def test_checkpoint_holds_weights_moments_and_state(tmp_path):
-    module = small(0)
-    optimizer = run.make_optimizer(module, 0.1)
-    module(torch.ones(1, 3)).sum().backward()
-    optimizer.step()
-    save_checkpoint(tmp_path / "run" / "last.safetensors", module, {"step": 3, "note": "é"}, optimizer)
-    tensors, state = load_checkpoint(tmp_path / "run")
-    assert state == {"step": 3, "note": "é"} == run.load_checkpoint(tmp_path / "run" / "last.safetensors", weights=False)[1]
-    expected = {f"distiller.{n}": t for n, t in module.state_dict().items()}
-    expected |= {f"optimizer.{n}.{key}": optimizer.state[p][key] for n, p in module.named_parameters()
-                 for key in ("step", "exp_avg", "exp_avg_sq")}
-    assert tensors.keys() == expected.keys()
-    assert all(torch.equal(tensors[name], t) for name, t in expected.items())
-
-
-def test_weight_decay_spares_vectors_and_frozen_weights():
-    module = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3), nn.Linear(3, 3).requires_grad_(False))
-    decay, none = run.make_optimizer(module, 0.1).param_groups
-    assert decay["params"] == [module[0].weight] and decay["weight_decay"] == 0.01
-    assert {id(p) for p in none["params"]} == {id(p) for p in (module[0].bias, *module[1].parameters())}
-    assert none["weight_decay"] == 0
-
-
-@pytest.mark.parametrize("moment", ["before writing", "half way", "before renaming"])
-def test_a_crash_while_saving_leaves_the_old_checkpoint(tmp_path, monkeypatch, moment):
-    path = tmp_path / "last.safetensors"
-    save_checkpoint(path, small(0), {"step": 1})
-    before = path.read_bytes()
-
-    def crash(tensors, file, metadata=None):
-        if moment == "half way":
-            file.write_bytes(b"half a file")
-        raise KeyboardInterrupt
-
-    if moment == "before renaming":
-        monkeypatch.setattr(common.os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
-    else:
-        monkeypatch.setattr("safetensors.torch.save_file", crash)
-    with pytest.raises(KeyboardInterrupt):
-        save_checkpoint(path, small(1), {"step": 2})
-    assert path.read_bytes() == before
-    assert load_checkpoint(tmp_path)[1] == {"step": 1}
-
-
-def test_a_folder_gives_its_best_else_its_last_checkpoint(tmp_path, monkeypatch):
-    save_checkpoint(tmp_path / "last.safetensors", small(0), {"step": 2})
-    assert load_checkpoint(tmp_path)[1] == {"step": 2}
-    save_checkpoint(tmp_path / "best.safetensors", small(0), {"step": 1})
-    assert load_checkpoint(tmp_path)[1] == {"step": 1}
-    assert load_checkpoint(tmp_path / "last.safetensors")[1] == {"step": 2}
-    name = run.checkpoint_id(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    assert run.checkpoint_id("best.safetensors") == name  # however its path is typed
-    save_checkpoint(tmp_path / "best.safetensors", small(1), {"step": 1})
-    assert name.startswith(f"{tmp_path.name}/best@") and run.checkpoint_id(tmp_path) != name
-
-
-@pytest.mark.parametrize("damage", ["cut", "not safetensors", "no state", "empty"])
-def test_a_damaged_checkpoint_is_a_user_error(tmp_path, damage):
-    from safetensors.torch import save_file
-    path = tmp_path / "best.safetensors"
-    save_checkpoint(path, small(0), {"step": 1})
-    content = path.read_bytes()
-    path.write_bytes({"cut": content[:-5], "not safetensors": b"{}" * 50, "empty": b"", "no state": content}[damage])
-    if damage == "no state":
-        save_file({"a": torch.ones(1)}, path)
-    with pytest.raises(UserError, match="is not a whole checkpoint"):
-        load_checkpoint(path)
-
-
-def test_a_missing_checkpoint_says_what_was_expected(tmp_path):
-    with pytest.raises(UserError, match="no checkpoint at .*best.safetensors"):
-        load_checkpoint(tmp_path)
 
 
 def test_finish_prints_one_json_line(capsys):

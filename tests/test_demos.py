@@ -1,4 +1,5 @@
-"""Tests of demos.py: properties of perturbations over random examples, neighbours against brute force and by hand."""
+"""Tests of demos.py: properties of perturbations over random examples, neighbours against brute force and by
+hand."""
 
 import copy
 import json
@@ -26,11 +27,9 @@ from paper.demos import (
 )
 from sources.text import Tokenizer
 
-# Perturbation
-
 
 def random_examples(rng: random.Random, task: str = "t", shared: bool | None = None) -> list[dict]:
-    """Examples with shared options (classification) or their own (multiple choice), some of them listed twice."""
+    """Examples with shared options (classification) or their own (multiple choice), some twice."""
     def options() -> list[str]:
         return [f"option {i}" for i in rng.sample(range(50), rng.randint(2, 6))]
     common_options = options()
@@ -39,7 +38,8 @@ def random_examples(rng: random.Random, task: str = "t", shared: bool | None = N
     for i in range(rng.randint(1, 20)):
         own = common_options if shared else options()
         own = own + own[:rng.randint(0, 2)]
-        examples.append({"task": task, "input": f"input {i}", "output": rng.choice(own), "options": rng.sample(own, len(own))})
+        examples.append({"task": task, "input": f"input {i}", "output": rng.choice(own),
+                         "options": rng.sample(own, len(own))})
     return examples
 
 
@@ -52,7 +52,8 @@ def test_properties_of_every_perturbation(case):
     assert found["no_label"] == [e | {"output": ""} for e in examples]
     assert found["no_input"] == [e | {"input": ""} for e in examples]
     for kind in ("random_label", "wrong_label"):
-        assert [e | {"output": 0} for e in found[kind]] == [e | {"output": 0} for e in examples]  # nothing else changes
+        # nothing else changes
+        assert [e | {"output": 0} for e in found[kind]] == [e | {"output": 0} for e in examples]
         assert all(new["output"] in e["options"] for new, e in zip(found[kind], examples, strict=True))
         assert found[kind] == perturb(copy.deepcopy(examples), kind, case)
     assert all(new["output"] != e["output"] for new, e in zip(found["wrong_label"], examples, strict=True))
@@ -62,8 +63,9 @@ def test_properties_of_every_perturbation(case):
 
 @pytest.mark.parametrize("kind, labels", [("random_label", "abcd"), ("wrong_label", "acd")])
 def test_labels_are_drawn_uniformly(kind, labels):
-    """The counts of one position over 3,000 seeds: chi-square below its 99.9% point for 3 degrees of freedom, 16.27."""
-    examples = [{"task": "t", "input": "x", "output": "b", "options": ["a", "b", "c", "d", "a"]} for _ in range(3)]
+    """Counts over 3,000 seeds: chi-square below its 99.9% point for 3 degrees of freedom, 16.27."""
+    examples = [{"task": "t", "input": "x", "output": "b", "options": ["a", "b", "c", "d", "a"]}
+                for _ in range(3)]
     for position in (0, 2):
         counts = Counter(perturb(examples, kind, seed)[position]["output"] for seed in range(3000))
         expected = 3000 / len(labels)
@@ -73,7 +75,8 @@ def test_labels_are_drawn_uniformly(kind, labels):
 
 def test_draws_follow_task_and_seed():
     def draws(task, seed, order=1):
-        examples = [{"task": task, "input": "x", "output": "a", "options": list("abcdefgh")[::order]} for _ in range(16)]
+        examples = [{"task": task, "input": "x", "output": "a", "options": list("abcdefgh")[::order]}
+                    for _ in range(16)]
         return "".join(e["output"] for e in perturb(examples, "wrong_label", seed))
     assert len({draws(task, seed) for task in ("emo", "ag_news") for seed in (13, 21, 42, 87, 100)}) == 10
     assert draws("emo", 13, -1) == draws("emo", 13)  # whatever the order of the options
@@ -90,11 +93,8 @@ def test_labels_mean_something_only_with_two_different_options():
     assert not has_labels([example("a", "a")])
 
 
-# BM25
-
-
 def lucene_bm25(pool: list[str], query: str) -> list[float]:
-    """sum over query words of ln(1 + (N - df + 0.5) / (df + 0.5)) tf / (tf + k1 (1 - b + b len / mean len))."""
+    """sum over words of ln(1 + (N - df + 0.5) / (df + 0.5)) tf / (tf + k1 (1 - b + b len / mean))."""
     documents, n = [text.split() for text in pool], len(pool)
     mean = sum(map(len, documents)) / n
     scores = []
@@ -102,7 +102,8 @@ def lucene_bm25(pool: list[str], query: str) -> list[float]:
         score = 0.0
         for word in query.split():
             df, tf = sum(word in other for other in documents), d.count(word)
-            score += math.log(1 + (n - df + 0.5) / (df + 0.5)) * tf / (tf + 1.5 * (0.25 + 0.75 * len(d) / mean))
+            idf, long = math.log(1 + (n - df + 0.5) / (df + 0.5)), 0.25 + 0.75 * len(d) / mean
+            score += idf * tf / (tf + 1.5 * long)
         scores.append(score)
     return scores
 
@@ -112,10 +113,12 @@ POOL = ["river boat river", "cold river", "boat music bread war", "music", "cold
 
 def test_bm25_by_hand():
     # mean length 15 / 6 = 2.5. river: df 2, idf ln(1 + 4.5 / 2.5) = 1.0296
-    # river boat river: 2 / (2 + 1.5 (0.25 + 0.75 * 3 / 2.5)) = 0.5370; cold river: 1 / (1 + 1.5 (0.25 + 0.75 * 2 / 2.5)) = 0.4396
+    # river boat river: 2 / (2 + 1.5 (0.25 + 0.75 * 3 / 2.5)) = 0.5370
+    # cold river: 1 / (1 + 1.5 (0.25 + 0.75 * 2 / 2.5)) = 0.4396
     assert lucene_bm25(POOL, "river")[:3] == pytest.approx([0.5529, 0.4526, 0.0], abs=1e-4)
     assert bm25_neighbours(POOL, ["river", "music"], 3).tolist() == [[0, 1, 2], [3, 2, 0]]
-    assert bm25_neighbours(POOL, ["The RIVER, the river!"], 2).tolist() == [[0, 1]]  # case, punctuation, function words
+    # case, punctuation, function words
+    assert bm25_neighbours(POOL, ["The RIVER, the river!"], 2).tolist() == [[0, 1]]
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -136,14 +139,12 @@ def test_equal_scores_stay_in_pool_order_and_texts_without_words_are_no_error():
     assert bm25_neighbours(["5 + 7", "a"], ["boat", "5"], 2).tolist() == [[0, 1], [0, 1]]
 
 
-# Dense
-
-
 def test_dense_neighbours_against_brute_force():
     rng = np.random.default_rng(0)
-    vectors = {f"{kind}{i}": v / np.linalg.norm(v) for kind in "pq" for i, v in enumerate(rng.normal(size=(25, 6)))}
+    vectors = {f"{kind}{i}": v / np.linalg.norm(v) for kind in "pq"
+               for i, v in enumerate(rng.normal(size=(25, 6)))}
     pool, queries = [f"p{i}" for i in range(25)], [f"q{i}" for i in range(5)]
-    found = dense_neighbours(pool, queries, 7, lambda texts: torch.tensor(np.stack([vectors[t] for t in texts])))
+    found = dense_neighbours(pool, queries, 7, lambda ts: torch.tensor(np.stack([vectors[t] for t in ts])))
     for query, row in zip(queries, found, strict=True):
         by_hand = sorted(range(25), key=lambda i: -float(vectors[query] @ vectors[f"p{i}"]))
         assert row.tolist() == by_hand[:7]
@@ -186,27 +187,28 @@ def test_a_named_encoder_gets_its_own_special_tokens(llm_folder, tmp_path):
 
 def test_an_encoder_that_cannot_be_had(llama, tmp_path):
     llm, tokenizer = load_llm(str(llama), torch.device("cpu"), torch.float32), Tokenizer(str(llama))
-    with pytest.raises(UserError, match="--dense-model some/name would come from the model hub, which does not answer"):
+    with pytest.raises(UserError,
+                       match="--dense-model some/name would come from the model hub, which does not answer"):
         SentenceEncoder("some/name", llm, tokenizer)
     for file in llama.glob("token*"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "no-such-model"}))
-    with pytest.raises(UserError, match="--dense-model .* cannot be loaded .*leave the flag out to use the LLM itself"):
+    with pytest.raises(UserError,
+                       match="--dense-model .* cannot be loaded .*leave the flag out to use the LLM itself"):
         SentenceEncoder(str(tmp_path), llm, tokenizer)
-
-
-# Either
 
 
 def test_retrieve_gives_each_query_its_nearest_examples_by_input():
     pool = [{"task": "t", "input": text, "output": str(i)} for i, text in enumerate(POOL)]
-    queries = [{"task": "t", "input": "music", "output": "river river"}, {"task": "t", "input": "river", "output": "music"}]
+    queries = [{"task": "t", "input": "music", "output": "river river"},
+               {"task": "t", "input": "river", "output": "music"}]
     assert retrieve("bm25", pool, queries, 2, None) == [[pool[3], pool[2]], [pool[0], pool[1]]]
     def letters(texts):  # cosine of letter counts
         rows = torch.tensor([[text.count(chr(97 + i)) for i in range(26)] for text in texts]).float()
         return torch.nn.functional.normalize(rows, dim=1)
     found = retrieve("dense", pool, queries, 1, letters)
-    assert found == [[pool[3]], [max(pool, key=lambda e: float(letters([e["input"]]) @ letters(["river"]).T))]]
+    assert found == [[pool[3]],
+                     [max(pool, key=lambda e: float(letters([e["input"]]) @ letters(["river"]).T))]]
 
 
 def test_a_pool_that_is_too_small():

@@ -1,12 +1,14 @@
-"""Tests of distill.py: answers against plain forward passes of the LLM, files, errors; and the published checkpoint."""
+"""Tests of distill.py: answers against plain forward passes of the LLM, files, errors; and the published
+checkpoint."""
 
 import json
 import re
 import runpy
-from types import SimpleNamespace
+import shlex
 
 import pytest
 import torch
+from conftest import example, load, make_distiller, save_distiller, write_lines
 from safetensors.torch import load_file
 
 import common
@@ -15,11 +17,13 @@ import plain
 import run
 from data import Encoder
 from evaluate import main as evaluate_main
-from loading import build_distiller, distiller_config, load_distiller, load_llm
+from loading import build_distiller, load_distiller
 from sources.text import Tokenizer
 
 CPU = torch.device("cpu")
-DEMOS = [("the boat is green", "happy"), ("war and trade", "sad"), ("bread and music", "happy"), ("rain past hills", "sad")]
+DEMOS = [("the boat is green", "happy"), ("war and trade", "sad"), ("bread and music", "happy"),
+         ("rain past hills", "sad")]
+FREE = [("the boat", "green hills"), ("war", "trade and law"), ("bread", "music")]
 ASKED = ["the river is cold", "people talk of rain and ships"]
 
 
@@ -28,45 +32,45 @@ def llm_name(llm_folder) -> str:
     return str(llm_folder)
 
 
+STATE = {"trained_on": {}, "step": 3, "figures": {}, "commit": "abc", "flags": {"out_dir": "/home/me/run"}}
+
+
 @pytest.fixture
-def checkpoint(llm_name, tmp_path):
+def checkpoint(llm, tmp_path):
     """An untrained distiller of two layers, l = 4, as a run folder."""
-    llm = load_llm(llm_name, CPU, torch.float32)
-    module = build_distiller("layers:2", llm, 4, "matched", 1)
-    model = distiller_config(module, llm, SimpleNamespace(distiller="layers:2", distill_len=4, vector_start="matched", template="space"))
-    state = {"model": model, "trained_on": {}, "step": 3, "figures": {}, "commit": "abc", "flags": {"out_dir": "/home/me/run"}}
-    run.save_checkpoint(tmp_path / "run" / "best.safetensors", module, state)
-    return tmp_path / "run"
+    return save_distiller(tmp_path / "run", make_distiller(llm, seed=1), llm, **STATE)
+
+
+@pytest.fixture
+def argv(llm_name, checkpoint):
+    return ["--llm", llm_name, "--checkpoint", str(checkpoint), "--device", "cpu", "--dtype", "fp32"]
 
 
 @pytest.fixture
 def demos(tmp_path):
     def write(pairs, **more):
-        path = tmp_path / "demos.jsonl"
-        path.write_text("".join(json.dumps({"input": x, "output": y} | more) + "\n" for x, y in pairs))
-        return str(path)
+        return write_lines(tmp_path / "demos.jsonl", [{"input": x, "output": y} | more for x, y in pairs])
     return write
 
 
-def parts(llm_name, checkpoint):
-    llm = load_llm(llm_name, CPU, torch.float32)
-    distiller = load_distiller(checkpoint, llm)[0].eval()
-    return llm, distiller, Encoder(Tokenizer(llm_name), "space", 900)
+@pytest.fixture
+def parts(llm, llm_name, checkpoint):
+    """The distiller of the checkpoint, and an encoder."""
+    return load_distiller(checkpoint, llm)[0].eval(), Encoder(Tokenizer(llm_name), "space", 900)
 
 
 def examples(pairs) -> list[dict]:
-    return [{"task": "t", "input": x, "output": y, "options": []} for x, y in pairs]
+    return [example(x, y, ()) for x, y in pairs]
 
 
-def test_labels_answers_and_vectors_equal_plain_ones(llm_name, checkpoint, demos, tmp_path):
-    argv = ["--llm", llm_name, "--checkpoint", str(checkpoint), "--demos", demos(DEMOS), "--dtype", "fp32", "--device", "cpu",
-            "--out", str(tmp_path / "v.safetensors"), "--ask", *ASKED]
-    result = distill.main(argv)
-    llm, distiller, encoder = parts(llm_name, checkpoint)
+def test_labels_answers_and_vectors_equal_plain_ones(argv, llm, llm_name, parts, demos, tmp_path):
+    made = ["--out", str(tmp_path / "v.safetensors"), "--ask", *ASKED]
+    result, (distiller, encoder) = distill.main([*argv, "--demos", demos(DEMOS), *made]), parts
     ids = encoder.demonstrations(examples(DEMOS), 900)
     with torch.no_grad():
         vectors = plain.Distiller.forward(distiller, ids)
-        torch.testing.assert_close(load_file(tmp_path / "v.safetensors")["vectors"], vectors, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(load_file(tmp_path / "v.safetensors")["vectors"], vectors, atol=1e-5,
+                                   rtol=1e-5)
         prefixes = {"zero_shot": plain.embed(llm, []), "icl": plain.embed(llm, ids), "mend": vectors}
         for way, prefix in prefixes.items():
             for text, found in zip(ASKED, result["answers"][way], strict=True):
@@ -74,29 +78,29 @@ def test_labels_answers_and_vectors_equal_plain_ones(llm_name, checkpoint, demos
                 scores = plain.score_options(llm, prefix, x, [encoder.answer("happy"), encoder.answer("sad")])
                 assert found == ("happy", "sad")[scores.argmax()]
     assert (result["demonstrations"], result["tokens"], result["vectors"]) == (4, len(ids), 4)
-    again = distill.main(["--llm", llm_name, "--vectors", str(tmp_path / "v.safetensors"), "--dtype", "fp32", "--device", "cpu", "--ask", *ASKED])
-    assert again["answers"] == {"mend": result["answers"]["mend"]}  # no distiller and no demonstration at hand
+    again = distill.main(["--llm", llm_name, "--vectors", str(tmp_path / "v.safetensors"), *argv[4:], "--ask",
+                          *ASKED])
+    # no distiller and no demonstration at hand
+    assert again["answers"] == {"mend": result["answers"]["mend"]}
 
 
-def test_vectors_are_called_by_the_method_that_trained_them(llm_name, checkpoint, demos, tmp_path):
-    _, distiller, _ = parts(llm_name, checkpoint)
-    _, state = run.load_checkpoint(checkpoint, weights=False)
-    state["trained_on"] = {"pretrain": {"objective": "clm"}, "finetune": {"lam": 0.0}}
-    run.save_checkpoint(tmp_path / "hypertuning" / "best.safetensors", distiller, state)
-    result = distill.main(["--llm", llm_name, "--checkpoint", str(tmp_path / "hypertuning"), "--demos", demos(DEMOS), "--device", "cpu",
-                           "--out", str(tmp_path / "v.safetensors"), "--ask", *ASKED])
+def test_vectors_are_called_by_the_method_that_trained_them(argv, llm, llm_name, parts, demos, tmp_path):
+    stages = {"pretrain": {"objective": "clm"}, "finetune": {"lam": 0.0}}
+    folder = save_distiller(tmp_path / "hypertuning", parts[0], llm, **STATE | {"trained_on": stages})
+    result = distill.main([*argv, "--checkpoint", str(folder), "--demos", demos(DEMOS), "--out",
+                           str(tmp_path / "v.safetensors"), "--ask", *ASKED])
     assert list(result["answers"]) == ["zero_shot", "icl", "hypertuning"]
-    again = distill.main(["--llm", llm_name, "--vectors", str(tmp_path / "v.safetensors"), "--device", "cpu", "--ask", *ASKED])
+    again = distill.main(["--llm", llm_name, "--vectors", str(tmp_path / "v.safetensors"), *argv[4:], "--ask",
+                          *ASKED])
     assert again["answers"] == {"hypertuning": result["answers"]["hypertuning"]}
 
 
-def test_snippet_of_the_readme(llm_name, checkpoint, demos, tmp_path, monkeypatch):
-    (snippet,) = re.findall(r"```python\n(.*?)```", (common.ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    path = demos(DEMOS)
+def test_snippet_of_the_readme(argv, llm, llm_name, parts, demos, tmp_path, monkeypatch):
+    (snippet,) = re.findall(r"```python\n(.*?)```", (common.ROOT / "README.md").read_text(encoding="utf-8"),
+                            re.DOTALL)
     monkeypatch.chdir(tmp_path)
-    distill.main(["--llm", llm_name, "--checkpoint", str(checkpoint), "--demos", path, "--dtype", "fp32", "--device", "cpu",
-                  "--out", "vectors.safetensors"])
-    llm, distiller, encoder = parts(llm_name, checkpoint)
+    distill.main([*argv, "--demos", demos(DEMOS), "--out", "vectors.safetensors"])
+    distiller, encoder = parts
     (tmp_path / "snippet.py").write_text(snippet)
     (tmp_path / "assets").mkdir()
     (tmp_path / "assets" / "SmolLM2-135M-Instruct").symlink_to(llm_name)
@@ -107,53 +111,53 @@ def test_snippet_of_the_readme(llm_name, checkpoint, demos, tmp_path, monkeypatc
     torch.testing.assert_close(scope["logits"][0, len(vectors) - 1:-1], expected, atol=1e-4, rtol=1e-4)
 
 
-def test_written_answers_equal_a_greedy_loop(llm_name, checkpoint, demos):
-    pairs = [("the boat", "green hills"), ("war", "trade and law"), ("bread", "music")]
-    result = distill.main(["--llm", llm_name, "--checkpoint", str(checkpoint), "--demos", demos(pairs), "--dtype", "fp32",
-                           "--device", "cpu", "--answer-tokens", "5", "--ask", *ASKED])
-    llm, distiller, encoder = parts(llm_name, checkpoint)
-    ids, steps = encoder.demonstrations(examples(pairs), 900), 5
+def test_written_answers_equal_a_greedy_loop(argv, llm, parts, demos):
+    result = distill.main([*argv, "--demos", demos(FREE), "--answer-tokens", "5", "--ask", *ASKED])
+    distiller, encoder = parts
+    ids, steps = encoder.demonstrations(examples(FREE), 900), 5
     with torch.no_grad():
-        prefixes = {"zero_shot": plain.embed(llm, []), "icl": plain.embed(llm, ids), "mend": plain.Distiller.forward(distiller, ids)}
+        prefixes = {"zero_shot": plain.embed(llm, []), "icl": plain.embed(llm, ids),
+                    "mend": plain.Distiller.forward(distiller, ids)}
         for way, prefix in prefixes.items():
             for text, found in zip(ASKED, result["answers"][way], strict=True):
                 x = encoder.query({"input": text}, first=way == "zero_shot")
                 written = []
                 while len(written) < steps:
-                    # read gives the logits that predict each of the ids it is given: the last one's place is free
+                    # read gives the logits that predict each of the ids it is given: the last one's place is
+                    # free
                     best = plain.read(llm, prefix, x, [*written, 0])[-1].argmax().item()
                     written.append(best)
                     if best == llm.config.eos_token_id:
                         break
-                expected = encoder.tokenizer.hf.decode(written, skip_special_tokens=True).strip().split("\n")[0]
+                expected = encoder.tokenizer.hf.decode(written,
+                                                       skip_special_tokens=True).strip().split("\n")[0]
                 assert found == expected
 
 
-def test_accuracy_of_labelled_queries_with_options_of_their_own(llm_name, checkpoint, demos, tmp_path):
+def test_accuracy_of_labelled_queries_with_options_of_their_own(argv, demos, tmp_path):
     queries = [{"input": text, "output": "happy", "options": ["happy"]} for text in ASKED]
     queries += [{"input": "rain", "output": "sad", "options": ["sad"]}, {"input": "law"}]
-    (tmp_path / "q.jsonl").write_text("".join(json.dumps(q) + "\n" for q in queries))
-    result = distill.main(["--llm", llm_name, "--checkpoint", str(checkpoint), "--demos", demos(DEMOS), "--device", "cpu",
-                           "--queries", str(tmp_path / "q.jsonl")])
+    written = write_lines(tmp_path / "q.jsonl", queries)
+    result = distill.main([*argv, "--demos", demos(DEMOS), "--queries", written])
     assert result["accuracy"] == {way: 1.0 for way in ("zero_shot", "icl", "mend")}
-    assert all(answers[:3] == ["happy", "happy", "sad"] and answers[3] in ("happy", "sad") for answers in result["answers"].values())
+    for answers in result["answers"].values():
+        assert answers[:3] == ["happy", "happy", "sad"] and answers[3] in ("happy", "sad")
 
 
-def test_a_query_with_options_does_not_depend_on_one_without(llm_name, checkpoint, demos, tmp_path):
-    free = demos([("the boat", "green hills"), ("war", "trade and law"), ("bread", "music")])
+def test_a_query_with_options_does_not_depend_on_one_without(argv, demos, tmp_path):
     choice, written = {"input": "rain", "options": ["music", "law"]}, {"input": "the river is cold"}
     found = []
     for queries in ([choice], [written], [choice, written]):
-        (tmp_path / "q.jsonl").write_text("".join(json.dumps(q) + "\n" for q in queries))
-        found.append(distill.main(["--llm", llm_name, "--checkpoint", str(checkpoint), "--demos", free, "--device", "cpu",
-                                   "--answer-tokens", "3", "--queries", str(tmp_path / "q.jsonl")])["answers"])
+        asked = ["--answer-tokens", "3", "--queries", write_lines(tmp_path / "q.jsonl", queries)]
+        found.append(distill.main([*argv, "--demos", demos(FREE), *asked])["answers"])
     for way in ("zero_shot", "icl", "mend"):
         assert found[2][way] == found[0][way] + found[1][way] and found[0][way][0] in ("music", "law")
 
 
 def test_text_of_any_kind_is_read(tmp_path):
-    (tmp_path / "d.jsonl").write_bytes("\ufeff".encode() + json.dumps({"input": "a\u2028b", "output": "é"}, ensure_ascii=False).encode())
-    assert [(e["input"], e["output"]) for e in distill.read_lines(str(tmp_path / "d.jsonl"), ())] == [("a\u2028b", "é")]
+    (tmp_path / "d.jsonl").write_text('\ufeff{"input": "a\u2028b", "output": "é"}', encoding="utf-8")
+    found, = distill.read_lines(str(tmp_path / "d.jsonl"), ())
+    assert (found["input"], found["output"]) == ("a\u2028b", "é")
     (tmp_path / "d.jsonl").write_bytes("é".encode("latin-1"))
     with pytest.raises(common.UserError, match="cannot be read as UTF-8"):
         distill.read_lines(str(tmp_path / "d.jsonl"), ())
@@ -162,16 +166,15 @@ def test_text_of_any_kind_is_read(tmp_path):
 def test_labels():
     assert distill.labels_of(examples(DEMOS)) == ["happy", "sad"]
     assert distill.labels_of(examples([("a", "b"), ("c", "d")])) == []
-    assert distill.labels_of([e | {"options": ["no", "yes"]} for e in examples([("a", "b"), ("c", "d")])]) == ["no", "yes"]
+    assert distill.labels_of([e | {"options": ["no", "yes"]}
+                              for e in examples([("a", "b"), ("c", "d")])]) == ["no", "yes"]
 
 
-def test_export_is_small_says_no_path_and_can_be_evaluated(llama, tasks_dir, tmp_path, demos):
-    llm = load_llm(str(llama), CPU, torch.float32)
-    module = build_distiller("layers:2", llm, 4, "residual", 1)
-    model = distiller_config(module, llm, SimpleNamespace(distiller="layers:2", distill_len=4, vector_start="residual", template="space"))
-    state = {"model": model, "trained_on": {"pretrain": {"objective": "kl"}}, "step": 3, "figures": {}, "commit": "abc",
-             "flags": {"out_dir": "/home/me/run", "lr": 0.1}}
-    run.save_checkpoint(tmp_path / "run" / "best.safetensors", module, state)
+def test_export_is_small_says_no_path_and_can_be_evaluated(llama, llama_llm, tasks_dir, tmp_path):
+    module = build_distiller("layers:2", llama_llm, 4, "residual", 1)
+    about = STATE | {"trained_on": {"pretrain": {"objective": "kl"}},
+                     "flags": {"out_dir": "/home/me/run", "lr": 0.1}}
+    save_distiller(tmp_path / "run", module, llama_llm, start="residual", **about)
     target = tmp_path / "out" / "x.safetensors"
     distill.main(["--checkpoint", str(tmp_path / "run"), "--export", str(target)])
     assert b"/home/me" not in target.read_bytes()
@@ -179,40 +182,42 @@ def test_export_is_small_says_no_path_and_can_be_evaluated(llama, tasks_dir, tmp
     assert {t.dtype for t in tensors.values()} == {torch.bfloat16} and kept["flags"] == {"lr": 0.1}
     for name, p in module.state_dict().items():
         torch.testing.assert_close(tensors[f"distiller.{name}"].float(), p.float(), atol=1e-2, rtol=1e-2)
-    found = evaluate_main(["--preset", "pocket", "--llm", str(llama), "--tasks", str(tasks_dir), "--checkpoint", str(target), "--methods",
-                           "mend", "--k", "4", "--limit", "4", "--seeds", "13", "--device", "cpu", "--out", str(tmp_path / "r.jsonl")])
+    found = evaluate_main(["--preset", "pocket", "--llm", str(llama), "--tasks", str(tasks_dir),
+                           "--checkpoint", str(target), "--methods", "mend", "--k", "4", "--limit", "4",
+                           "--seeds", "13", "--device", "cpu", "--out", str(tmp_path / "r.jsonl")])
     assert found["tasks"] == 2
 
 
-@pytest.mark.parametrize("argv, message", [
-    ([], "give --demos FILE"), (["--demos", "D", "--vectors", "V"], "give --demos FILE"), (["--demos", "D"], "nothing to do"),
-    (["--vectors", "V", "--out", "O"], "are in a file already"), (["--demos", "missing", "--ask", "x"], "missing is no file"),
-    (["--demos", "D", "--export", "E"], "leave out --demos"), (["--demos", "D", "--ask", "x", "--answer-tokens", "0"], "--answer-tokens is 0"),
-    (["--demos", "D", "--out", "D"], "is there already"), (["--demos", "D", "--out", "D/x.safetensors"], "stands under a file"),
-    (["--demos", "D", "--ask", "x", "--device", "gpu"], "--device gpu is unknown"), (["--export", "."], "is there already"),
-    (["--demos", "D", "--ask", " "], "--ask holds an empty text"), (["--demos", "D", "--ask", "x", "--context-len", "0"], "--context-len is 0"),
-])
-def test_bad_flags(argv, message, demos):
-    argv = [a.replace("D", demos(DEMOS), 1) if a[:1] == "D" else a for a in argv]
+@pytest.mark.parametrize("flags, message", [
+    ("", "give --demos FILE"), ("--demos D --vectors V", "give --demos FILE"), ("--demos D", "nothing to do"),
+    ("--vectors V --out O", "are in a file already"), ("--demos missing --ask x", "missing is no file"),
+    ("--demos D --export E", "leave out --demos"), ("--demos D --ask x --answer-tokens 0",
+                                                    "--answer-tokens is 0"),
+    ("--demos D --out D", "is there already"), ("--demos D --out D/x.safetensors", "stands under a file"),
+    ("--demos D --ask x --device gpu", "--device gpu is unknown"), ("--export .", "is there already"),
+    ("--demos D --ask ' '", "--ask holds an empty text"),
+    ("--demos D --ask x --context-len 0", "--context-len is 0")])
+def test_bad_flags(flags, message, demos):
+    argv = [a.replace("D", demos(DEMOS), 1) if a[:1] == "D" else a for a in shlex.split(flags)]
     with pytest.raises(common.UserError, match=re.escape(message)):
         distill.main(argv)
 
 
 @pytest.mark.parametrize("line, message", [
-    ("{", "line 1: expected"), ('{"output": "b"}', "input must not be empty"), ('{"input": "a"}', "output must not be empty"),
-    ("[1]", "line 1: expected"), ("", "is empty"), ('{"input": null, "output": "b"}', "must be text"),
-    ('{"input": "a", "output": "b", "options": "bc"}', "options must be a list"), ('{"input": "a", "output": "b", "options": ["c"]}', "none of its options"),
-])
+    ("{", "line 1: expected"), ('{"output": "b"}', "input must not be empty"),
+    ('{"input": "a"}', "output must not be empty"), ("[1]", "line 1: expected"), ("", "is empty"),
+    ('{"input": null, "output": "b"}', "must be text"),
+    ('{"input": "a", "output": "b", "options": "bc"}', "options must be a list"),
+    ('{"input": "a", "output": "b", "options": ["c"]}', "none of its options")])
 def test_bad_files(line, message, tmp_path):
     (tmp_path / "d.jsonl").write_text(line + "\n")
     with pytest.raises(common.UserError, match=re.escape(message)):
         distill.main(["--demos", str(tmp_path / "d.jsonl"), "--ask", "x"])
 
 
-def test_no_checkpoint_is_written_over(llm_name, checkpoint, demos, tmp_path):
+def test_no_checkpoint_is_written_over(argv, checkpoint, demos, tmp_path):
     run, vectors = checkpoint / "best.safetensors", tmp_path / "v.safetensors"
     before = run.read_bytes()
-    argv = ["--llm", llm_name, "--checkpoint", str(checkpoint), "--device", "cpu"]
     for out in (["--demos", demos(DEMOS), "--out"], ["--export"]):
         with pytest.raises(common.UserError, match="is there already and holds something else"):
             distill.main([*argv, *out, str(run)])
@@ -223,8 +228,8 @@ def test_no_checkpoint_is_written_over(llm_name, checkpoint, demos, tmp_path):
         distill.main([*argv, "--export", "/proc/nowhere/x.safetensors"])
 
 
-def test_vectors_of_another_llm_and_no_vectors_are_refused(gpt2, llama, tmp_path):
-    llm, other = (load_llm(str(name), CPU, torch.float32) for name in (gpt2, llama))
+def test_vectors_of_another_llm_and_no_vectors_are_refused(gpt2, llama_llm, tmp_path):
+    llm, other = load(gpt2), llama_llm
     path = str(tmp_path / "v.safetensors")
     distill.save_vectors(path, torch.zeros(4, 32), {"llm": distill.identity(llm), "template": "space"})
     with pytest.raises(common.UserError, match="belong to the LLM"):

@@ -1,4 +1,4 @@
-"""Tests of evaluate.py: metrics against scikit-learn, packed queries against single ones, stop and resume."""
+"""Tests of evaluate.py: its results file, stop and resume, controls, changed demonstrations, errors."""
 
 import json
 import random
@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import accuracy_score, f1_score
+from conftest import make_distiller, read_lines, save_distiller, write_lines
 
 import common
 import evaluate
@@ -22,10 +22,8 @@ import score
 import sources.tasks
 from common import UserError
 from data import TEMPLATES, Encoder
-from loading import build_distiller, distiller_config, load_llm
 from model import demo_prefix
 from paper.demos import PERTURBATIONS, bm25_neighbours, perturb
-from score import macro_f1, majority, one_prefix, predict, predict_each, task_figures
 from sources.tasks import SEEDS, Tasks, load_tasks
 from sources.text import Tokenizer
 
@@ -33,230 +31,80 @@ CPU = torch.device("cpu")
 METHODS = ["zero_shot", "icl", "icl_budget", "last_l", "mend"]
 
 
-# Metrics
-
-
-@pytest.mark.parametrize("seed", range(25))
-def test_metrics_against_scikit_learn(seed):
-    rng = random.Random(seed)
-    labels = ["b", "a", "C", "d"][:rng.randint(1, 4)]
-    n = rng.randint(1, 40)
-    golds = rng.choices(labels, k=n)
-    predictions = rng.choices([*labels, "never gold"], k=n)
-    f1 = f1_score(golds, predictions, labels=sorted(set(golds)), average="macro", zero_division=0)
-    acc = accuracy_score(golds, predictions)
-    assert macro_f1(predictions, golds) == pytest.approx(f1)
-    assert score.accuracy(predictions, golds) == pytest.approx(acc)
-    for task_type, headline in (("classification", f1), ("multi-choice", acc), ("QA", acc)):
-        assert task_figures(predictions, golds, task_type) == pytest.approx(
-            {"macro_f1": f1, "accuracy": acc, "headline": headline})
-
-
-def test_metrics_by_hand():
-    predictions, golds = ["a", "a", "b", "c"], ["a", "b", "b", "b"]
-    assert macro_f1(predictions, golds) == pytest.approx((2 / 3 + 1 / 2) / 2)  # a: P 1/2, R 1; b: P 1, R 1/3; c not gold
-    assert score.accuracy(predictions, golds) == 0.5
-
-
-def shots(*labels: str, options=("a", "b", "c")) -> list[dict]:
-    return [{"task": "t", "input": f"x{i}", "output": label, "options": list(options)} for i, label in enumerate(labels)]
-
-
-def test_majority_by_hand():
-    queries = shots("a", "a")
-    assert majority(shots("b", "a", "b"), queries) == ["b", "b"]
-    assert majority(shots("c", "a", "a", "c"), queries) == ["c", "c"]  # equally frequent: the one seen first
-    # multiple choice: the labels are no option of the query; position 1 was right twice, position 0 once
-    demos = [*shots("q", options="pq"), *shots("s", options="rs"), *shots("t", options="tu")]
-    assert majority(demos, shots("a", options="abc")) == ["b"] and majority(demos[2:], shots("a", options="abc")) == ["a"]
-    far = shots("z", options="wxyz")  # position 3 of a query with two options: its last
-    assert majority(far, shots("a", options="ab")) == ["b"]
-    assert majority(demos, shots("a", options="qa")) == ["q"]  # the most frequent label, where the query has it
-
-
-# Prediction
-
-
 @pytest.fixture(scope="module")
-def tiny(llama):
-    llm = load_llm(str(llama), CPU, torch.float32)
-    distiller = build_distiller("layers:2", llm, 4, "matched", 0).eval()
-    args = SimpleNamespace(distill_len=24, dtype="fp32")
-    return SimpleNamespace(llm=llm, distiller=distiller, args=args, tokenizer=Tokenizer(str(llama)),
-                           encoder=Encoder(Tokenizer(str(llama)), "space", context_len=900, distill_len=24))
-
-
-@pytest.fixture
-def files(tasks_dir):
-    return load_tasks(str(tasks_dir), "class_to_class").files("ag_news", 13)
-
-
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("pass_tokens", [1, 60, 100_000])
-def test_packed_queries_are_answered_like_single_ones(tiny, files, monkeypatch, method, pass_tokens):
-    queries = [q | {"options": q["options"][:2 + i % 2]} for i, q in enumerate(files["test"])]
-    prefix = one_prefix(method, files["train"], 400, tiny.llm, tiny.distiller, tiny.encoder, tiny.args)
-    one_by_one = [predict(tiny.llm, prefix, tiny.encoder, [q], prefix.state is None)[0] for q in queries]
-    sizes, scoring = [], score.score_options
-    monkeypatch.setattr(score, "score_options", lambda llm, prefix, batch: (
-        sizes.append(int(batch["query_mask"].sum())), scoring(llm, prefix, batch))[1])
-    monkeypatch.setattr(score, "PASS_TOKENS", {"cpu": pass_tokens, "cuda": pass_tokens})
-    assert predict(tiny.llm, prefix, tiny.encoder, queries, prefix.state is None) == one_by_one
-    assert len(set(one_by_one)) > 1  # else an LLM that always says the same would pass
-    assert {1: len(sizes) == len(queries), 60: max(sizes) <= 60 and 1 < len(sizes) < 24, 100_000: len(sizes) == 1}[pass_tokens]
-    encoded = [tiny.encoder.scoring_query(q, first=prefix.state is None) for q in queries]
-    assert sum(sizes) == sum(len(x) + sum(map(len, options)) for x, options in encoded)
-
-
-@pytest.mark.parametrize("method", ["icl", "icl_budget", "last_l", "mend"])
-@pytest.mark.parametrize("set_tokens", [1, 700, 100_000])
-def test_a_demonstration_set_for_each_query_is_read_like_that_set_alone(tiny, files, monkeypatch, method, set_tokens):
-    rng = random.Random(4)
-    queries = [q | {"options": q["options"][:2 + i % 2]} for i, q in enumerate(files["test"])]
-    sets = [rng.sample(files["train"], rng.randint(1, 12)) for _ in queries]
-    alone = [predict(tiny.llm, one_prefix(method, demos, 200, tiny.llm, tiny.distiller, tiny.encoder, tiny.args), tiny.encoder, [q])[0]
-             for demos, q in zip(sets, queries, strict=True)]
-    sizes, scoring = [], score.score_options
-    monkeypatch.setattr(score, "score_options", lambda llm, prefix, batch: (
-        sizes.append(len(batch["query_mask"])), scoring(llm, prefix, batch))[1])
-    monkeypatch.setattr(score, "SET_TOKENS", set_tokens)
-    assert predict_each(method, sets, 200, tiny.llm, tiny.distiller, tiny.encoder, queries, tiny.args) == alone
-    assert len(set(alone)) > 1 and sum(sizes) == 24
-    assert {1: len(sizes) == 24, 700: 24 > len(sizes) > 1, 100_000: len(sizes) == 1}[set_tokens]
-
-
-def test_what_each_method_puts_before_the_query(tiny, files):
-    demos, encoder = files["train"], tiny.encoder
-    prefix = {m: one_prefix(m, demos, 200, tiny.llm, tiny.distiller, encoder, tiny.args) for m in METHODS}
-    whole = encoder.demonstrations(demos, 200)
-    for method, ids in (("zero_shot", []), ("icl", whole), ("icl_budget", encoder.budget(demos, 24)),
-                        ("last_l", whole[-24:])):
-        expected = demo_prefix(tiny.llm, torch.tensor([ids], dtype=torch.long), torch.ones(1, len(ids), dtype=torch.bool))
-        assert prefix[method].mask.shape == (1, len(ids)) and (prefix[method].state is None) == (not ids)
-        for (k, v), (k2, v2) in zip(prefix[method].keys_values, expected.keys_values, strict=True):
-            assert torch.equal(k, k2) and torch.equal(v, v2)
-    assert prefix["mend"].mask.shape == (1, 4)
-    assert prefix["last_l"].mask.shape == (1, 24)
-    assert 24 >= prefix["icl_budget"].mask.shape[1] < prefix["icl"].mask.shape[1] <= 200
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_only_zero_shot_ignores_the_demonstrations(tiny, tasks_dir, tmp_path, monkeypatch, method):
-    shutil.copytree(tasks_dir, tmp_path / "tasks")
-    for part in ("dev", "test"):  # seed 21 gets the queries of seed 13; its demonstrations stay others
-        shutil.copy(tasks_dir / "emo" / f"emo_16_13_{part}.jsonl", tmp_path / "tasks" / "emo" / f"emo_16_21_{part}.jsonl")
-    tasks = load_tasks(str(tmp_path / "tasks"), "class_to_class")
-    args = SimpleNamespace(k=16, limit=0, distill_len=24, dtype="fp32", retrieve=None, perturb=None)
-    scores, scoring = [], score.score_options
-    monkeypatch.setattr(score, "score_options", lambda *a: scores.append(scoring(*a)) or scores[-1])
-    monkeypatch.setattr(score, "PASS_TOKENS", {"cpu": 100_000, "cuda": 100_000})
-    figures = [evaluate.evaluate_one(args, tiny.llm, tiny.distiller, tiny.encoder, tasks, "emo", seed, method) for seed in (13, 21)]
-    assert torch.equal(*scores) == (method == "zero_shot")
-    if method == "zero_shot":
-        assert figures[0] == figures[1]
-
-
-def test_dev_figures_against_one_query_at_a_time(tiny, tasks_dir, llama):
-    tasks = load_tasks(str(tasks_dir), "class_to_class")
-    args = SimpleNamespace(seed=13, k=3, distill_len=4, dtype="fp32")
-    tiny.distiller.train()
-    whole = score.dev_figures(tiny.llm, tiny.distiller, tasks, tiny.encoder, args, CPU)
-    assert tiny.distiller.training  # left as the training loop needs it
-    embed, distiller = tiny.llm.get_input_embeddings(), tiny.distiller.eval()
-    kl, clm, pred, headlines, option_ce = [], [], [], [], []
-    with torch.no_grad():
-        for task in tasks.test:
-            files = tasks.files(task, 13)
-            demo = torch.tensor([tiny.encoder.demonstrations(files["train"][:3], 900)])
-            vectors = distiller(demo, torch.ones_like(demo, dtype=torch.bool))
-            chosen, ce = [], []
-            for query in files["dev"]:
-                x, (y,) = tiny.encoder.training_query(query)
-
-                def log_p(context, tail):  # log-probabilities of x and the answer `tail` behind a context, no cache
-                    inputs = torch.cat([context, embed(torch.tensor([x + tail]))], dim=1)  # noqa: B023
-                    logits = tiny.llm(inputs_embeds=inputs, attention_mask=torch.ones(inputs.shape[:2])).logits[0]
-                    return logits[context.shape[1] - 1:-1].log_softmax(dim=1)
-                student, teacher = log_p(vectors, y), log_p(embed(demo), y)
-                kl += (teacher.exp() * (teacher - student)).sum(dim=1).tolist()
-                clm += [-student[i, token].item() for i, token in enumerate(x + y)]
-                pred += [-student[len(x) + i, token].item() for i, token in enumerate(y)]
-                options = [tiny.encoder.answer(option) for option in query["options"]]
-                scores = [np.mean([log_p(vectors, o)[len(x) + i, t].item() for i, t in enumerate(o)]) for o in options]
-                chosen.append(query["options"][int(np.argmax(scores))])
-                shares = np.exp(scores) / np.exp(scores).sum()
-                ce.append(-np.log(shares[query["options"].index(query["output"])]))
-            option_ce.append(np.mean(ce))
-            golds = [q["output"] for q in files["dev"]]
-            headlines.append(f1_score(golds, chosen, labels=sorted(set(golds)), average="macro", zero_division=0))
-    assert whole == pytest.approx({"val_pred": np.mean(pred), "val_kl": np.mean(kl), "val_clm": np.mean(clm),
-                                   "dev_headline": np.mean(headlines),
-                                   "val_option_ce": np.mean(option_ce)}, rel=1e-4)
-
-
-def test_dev_figures_are_taken_without_dropout(gpt2, tasks_dir):
-    llm = load_llm(str(gpt2), CPU, torch.float32)
-    distiller = build_distiller("layers:2", llm, 4, "matched", 0).train()
-    assert distiller.backbone.config.resid_pdrop > 0
-    encoder = Encoder(Tokenizer(str(gpt2)), "space", 300, 4, 640, 640)
-    args = SimpleNamespace(seed=13, k=3, distill_len=4, dtype="fp32")
-    tasks = load_tasks(str(tasks_dir), "class_to_class")
-    first = score.dev_figures(llm, distiller, tasks, encoder, args, CPU)
-    assert score.dev_figures(llm, distiller, tasks, encoder, args, CPU) == first and distiller.training
-
-
-# The script
-
-
-@pytest.fixture(scope="module")
-def checkpoint(llama, tmp_path_factory) -> Path:
+def checkpoint(llama_llm, tmp_path_factory) -> Path:
     """A run folder as training leaves it, of an untrained distiller with l = 4."""
-    return write_run(tmp_path_factory.mktemp("runs") / "finetune-tiny", llama)
+    return write_run(tmp_path_factory.mktemp("runs") / "finetune-tiny", llama_llm)
 
 
-def write_run(folder: Path, llama: Path, distiller: str = "layers:2", **stages) -> Path:
-    llm = load_llm(str(llama), CPU, torch.float32)
-    module = build_distiller(distiller, llm, 4, "matched", 0)
-    args = SimpleNamespace(distiller=distiller, distill_len=4, vector_start="matched", template="space")
-    state = {"model": distiller_config(module, llm, args), "trained_on": stages}
-    run.save_checkpoint(folder / "best.safetensors", module, state)
-    return folder
+def write_run(folder: Path, llm, spec: str = "layers:2", seed: int = 0, **stages) -> Path:
+    return save_distiller(folder, make_distiller(llm, spec, seed=seed), llm, spec, trained_on=stages)
 
 
 @pytest.fixture
 def argv(llama, tasks_dir, checkpoint, tmp_path) -> list[str]:
-    return ["--preset", "pocket", "--llm", str(llama), "--tasks", str(tasks_dir), "--device", "cpu", "--dtype", "fp32",
-            "--checkpoint", str(checkpoint), "--k", "4", "--limit", "8", "--seeds", "13", "42",
-            "--methods", *METHODS, "--out", str(tmp_path / "results.jsonl")]
+    return ["--preset", "pocket", "--llm", str(llama), "--tasks", str(tasks_dir), "--device", "cpu",
+            "--dtype", "fp32", "--checkpoint", str(checkpoint), "--k", "4", "--limit", "8", "--seeds", "13",
+            "42", "--methods", *METHODS, "--out", str(tmp_path / "results.jsonl")]
 
 
-def lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+@pytest.fixture
+def scored(argv, tmp_path):
+    """(flags) -> the lines of the results file after a run with these, too."""
+    def scored(*more: str) -> list[dict]:
+        evaluate.main([*argv, *more])
+        return read_lines(tmp_path / "results.jsonl")
+    return scored
 
 
-KEYS = {"method", "llm", "checkpoint", "split", "tasks", "data_hash", "task", "seed", "k", "distill_len", "template", "retrieval",
-        "perturbation", "n", "macro_f1", "accuracy", "headline", "commit", "swapped_with",
-        "n_predicted"}
+ONE = ["--only", "emo", "--seeds", "13"]
 
 
-def test_one_line_for_each_method_task_and_seed(argv, tmp_path, llama, tasks_dir, capsys):
+@pytest.fixture
+def own_tasks(tasks_dir, tmp_path) -> Path:
+    """A copy of the tasks, to be changed."""
+    return shutil.copytree(tasks_dir, tmp_path / "tasks")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_only_zero_shot_ignores_the_demonstrations(setting, own_tasks, monkeypatch, method):
+    for part in ("dev", "test"):  # seed 21 gets the queries of seed 13; its demonstrations stay others
+        shutil.copy(own_tasks / "emo" / f"emo_16_13_{part}.jsonl",
+                    own_tasks / "emo" / f"emo_16_21_{part}.jsonl")
+    tasks = load_tasks(str(own_tasks), "class_to_class")
+    args = SimpleNamespace(k=16, limit=0, distill_len=24, dtype="fp32", retrieve=None, perturb=None)
+    scores, scoring = [], score.score_options
+    monkeypatch.setattr(score, "score_options", lambda *a: scores.append(scoring(*a)) or scores[-1])
+    monkeypatch.setattr(score, "PASS_TOKENS", {"cpu": 100_000, "cuda": 100_000})
+    parts = setting.llm, setting.distiller, setting.encoder, tasks
+    figures = [evaluate.evaluate_one(args, *parts, "emo", seed, method) for seed in (13, 21)]
+    assert torch.equal(*scores) == (method == "zero_shot")
+    assert method != "zero_shot" or figures[0] == figures[1]
+
+
+KEYS = {"method", "llm", "checkpoint", "split", "tasks", "data_hash", "task", "seed", "k", "distill_len",
+        "template", "retrieval", "perturbation", "n", "macro_f1", "accuracy", "headline", "commit",
+        "swapped_with", "n_predicted"}
+
+
+def test_one_line_for_each_method_task_and_seed(argv, tmp_path, llama, tiny_tasks, capsys):
     final = evaluate.main(argv)
-    records = lines(tmp_path / "results.jsonl")
+    records = read_lines(tmp_path / "results.jsonl")
     assert Counter((r["method"], r["task"], r["seed"]) for r in records) == Counter(
         (m, task, seed) for m in METHODS for task in ("ag_news", "emo") for seed in (13, 42))
-    tasks = load_tasks(str(tasks_dir), "class_to_class")
+    expected = {"llm": llama.name, "split": "class_to_class", "tasks": "metaicl", "k": 4, "template": "space",
+                "n": 8, "distill_len": 4}  # l is the checkpoint's
     for r in records:
-        assert r.keys() >= KEYS
-        assert (r["llm"], r["split"], r["tasks"], r["k"], r["template"], r["n"]) == \
-            (llama.name, "class_to_class", "metaicl", 4, "space", 8)
-        assert r["distill_len"] == 4 and r["data_hash"] == tasks.data_hash(r["task"], r["seed"])  # l is the checkpoint's
+        assert r.keys() >= KEYS and r.items() >= expected.items()
+        assert r["data_hash"] == tiny_tasks.data_hash(r["task"], r["seed"])
         assert (r["checkpoint"] is not None) == (r["method"] == "mend")
         assert r["headline"] == r["macro_f1"]  # both tasks are classification tasks
     out = capsys.readouterr().out
     assert json.loads(out.splitlines()[-1]) == final
     assert final["tasks"] == 2 and final["split"] == "class_to_class"
     for method in METHODS:  # mean and standard deviation over seeds of the mean over tasks
-        by_seed = [np.mean([100 * r["headline"] for r in records if (r["method"], r["seed"]) == (method, s)]) for s in (13, 42)]
+        by_seed = [np.mean([100 * r["headline"] for r in records if (r["method"], r["seed"]) == (method, s)])
+                   for s in (13, 42)]
         assert final["headline"][method] == pytest.approx(
             {"mean": np.mean(by_seed), "std": np.std(by_seed, ddof=1)}, abs=0.00501)
     accuracy = np.mean([100 * r["accuracy"] for r in records if r["method"] == "icl"])
@@ -264,19 +112,31 @@ def test_one_line_for_each_method_task_and_seed(argv, tmp_path, llama, tasks_dir
     assert "2 of 20 tasks" in out and f"{final['headline']['icl']['mean']:.2f} ±" in out
 
 
-def test_the_vectors_of_the_checkpoint_are_used(argv, tmp_path, checkpoint, llama, monkeypatch):
-    llm = load_llm(str(llama), CPU, torch.float32)
+def vectors_of(distiller, tokenizer, files: dict) -> torch.Tensor:
+    """What `distiller` makes of four demonstrations."""
+    ids = Encoder(tokenizer, "space", 900).demonstrations(files["train"][:4], 900)
+    return distiller(torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.bool))
+
+
+def test_the_checkpoints_vectors_are_used(scored, checkpoint, llama_llm, tokenizer, tiny_tasks, monkeypatch):
     seen = []
     monkeypatch.setattr(score, "vector_prefix", lambda llm, vectors, bos: seen.append(vectors) or demo_prefix(
         llm, torch.tensor([[1]]), torch.ones(1, 1, dtype=torch.bool)))
-    evaluate.main([*argv, "--methods", "mend", "--only", "emo", "--seeds", "13"])
-    saved = run.load_checkpoint(checkpoint)[0]
-    other = build_distiller("layers:2", llm, 4, "matched", 77)
+    scored("--methods", "mend", *ONE)
+    saved, other = run.load_checkpoint(checkpoint)[0], make_distiller(llama_llm, seed=77)
     other.load_state_dict({k.removeprefix("distiller."): t for k, t in saved.items()})
-    demo = Encoder(Tokenizer(str(llama)), "space", 900).demonstrations(
-        load_tasks(argv[argv.index("--tasks") + 1], "class_to_class").files("emo", 13)["train"][:4], 900)
-    expected = other.eval()(torch.tensor([demo]), torch.ones(1, len(demo), dtype=torch.bool))
+    expected = vectors_of(other, tokenizer, tiny_tasks.files("emo", 13))
     assert len(seen) == 1 and torch.allclose(seen[0], expected, atol=1e-6)
+
+
+UNSEEN = {"tasks": "metaicl", "split": "class_to_class"}
+
+
+def calls_of_evaluate_one(monkeypatch) -> list[tuple]:
+    """(task, seed, method) of everything that is scored from now on."""
+    evaluate_one, calls = evaluate.evaluate_one, []
+    monkeypatch.setattr(evaluate, "evaluate_one", lambda *a: calls.append(a[5:8]) or evaluate_one(*a))
+    return calls
 
 
 def test_a_run_that_was_killed_goes_on_where_it_was(argv, tmp_path, monkeypatch):
@@ -285,48 +145,43 @@ def test_a_run_that_was_killed_goes_on_where_it_was(argv, tmp_path, monkeypatch)
     text = whole.read_text()
     last = text.splitlines()[-1]
     out.write_text(text[:len(text) - len(last) // 2])
-    evaluate_one, calls = evaluate.evaluate_one, []
-    monkeypatch.setattr(evaluate, "evaluate_one", lambda *a: calls.append(a[5:8]) or evaluate_one(*a))
+    calls, last = calls_of_evaluate_one(monkeypatch), json.loads(last)
     final = evaluate.main(argv)
-    last = json.loads(last)
     assert calls == [(last["task"], last["seed"], last["method"])]
-    assert lines(out) == lines(whole) and len(lines(out)) == 20
+    assert read_lines(out) == read_lines(whole) and len(read_lines(out)) == 20
     calls.clear()
-    assert evaluate.main(argv) == final and calls == [] and lines(out) == lines(whole)
+    assert evaluate.main(argv) == final and calls == [] and read_lines(out) == read_lines(whole)
 
 
-@pytest.mark.parametrize("flag, value", [("--k", "3"), ("--limit", "5"), ("--template", "newline"), ("--context-len", "100")])
-def test_other_settings_are_not_taken_from_the_results_file(argv, tmp_path, flag, value):
-    argv = [*argv, "--methods", "icl", "--only", "emo", "--seeds", "13"]
-    evaluate.main(argv)
-    evaluate.main([*argv, flag, value])
-    records = lines(tmp_path / "results.jsonl")
+@pytest.mark.parametrize("flag, value", [("--k", "3"), ("--limit", "5"), ("--template", "newline"),
+                                         ("--context-len", "100")])
+def test_other_settings_are_not_taken_from_the_results_file(scored, flag, value):
+    scored("--methods", "icl", *ONE)
+    first, second = scored("--methods", "icl", *ONE, flag, value)
     name = flag[2:].replace("-", "_")
-    assert len(records) == 2 and str(records[1][name]) == value != str(records[0][name])
+    assert str(second[name]) == value != str(first[name])
 
 
-def test_another_checkpoint_is_not_taken_from_the_results_file(argv, tmp_path, checkpoint, llama):
-    argv = [*argv, "--methods", "icl", "mend", "--only", "emo", "--seeds", "13"]
-    evaluate.main(argv)
-    llm = load_llm(str(llama), CPU, torch.float32)
-    state = run.load_checkpoint(checkpoint / "best.safetensors")[1]
-    other = tmp_path / "finetune-tiny"  # the same folder name, other weights
-    run.save_checkpoint(other / "best.safetensors", build_distiller("layers:2", llm, 4, "matched", 5), state)
-    evaluate.main([*argv, "--checkpoint", str(other)])
-    methods = Counter(r["method"] for r in lines(tmp_path / "results.jsonl"))
+def test_another_checkpoint_is_not_taken_from_the_results_file(scored, tmp_path, llama_llm):
+    scored("--methods", "icl", "mend", *ONE)
+    other = write_run(tmp_path / "finetune-tiny", llama_llm, seed=5)  # the same folder name, other weights
+    methods = Counter(r["method"] for r in scored("--methods", "icl", "mend", *ONE, "--checkpoint",
+                                                  str(other)))
     assert methods == {"icl": 1, "mend": 2}  # the checkpoint has no part in icl
 
 
 def test_default_results_file_is_named_after_the_split(argv):
-    final = evaluate.main([*argv, "--methods", "zero_shot", "--only", "emo", "--seeds", "13", "--out", ""])
-    assert Path(final["out"]) == common.OUT / "eval-class_to_class.jsonl" and len(lines(Path(final["out"]))) == 1
+    final = evaluate.main([*argv, "--methods", "zero_shot", *ONE, "--out", ""])
+    out = Path(final["out"])
+    assert out == common.OUT / "eval-class_to_class.jsonl" and len(read_lines(out)) == 1
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_summary_against_a_count_by_hand(seed):
     rng = random.Random(seed)
     methods, tasks, seeds = ["icl", "mend"], ["a", "b", "c"], [13, 21, 42][:rng.randint(1, 3)]
-    records = [{"method": m, "task": t, "seed": s, "headline": rng.random()} for m in methods for t in tasks for s in seeds]
+    records = [{"method": m, "task": t, "seed": s, "headline": rng.random()} for m in methods for t in tasks
+               for s in seeds]
     rng.shuffle(records)
     values = defaultdict(dict)
     for r in records:
@@ -359,7 +214,6 @@ def test_the_summary_has_accuracy_recovered_gain_and_a_star_for_a_single_label(c
 
 
 # Controls
-
 
 @pytest.fixture
 def three_tasks(tasks_dir, tmp_path) -> Path:
@@ -395,21 +249,15 @@ def test_partners_are_a_derangement_of_the_evaluated_tasks():
         evaluate.partners("mend_swapped", "a", ["a"], collection(["a"]))
 
 
-def test_controls_read_vectors_of_other_tasks_and_say_whose(argv, tmp_path, three_tasks, llama, monkeypatch):
+def test_controls_read_vectors_of_other_tasks(scored, three_tasks, llama_llm, tokenizer, monkeypatch):
     seen, prefix = [], model.vector_prefix
     monkeypatch.setattr(score, "vector_prefix", lambda llm, vectors, bos: (
         seen.append(vectors), prefix(llm, vectors, bos))[1])
     monkeypatch.setattr(evaluate, "vector_prefix", score.vector_prefix)
-    evaluate.main([*argv, "--tasks", str(three_tasks), "--methods", "mend_swapped", "mend_constant", "mend",
-                   "--seeds", "13"])
-    llm, tasks = load_llm(str(llama), CPU, torch.float32), load_tasks(str(three_tasks), "class_to_class")
-    distiller = build_distiller("layers:2", llm, 4, "matched", 0).eval()
-    own = {}
-    for task in tasks.test:
-        demos = tasks.files(task, 13)["train"][:4]
-        ids = Encoder(Tokenizer(str(llama)), "space", 900).demonstrations(demos, 900)
-        own[task] = distiller(torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.bool))
-    records = lines(tmp_path / "results.jsonl")
+    records = scored("--tasks", str(three_tasks), "--methods", "mend_swapped", "mend_constant", "mend",
+                     "--seeds", "13")
+    tasks, distiller = load_tasks(str(three_tasks), "class_to_class"), make_distiller(llama_llm)
+    own = {task: vectors_of(distiller, tokenizer, tasks.files(task, 13)) for task in tasks.test}
     assert len(seen) == len(records) == 9
     partner = dict(zip(tasks.test, tasks.test[1:] + tasks.test[:1], strict=True))
     for vectors, r in zip(seen, records, strict=True):
@@ -421,16 +269,15 @@ def test_controls_read_vectors_of_other_tasks_and_say_whose(argv, tmp_path, thre
     assert min((a - b).abs().max() for a in own.values() for b in own.values() if a is not b) > 1e-3
 
 
-def test_a_control_of_other_tasks_is_not_taken_from_the_results_file(argv, tmp_path, three_tasks):
-    argv = [*argv, "--tasks", str(three_tasks), "--methods", "mend", "mend_constant", "--seeds", "13"]
-    argv += ["--only", "emo"]
-    evaluate.main([*argv, "ag_news"])
-    evaluate.main([*argv, "poem_sentiment"])
-    found = Counter((r["method"], r["task"]) for r in lines(tmp_path / "results.jsonl"))
+def test_a_control_of_other_tasks_is_not_taken_from_the_results_file(scored, three_tasks):
+    flags = ["--tasks", str(three_tasks), "--methods", "mend", "mend_constant", "--seeds", "13", "--only",
+             "emo"]
+    scored(*flags, "ag_news")
+    found = Counter((r["method"], r["task"]) for r in scored(*flags, "poem_sentiment"))
     assert found["mend", "emo"] == 1 and found["mend_constant", "emo"] == 2
 
 
-def test_permuted_labels_are_wrong_alike_and_of_classification(argv, llama, three_tasks, monkeypatch, capsys):
+def test_permuted_labels_are_wrong_alike(argv, tokenizer, three_tasks, monkeypatch, capsys):
     _, by_distiller = read_by(monkeypatch)
     load = sources.tasks.load_tasks
 
@@ -441,12 +288,11 @@ def test_permuted_labels_are_wrong_alike_and_of_classification(argv, llama, thre
     monkeypatch.setattr(evaluate, "load_tasks", with_a_choice)
     argv = [*argv, "--tasks", str(three_tasks), "--methods", "mend_permuted", "--seeds", "13"]
     evaluate.main(argv)
-    following = {"happy": "sad", "sad": "strange", "strange": "happy"}
-    expected = []
+    following, expected = {"happy": "sad", "sad": "strange", "strange": "happy"}, []
     for task in ("emo", "poem_sentiment"):
         demos = load(str(three_tasks), "class_to_class").files(task, 13)["train"][:4]
         demos = [d | {"output": following[d["output"]]} for d in demos]
-        expected.append(assembled(Tokenizer(str(llama)), "space", demos))
+        expected.append(assembled(tokenizer, "space", demos))
     assert by_distiller == expected
     assert "note: mend_permuted leaves out what is no classification: ag_news\n" in capsys.readouterr().out
     with pytest.raises(UserError, match="mend_permuted needs a classification task"):
@@ -454,7 +300,6 @@ def test_permuted_labels_are_wrong_alike_and_of_classification(argv, llama, thre
 
 
 # Retrieved and perturbed demonstrations, vectors of other methods
-
 
 def read_by(monkeypatch) -> tuple[list[list[int]], list[list[int]]]:
     """The demonstration tokens, row by row, that the LLM and the distiller are given from now on."""
@@ -486,150 +331,122 @@ def assembled(tokenizer: Tokenizer, template: str, demos: list[dict]) -> list[in
 
 @pytest.mark.parametrize("kind", PERTURBATIONS)
 @pytest.mark.parametrize("template", ["space", "newline"])
-def test_llm_and_distiller_read_the_same_perturbed_demonstrations(argv, tmp_path, llama, tasks_dir, monkeypatch, kind, template):
+def test_both_read_the_same_perturbed_demonstrations(scored, tokenizer, tiny_tasks, monkeypatch,
+                                                                  kind, template):
     by_llm, by_distiller = read_by(monkeypatch)
-    evaluate.main([*argv, "--methods", "icl", "mend", "icl_budget", "--perturb", kind, "--template", template, "--only", "emo"])
-    tokenizer, expected = Tokenizer(str(llama)), []
+    records = scored("--methods", "icl", "mend", "icl_budget", "--perturb", kind, "--template", template,
+                     "--only", "emo")
+    expected = []
     for seed in (13, 42):
-        clean = load_tasks(str(tasks_dir), "class_to_class").files("emo", seed)["train"][:4]
+        clean = tiny_tasks.files("emo", seed)["train"][:4]
         spoiled = perturb(clean, kind, seed)
-        golds, shown = {e["input"]: e["output"] for e in clean}, {e["input"]: e["output"] for e in spoiled}
-        assert {"no_label": set(shown.values()) == {""}, "no_input": [e["output"] for e in spoiled] == [e["output"] for e in clean],
-                "random_label": shown.keys() == golds.keys(), "wrong_label": all(shown[x] != golds.get(x) for x in shown)}[kind]
+        golds, shown = ({e["input"]: e["output"] for e in examples} for examples in (clean, spoiled))
+        assert {"no_label": set(shown.values()) == {""}, "random_label": shown.keys() == golds.keys(),
+                "no_input": [e["output"] for e in spoiled] == [e["output"] for e in clean],
+                "wrong_label": all(shown[x] != golds.get(x) for x in shown)}[kind]
         expected.append(assembled(tokenizer, template, spoiled))
     assert by_distiller == expected and by_llm[::2] == expected  # by_llm: icl and icl_budget in turn
     for ids in by_llm[1::2]:  # at most l = 4 tokens: where an example is cut, its label is the perturbed one
         assert len(ids) <= 4
-    records = lines(tmp_path / "results.jsonl")
     assert {(r["perturbation"], r["retrieval"], r["template"]) for r in records} == {(kind, None, template)}
 
 
-def test_a_cut_example_keeps_its_perturbed_label(argv, llama, tasks_dir, monkeypatch):
+def test_a_cut_example_keeps_its_perturbed_label(scored, tokenizer, tiny_tasks, monkeypatch):
     by_llm, _ = read_by(monkeypatch)
-    evaluate.main([*argv, "--methods", "icl_budget", "--perturb", "wrong_label", "--only", "emo"])
-    encoder = Encoder(Tokenizer(str(llama)), "space", 900)
+    scored("--methods", "icl_budget", "--perturb", "wrong_label", "--only", "emo")
+    encoder = Encoder(tokenizer, "space", 900)
     for seed, ids in zip((13, 42), by_llm, strict=True):
-        clean = load_tasks(str(tasks_dir), "class_to_class").files("emo", seed)["train"][:4]
-        shortest = min(range(4), key=lambda i: len(encoder.demonstration(perturb(clean, "wrong_label", seed)[i], True)))
-        wrong = perturb(clean, "wrong_label", seed)[shortest]["output"]
-        assert wrong != clean[shortest]["output"] and ids[-len(encoder.answer(wrong)):] == encoder.answer(wrong)[:4]
+        clean = tiny_tasks.files("emo", seed)["train"][:4]
+        spoiled = perturb(clean, "wrong_label", seed)
+        shortest = min(range(4), key=lambda i: len(encoder.demonstration(spoiled[i], True)))  # noqa: B023
+        wrong = encoder.answer(spoiled[shortest]["output"])
+        assert wrong != encoder.answer(clean[shortest]["output"]) and ids[-len(wrong):] == wrong[:4]
 
 
-def test_tasks_without_options_are_left_out_where_labels_are_changed(argv, tasks_dir, tmp_path, capsys):
-    shutil.copytree(tasks_dir, tmp_path / "tasks")
-    path = tmp_path / "tasks" / "emo" / "emo_16_42_train.jsonl"  # of one seed only: then the task is left out for all
-    path.write_text("".join(json.dumps(e | {"options": []}) + "\n" for e in lines(path)))
-    argv = [*argv, "--tasks", str(tmp_path / "tasks"), "--methods", "icl", "--perturb"]
+def test_tasks_without_options_are_left_out_where_labels_are_changed(argv, own_tasks, tmp_path, capsys):
+    path = own_tasks / "emo" / "emo_16_42_train.jsonl"  # of one seed only: then the task is left out for all
+    write_lines(path, [e | {"options": []} for e in read_lines(path)])
+    argv = [*argv, "--tasks", str(own_tasks), "--methods", "icl", "--perturb"]
     for kind in ("random_label", "wrong_label"):
         assert evaluate.main([*argv, kind])["tasks"] == 1
-        assert f"note: --perturb {kind} means nothing without at least two options; left out: emo\n" in capsys.readouterr().out
-    assert {r["task"] for r in lines(tmp_path / "results.jsonl")} == {"ag_news"}
+        told = f"note: --perturb {kind} means nothing without at least two options; left out: emo\n"
+        assert told in capsys.readouterr().out
+    assert {r["task"] for r in read_lines(tmp_path / "results.jsonl")} == {"ag_news"}
     assert evaluate.main([*argv, "no_label"])["tasks"] == 2
     with pytest.raises(UserError, match="no task has options in its demonstrations"):
         evaluate.main([*argv, "wrong_label", "--only", "emo"])
 
 
 @pytest.mark.parametrize("method", ["icl", "mend"])
-def test_each_query_is_read_behind_its_own_retrieved_demonstrations(argv, tmp_path, llama, tasks_dir, monkeypatch, method):
+def test_each_query_is_read_behind_its_neighbours(scored, own_tasks, tokenizer, monkeypatch, method):
     by_llm, by_distiller = read_by(monkeypatch)
-    shutil.copytree(tasks_dir, tmp_path / "tasks")
-    emo = tmp_path / "tasks" / "emo"  # among other seeds' training examples are this seed's test questions
-    shutil.copy(emo / "emo_16_13_test.jsonl", emo / "emo_16_42_train.jsonl")
-    evaluate.main([*argv, "--tasks", str(tmp_path / "tasks"), "--methods", method, "--retrieve", "bm25", "--only", "emo",
-                   "--seeds", "13"])
-    tasks = load_tasks(str(tmp_path / "tasks"), "class_to_class")
+    # among other seeds' training examples are this seed's test questions
+    shutil.copy(own_tasks / "emo" / "emo_16_13_test.jsonl", own_tasks / "emo" / "emo_16_42_train.jsonl")
+    record, = scored("--tasks", str(own_tasks), "--methods", method, "--retrieve", "bm25", *ONE)
+    tasks = load_tasks(str(own_tasks), "class_to_class")
     pool, queries = tasks.retrieval_pool("emo", 13), tasks.files("emo", 13)["test"][:8]
     rows = bm25_neighbours([e["input"] for e in pool], [q["input"] for q in queries], 4)
-    expected = [assembled(Tokenizer(str(llama)), "space", [pool[i] for i in row]) for row in rows]
-    assert sorted(by_llm if method == "icl" else by_distiller) == sorted(expected) and len(set(map(tuple, expected))) == 8
-    record, = lines(tmp_path / "results.jsonl")
+    expected = [assembled(tokenizer, "space", [pool[i] for i in row]) for row in rows]
+    assert sorted(by_llm if method == "icl" else by_distiller) == sorted(expected)
+    assert len(set(map(tuple, expected))) == 8
     assert (record["retrieval"], record["perturbation"]) == ("bm25", None)
     assert record["data_hash"] == tasks.data_hash("emo", 13, retrieval=True) != tasks.data_hash("emo", 13)
 
 
-def test_dense_retrieval_takes_the_llm_or_a_named_encoder(argv, tmp_path, gpt2, monkeypatch):
-    argv = [*argv, "--methods", "icl", "--retrieve", "dense", "--only", "emo", "--seeds", "13"]
-    by_llm, _ = read_by(monkeypatch)
-    evaluate.main(argv)
-    evaluate.main([*argv, "--dense-model", str(gpt2)])
-    assert [r["retrieval"] for r in lines(tmp_path / "results.jsonl")] == ["dense", f"dense:{gpt2.name}"]
+def test_dense_retrieval_takes_the_llm_or_a_named_encoder(scored, gpt2, monkeypatch):
+    flags, (by_llm, _) = ["--methods", "icl", "--retrieve", "dense", *ONE], read_by(monkeypatch)
+    scored(*flags)
+    records = scored(*flags, "--dense-model", str(gpt2))
+    assert [r["retrieval"] for r in records] == ["dense", f"dense:{gpt2.name}"]
     assert len(by_llm) == 16 and sorted(by_llm[:8]) != sorted(by_llm[8:])
 
 
-def test_what_needs_no_demonstrations_is_scored_once_and_recorded_for_every_seed(argv, tasks_dir, tmp_path, llama, monkeypatch):
-    shutil.copytree(tasks_dir, tmp_path / "tasks")
-    shutil.copy(tasks_dir / "emo" / "emo_16_13_test.jsonl", tmp_path / "tasks" / "emo" / "emo_16_42_test.jsonl")
-    evaluate_one, calls = evaluate.evaluate_one, []
-    monkeypatch.setattr(evaluate, "evaluate_one", lambda *a: calls.append(a[5:8]) or evaluate_one(*a))
-    free = write_run(tmp_path / "free", llama, "free", finetune={"tasks": "metaicl", "split": "class_to_class", "lam": 0.0})
-    evaluate.main([*argv, "--tasks", str(tmp_path / "tasks"), "--methods", "zero_shot", "icl", "prompt_tuning", "--checkpoint", str(free)])
-    records = lines(tmp_path / "results.jsonl")
+def test_what_needs_no_demonstrations_is_scored_once(scored, own_tasks, tmp_path, llama_llm, monkeypatch):
+    shutil.copy(own_tasks / "emo" / "emo_16_13_test.jsonl", own_tasks / "emo" / "emo_16_42_test.jsonl")
+    calls = calls_of_evaluate_one(monkeypatch)
+    free = write_run(tmp_path / "free", llama_llm, "free", finetune=UNSEEN | {"lam": 0.0})
+    records = scored("--tasks", str(own_tasks), "--methods", "zero_shot", "icl", "prompt_tuning",
+                     "--checkpoint", str(free))
     for method in ("zero_shot", "prompt_tuning"):
         # the test questions of ag_news differ from seed to seed, so there each seed is scored
-        assert sorted(c[:2] for c in calls if c[2] == method) == [("ag_news", 13), ("ag_news", 42), ("emo", 13)]
+        found = sorted(c[:2] for c in calls if c[2] == method)
+        assert found == [("ag_news", 13), ("ag_news", 42), ("emo", 13)]
         both = [{k: v for k, v in r.items() if k not in ("seed", "data_hash")}
                 for r in records if (r["method"], r["task"]) == (method, "emo")]
         assert len(both) == 2 and both[0] == both[1]
     assert sum(c[2] == "icl" for c in calls) == 4 and len(records) == 12
 
 
-def test_records_carry_what_a_checkpoint_was_trained_on(argv, tmp_path, llama):
-    stages = {"pretrain": {"objective": "kl", "beta": 0.8}, "finetune": {"tasks": "metaicl", "split": "class_to_class", "lam": 0.1}}
-    run = write_run(tmp_path / "run", llama, **stages)
-    evaluate.main([*argv, "--checkpoint", str(run), "--methods", "icl", "mend", "majority", "--only", "emo", "--seeds", "13"])
-    trained_on = {r["method"]: r["trained_on"] for r in lines(tmp_path / "results.jsonl")}
-    assert trained_on == {"icl": None, "majority": None, "mend": stages}
-
-
-KL, CLM, UNSEEN = {"objective": "kl"}, {"objective": "clm"}, {"tasks": "metaicl", "split": "class_to_class"}
-
-
-@pytest.mark.parametrize("method, distiller, stages, message", [
-    ("prompt_tuning", "layers:2", {}, "holds a distiller that was trained with L_distill"),
-    ("mend", "free", {}, "holds free vectors .*evaluate it with --methods prompt_tuning"),
-    ("hypertuning", "free", {}, "holds free vectors .*evaluate it with --methods prompt_tuning"),
-    ("hypertuning", "layers:2", {"pretrain": KL, "finetune": UNSEEN | {"lam": 0.0}}, "holds .* was trained with L_distill; evaluate it with --methods mend"),
-    ("hypertuning", "layers:2", {"pretrain": CLM, "finetune": UNSEEN | {"lam": 0.1}}, "holds .* was trained with L_distill; evaluate it with --methods mend"),
-    ("hypertuning", "layers:2", {"pretrain": {"objective": "clm+kl"}}, "holds .* was trained with L_distill; evaluate it with --methods mend"),
-    ("hypertuning", "layers:2", {"pretrain": {"corpus": "c4"}}, "holds .* was trained with L_distill; evaluate it with --methods mend"),  # before there was a choice
-    ("mend", "layers:2", {"pretrain": CLM, "finetune": UNSEEN | {"lam": 0.0}}, "holds .* was trained without L_distill; evaluate it with --methods hypertuning"),
-    ("mend", "layers:2", {"finetune": UNSEEN | {"lam": 0.0}}, "holds .* was trained without L_distill; evaluate it with --methods hypertuning"),
-    ("hypertuning", "layers:2", {"pretrain": CLM, "finetune": UNSEEN | {"lam": 0.0}}, None),
-    ("hypertuning", "layers:2", {"finetune": UNSEEN | {"lam": 0.0}}, None), ("mend", "layers:2", {"pretrain": KL}, None),
-    ("mend", "layers:2", {"pretrain": CLM, "finetune": UNSEEN | {"lam": 1.0}}, None),  # Table 4's row CLM
-    ("mend", "layers:2", {"pretrain": KL, "finetune": UNSEEN | {"lam": 0.0}}, None),   # and w/o L_distill
-    ("mend", "layers:2", {"finetune": UNSEEN}, None), ("mend", "layers:2", {"pretrain": {"corpus": "c4"}}, None)])
-def test_a_checkpoint_is_not_taken_for_another_methods(tmp_path, llama, method, distiller, stages, message):
-    state = {"model": {"distiller": distiller}, "trained_on": stages}
-    if message is None:
-        return loading.refuse_wrong_method([method], state, "run")
-    with pytest.raises(UserError, match=f"run {message}"):
-        loading.refuse_wrong_method([method], state, "run")
-
-
-def test_main_refuses_a_checkpoint_of_another_method(argv):
-    with pytest.raises(UserError, match="holds a distiller that was trained with L_distill"):
-        evaluate.main([*argv, "--methods", "prompt_tuning"])
-
-
-# Errors
+def test_records_carry_what_a_checkpoint_was_trained_on(scored, tmp_path, llama_llm):
+    stages = {"pretrain": {"objective": "kl", "beta": 0.8}, "finetune": UNSEEN | {"lam": 0.1}}
+    run = write_run(tmp_path / "run", llama_llm, **stages)
+    records = scored("--checkpoint", str(run), "--methods", "icl", "mend", "majority", *ONE)
+    assert {r["method"]: r["trained_on"] for r in records} == {"icl": None, "majority": None, "mend": stages}
 
 
 @pytest.mark.parametrize("change, message", [
     (["--methods", "icl", "mend", "hypertuning"], "--methods mend hypertuning take a checkpoint each"),
-    (["--methods", "icl", "--retrieve", "bm25", "--perturb", "no_label"], "--retrieve and --perturb exclude each other"),
+    (["--methods", "icl", "--retrieve", "bm25", "--perturb", "no_label"],
+     "--retrieve and --perturb exclude each other"),
     (["--retrieve", "bm25"], "zero_shot has no part in --retrieve and --perturb; leave it out of --methods"),
-    (["--methods", "majority", "prompt_tuning", "--perturb", "no_input"], "majority prompt_tuning has no part in"),
+    (["--methods", "majority", "prompt_tuning", "--perturb", "no_input"],
+     "majority prompt_tuning has no part in"),
     (["--methods", "mend_swapped", "hypertuning"], "--methods mend hypertuning take a checkpoint each"),
     (["--methods", "mend", "mend_constant", "--perturb", "no_input"], "mend_constant has no part in"),
     (["--methods", "mend_permuted", "--retrieve", "bm25"], "mend_permuted has no part in"),
     (["--dense-model", "x"], "--dense-model needs --retrieve dense"),
-    (["--methods", "icl", "--retrieve", "dense", "--dense-model", "some/name"], "--dense-model some/name would come from"),
-    (["--methods", "icl", "--retrieve", "bm25", "--k", "200"], "80 examples to retrieve from, and --k is 200"),
+    (["--methods", "icl", "--retrieve", "dense", "--dense-model", "some/name"],
+     "--dense-model some/name would come from"),
+    (["--methods", "icl", "--retrieve", "bm25", "--k", "200"],
+     "80 examples to retrieve from, and --k is 200"),
     (["--seeds", "13", "7"], "--seeds 7 is unknown"),
-    (["--out", f"{__file__}/x"], "--out .* stands under a file"), (["--only", "agnews"], "--only agnews is no meta-test task.*ag_news"),
-    (["--k", "17"], "has 16 training examples for seed 13, and --k is 17"), (["--limit", "-1"], "--limit is -1"),
-    (["--context-len", "0"], "--context-len is 0"), (["--checkpoint", "/nowhere"], "no checkpoint at /nowhere"),
+    (["--out", f"{__file__}/x"],
+     "--out .* stands under a file"), (["--only", "agnews"], "--only agnews is no meta-test task.*ag_news"),
+    (["--k", "17"], "has 16 training examples for seed 13, and --k is 17"),
+                                             (["--limit", "-1"], "--limit is -1"),
+    (["--context-len", "0"], "--context-len is 0"), (["--checkpoint", "/nowhere"],
+                                                     "no checkpoint at /nowhere"),
+    (["--methods", "prompt_tuning"], "holds a distiller that was trained with L_distill"),
     (["--context-len", "3"], "not one of 4 demonstrations fits into 3 tokens")])
 def test_user_errors(argv, change, message):
     with pytest.raises(UserError, match=message):
@@ -664,20 +481,11 @@ def test_a_file_that_is_no_results_file(argv, tmp_path):
         evaluate.main(argv)
 
 
-def test_examples_without_options_cannot_be_scored(argv, tasks_dir, tmp_path):
-    shutil.copytree(tasks_dir, tmp_path / "tasks")
-    path = tmp_path / "tasks" / "emo" / "emo_16_13_test.jsonl"
-    path.write_text("".join(json.dumps(e | {"options": []}) + "\n" for e in lines(path)))
+def test_examples_without_options_cannot_be_scored(argv, own_tasks):
+    path = own_tasks / "emo" / "emo_16_13_test.jsonl"
+    write_lines(path, [e | {"options": []} for e in read_lines(path)])
     with pytest.raises(UserError, match="task emo: .* it has no options"):
-        evaluate.main([*argv, "--tasks", str(tmp_path / "tasks")])
-
-
-def test_tasks_that_the_checkpoint_was_finetuned_on_are_refused(tasks_dir):
-    tasks, args = load_tasks(str(tasks_dir), "class_to_class"), SimpleNamespace(only=None)
-    loading.refuse_seen_tasks({"finetune": {"tasks": "metaicl", "split": "class_to_class"}}, tasks, args)
-    loading.refuse_seen_tasks({"finetune": {"tasks": "bigbench", "split": "hr_to_lr"}}, tasks, args)
-    with pytest.raises(UserError, match="training tasks include ag_news, emo"):
-        loading.refuse_seen_tasks({"finetune": {"tasks": "metaicl", "split": "hr_to_lr"}}, tasks, args)
+        evaluate.main([*argv, "--tasks", str(own_tasks)])
 
 
 def test_functions_are_evaluated_by_accuracy(argv, tmp_path, tasks_dir):
@@ -689,5 +497,5 @@ def test_functions_are_evaluated_by_accuracy(argv, tmp_path, tasks_dir):
     final = evaluate.main([*argv, "--tasks", str(folder), "--split", "functions",
                            "--methods", "zero_shot", "icl", "--seeds", "13"])
     assert (final["split"], final["tasks"]) == ("functions", 1)
-    records = lines(Path(final["out"]))
+    records = read_lines(Path(final["out"]))
     assert all(r["headline"] == r["accuracy"] and r["tasks"] == "bigbench" for r in records)

@@ -1,77 +1,66 @@
-"""Every model family through the same code: prefix, packing, padding and cache change nothing, training works, MEND learns.
+"""Every model family through the same code: prefix, packing, padding, cache change nothing, training works.
 
-The oracle is the model's own forward over `input_ids`, one unpadded sequence at a time, and plain.py for vectors.
-Sliding windows are shorter than the sequences.
+The oracle is the model's own forward over `input_ids`, one unpadded sequence at a time, and plain.py for
+vectors. Sliding windows are shorter than the sequences.
 """
 
 import copy
 import re
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import plain_losses, plain_scores
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    BartConfig,
-    BloomConfig,
-    CohereConfig,
-    Gemma2Config,
-    Gemma3TextConfig,
-    GemmaConfig,
-    GPT2Config,
-    LlamaConfig,
-    MistralConfig,
-    OPTConfig,
-    Qwen2Config,
-    Qwen3Config,
-    T5Config,
-)
+import transformers as hf
+from conftest import CPU, demos, load, losses, plain_losses, plain_scores, save_distiller, ways, where
 
 import plain
 from common import UserError
 from data import collate
-from loading import build_distiller, distiller_config, first_layers, load_distiller, load_llm, max_positions
+from loading import build_distiller, first_layers, load_distiller, load_llm, max_positions
 from model import demo_prefix, head_logits, loss_mask, query_states, vector_prefix
-from run import make_optimizer, save_checkpoint
-from score import distill_loss, finetune_loss, pred_loss, score_options
+from run import make_optimizer
+from score import finetune_loss, score_options
 
-CPU, VOCAB, WINDOW = torch.device("cpu"), 320, 5
+VOCAB, WINDOW = 320, 5
 
-ROTARY = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
-          "head_dim": 8, "max_position_embeddings": 512, "initializer_range": 0.2, "bos_token_id": 1, "eos_token_id": 2}
-OPT = {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "max_position_embeddings": 128,
-       "init_std": 0.2}
-T5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 3, "num_heads": 4, "relative_attention_num_buckets": 8,
-      "relative_attention_max_distance": 20, "decoder_start_token_id": 0, "n_positions": 16}
+ROTARY = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+          "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 512, "initializer_range": 0.2,
+          "bos_token_id": 1, "eos_token_id": 2}
+OPT = {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+       "max_position_embeddings": 128, "init_std": 0.2}
+T5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 3, "num_heads": 4,
+      "relative_attention_num_buckets": 8, "relative_attention_max_distance": 20, "decoder_start_token_id": 0,
+      "n_positions": 16}
+WINDOWS = ROTARY | {"sliding_window": WINDOW}
+GEMMA = WINDOWS | {"query_pre_attn_scalar": 8}
 CONFIGS = {
-    "gpt2": lambda: GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=3, n_head=4, n_positions=128, initializer_range=0.2),
-    "opt": lambda: OPTConfig(vocab_size=VOCAB, **OPT),
-    "opt-350m": lambda: OPTConfig(vocab_size=VOCAB, **OPT, word_embed_proj_dim=16, do_layer_norm_before=False),
-    "llama": lambda: LlamaConfig(vocab_size=VOCAB, **ROTARY, tie_word_embeddings=False),
-    "qwen2": lambda: Qwen2Config(vocab_size=VOCAB, **{k: v for k, v in ROTARY.items() if k != "head_dim"},
-                                 use_sliding_window=True, max_window_layers=1, sliding_window=WINDOW),
-    "qwen3": lambda: Qwen3Config(vocab_size=VOCAB, **ROTARY, tie_word_embeddings=True),
-    "mistral": lambda: MistralConfig(vocab_size=VOCAB, **ROTARY, sliding_window=WINDOW),
-    "gemma": lambda: GemmaConfig(vocab_size=VOCAB, **ROTARY),
-    "gemma2": lambda: Gemma2Config(vocab_size=VOCAB, **ROTARY, sliding_window=WINDOW, query_pre_attn_scalar=8,
-                                   attn_logit_softcapping=3.0, final_logit_softcapping=3.0),
-    "gemma3": lambda: Gemma3TextConfig(vocab_size=VOCAB, **ROTARY, sliding_window=WINDOW, query_pre_attn_scalar=8,
-                                       layer_types=["sliding_attention", "full_attention", "sliding_attention"]),
-    "t5": lambda: T5Config(vocab_size=VOCAB, **T5, feed_forward_proj="relu", tie_word_embeddings=True),
-    "flan-t5": lambda: T5Config(vocab_size=VOCAB, **T5, num_decoder_layers=2, feed_forward_proj="gated-gelu",
-                                tie_word_embeddings=False),
+    "gpt2": (hf.GPT2Config, {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128,
+                             "initializer_range": 0.2}),
+    "opt": (hf.OPTConfig, OPT),
+    "opt-350m": (hf.OPTConfig, OPT | {"word_embed_proj_dim": 16, "do_layer_norm_before": False}),
+    "llama": (hf.LlamaConfig, ROTARY | {"tie_word_embeddings": False}),
+    "qwen2": (hf.Qwen2Config, {k: v for k, v in WINDOWS.items() if k != "head_dim"} | {
+        "use_sliding_window": True, "max_window_layers": 1}),
+    "qwen3": (hf.Qwen3Config, ROTARY | {"tie_word_embeddings": True}),
+    "mistral": (hf.MistralConfig, WINDOWS),
+    "gemma": (hf.GemmaConfig, ROTARY),
+    "gemma2": (hf.Gemma2Config, GEMMA | {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 3.0}),
+    "gemma3": (hf.Gemma3TextConfig, GEMMA | {
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
+    "t5": (hf.T5Config, T5 | {"feed_forward_proj": "relu", "tie_word_embeddings": True}),
+    "flan-t5": (hf.T5Config, T5 | {"num_decoder_layers": 2, "feed_forward_proj": "gated-gelu",
+                                   "tie_word_embeddings": False}),
 }
 
 
 def write_model(folder, family: str, **changes):
-    config = CONFIGS[family]()
+    kind, settings = CONFIGS[family]
+    config = kind(vocab_size=VOCAB, **settings)
     for name, value in changes.items():
         setattr(config, name, value)
     torch.manual_seed(0)
-    model = (AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM).from_config(config)
+    model = (hf.AutoModelForSeq2SeqLM if config.is_encoder_decoder
+             else hf.AutoModelForCausalLM).from_config(config)
     if family == "flan-t5":
         model.lm_head.weight = torch.nn.Parameter(0.3 * torch.randn(VOCAB, 32))
     model.save_pretrained(folder)
@@ -90,7 +79,7 @@ def folder(family, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def llm(folder):
-    return load_llm(str(folder), CPU, torch.float32)
+    return load(folder)
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +89,8 @@ def checkpointing(folder):
 
 
 def close(found, expected, tolerance: float = 2e-5):
-    torch.testing.assert_close(found, torch.as_tensor(expected, dtype=found.dtype), atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(found, torch.as_tensor(expected, dtype=found.dtype), atol=tolerance,
+                               rtol=tolerance)
 
 
 def rows(n_options: int = 3) -> list[dict]:
@@ -110,7 +100,8 @@ def rows(n_options: int = 3) -> list[dict]:
     def ids(n):
         return torch.randint(3, VOCAB, (n,), generator=generator).tolist()
 
-    return [{"demo": ids(9), "queries": [(ids(5), [ids(n) for n in (2, 1, 3)[:n_options]]), (ids(3), [ids(4)])]},
+    return [{"demo": ids(9), "queries": [(ids(5), [ids(n) for n in (2, 1, 3)[:n_options]]),
+                                         (ids(3), [ids(4)])]},
             {"demo": ids(17), "queries": [(ids(7), [ids(n) for n in (1, 6)[:n_options]])]},
             {"demo": ids(4), "queries": [(ids(2), [ids(2)]), (ids(6), [ids(1)]), (ids(8), [ids(3)])]}]
 
@@ -118,23 +109,9 @@ def rows(n_options: int = 3) -> list[dict]:
 def own_logits(llm, prefix: list[int], x: list[int], y: list[int]):
     """(T_y, V): the model's own logits for y, by token ids, of one sequence without padding."""
     if llm.config.is_encoder_decoder:
-        return llm(input_ids=torch.tensor([prefix + x]), decoder_input_ids=torch.tensor([[0, *y[:-1]]])).logits[0]
+        return llm(input_ids=torch.tensor([prefix + x]),
+                   decoder_input_ids=torch.tensor([[0, *y[:-1]]])).logits[0]
     return llm(input_ids=torch.tensor([prefix + x + y])).logits[0, len(prefix + x) - 1:-1]
-
-
-def where(batch, b, s, o):
-    return batch["query_mask"][b] & (batch["segment"][b] == s) & (batch["branch"][b] == o)
-
-
-def ways(rows):
-    for b, row in enumerate(rows):
-        for s, (x, options) in enumerate(row["queries"]):
-            for o, option in enumerate(options, 1):
-                yield b, s, o, x, option
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Parity
 
 
 @pytest.mark.parametrize("cached", [True, False])
@@ -142,9 +119,10 @@ def test_packed_padded_cached_logits_equal_those_of_input_ids(llm, checkpointing
     """With a cached prefix, and with prefix and queries in one pass (what a checkpointed LLM does)."""
     model, batch = (llm if cached else checkpointing), collate(rows())
     with torch.set_grad_enabled(not cached):
-        prefix = demo_prefix(model, batch["demo_ids"], batch["demo_mask"])
+        prefix = demo_prefix(model, *demos(batch))
         assert bool(prefix.keys_values) == (cached and not llm.config.is_encoder_decoder)
-        logits = head_logits(model, query_states(model, prefix, batch).detach().flatten(0, 1)).unflatten(0, (3, -1))
+        logits = head_logits(model, query_states(model, prefix,
+                                                 batch).detach().flatten(0, 1)).unflatten(0, (3, -1))
     largest = 0
     for b, s, o, x, y in ways(rows()):
         with torch.no_grad():
@@ -157,8 +135,8 @@ def test_packed_padded_cached_logits_equal_those_of_input_ids(llm, checkpointing
 def test_windows_and_positions_matter_in_these_tests(folder, family):
     """The parity tests would pass without a window if none were felt: it is, in each family that has one."""
     prefix, x, y = rows()[1]["demo"], *rows()[1]["queries"][0][:1], rows()[1]["queries"][0][1][0]
-    wide = load_llm(str(folder), CPU, torch.float32)
-    narrow = load_llm(str(folder), CPU, torch.float32)
+    wide = load(folder)
+    narrow = load(folder)
     for module in (wide, *wide.modules()):
         if hasattr(module, "config") and getattr(module.config, "sliding_window", None):
             module.config.sliding_window = 10_000
@@ -173,7 +151,7 @@ def test_without_any_prefix_the_logits_are_those_of_input_ids(llm):
     (x, options), = rows()[1]["queries"]
     batch = collate([{"demo": [], "queries": [(x, options)]}])
     with torch.no_grad():
-        states = query_states(llm, demo_prefix(llm, batch["demo_ids"], batch["demo_mask"]), batch)
+        states = query_states(llm, demo_prefix(llm, *demos(batch)), batch)
         for o, y in enumerate(options, 1):
             close(head_logits(llm, states[0][where(batch, 0, 0, o)]), own_logits(llm, [], x, y))
     assert not states[0, 0].any()
@@ -182,19 +160,19 @@ def test_without_any_prefix_the_logits_are_those_of_input_ids(llm):
 def test_padding_and_neighbours_change_no_vector(llm):
     distiller, batch = build_distiller("layers:2", llm, 4, "matched", 0).eval(), collate(rows())
     with torch.no_grad():
-        vectors = distiller(batch["demo_ids"], batch["demo_mask"])
+        vectors = distiller(*demos(batch))
         for b, row in enumerate(rows()):
             close(vectors[b], plain.Distiller.forward(distiller, row["demo"]))
             alone = collate([row])
-            close(vectors[b], distiller(alone["demo_ids"], alone["demo_mask"])[0])
+            close(vectors[b], distiller(*demos(alone))[0])
     assert (vectors[0] - vectors[1]).abs().max() > 1e-3 * vectors.abs().max()
 
 
 def test_scores_equal_plain_scores_for_demonstrations_and_for_vectors(llm):
     distiller, batch = build_distiller("layers:2", llm, 4, "matched", 0).eval(), collate(rows())
     with torch.no_grad():
-        vectors = distiller(batch["demo_ids"], batch["demo_mask"])
-        teacher, student = demo_prefix(llm, batch["demo_ids"], batch["demo_mask"]), vector_prefix(llm, vectors)
+        vectors = distiller(*demos(batch))
+        teacher, student = demo_prefix(llm, *demos(batch)), vector_prefix(llm, vectors)
         for prefix, plain_prefixes in ((teacher, [plain.embed(llm, row["demo"]) for row in rows()]),
                               (student, [plain.Distiller.forward(distiller, row["demo"]) for row in rows()])):
             scores = score_options(llm, prefix, batch)
@@ -202,13 +180,15 @@ def test_scores_equal_plain_scores_for_demonstrations_and_for_vectors(llm):
             for b, s, o, _, _ in ways(rows()):
                 assert scores[b, s, o - 1].item() == pytest.approx(expected[b][s][o - 1], abs=2e-5)
             assert scores.isfinite().sum() == len(list(ways(rows())))
+            assert (scores[~scores.isfinite()] == -torch.inf).all() and scores.shape == (3, 3, 3)
 
 
 def test_first_layers_of_all_layers_are_the_llms_own(llm):
     ids = torch.tensor([rows()[1]["demo"]])
     with torch.no_grad():
         if llm.config.is_encoder_decoder:
-            expected = llm(input_ids=ids, decoder_input_ids=ids, output_hidden_states=True).encoder_last_hidden_state
+            expected = llm(input_ids=ids, decoder_input_ids=ids,
+                           output_hidden_states=True).encoder_last_hidden_state
         else:
             expected = llm.base_model(ids).last_hidden_state
         close(first_layers(llm, 3).eval()(ids).last_hidden_state, expected)
@@ -221,26 +201,13 @@ def test_placeholders_and_the_scale_of_vectors_are_those_of_embedded_tokens(llm)
     distiller = build_distiller("layers:2", llm, 4, "matched", 0).eval()
     assert (distiller.placeholders[:, None] == embedded).all(dim=2).any(dim=1).all()
     with torch.no_grad():
-        vectors = distiller(batch["demo_ids"], batch["demo_mask"])
+        vectors = distiller(*demos(batch))
     assert vectors.pow(2).mean().sqrt().item() == pytest.approx(embedded.pow(2).mean().sqrt().item(), rel=0.3)
 
 
 def test_positions_that_a_model_can_take(llm, family):
-    assert max_positions(llm.config) == {"gpt2": 128, "opt": 128, "opt-350m": 128, "t5": None, "flan-t5": None}.get(family, 512)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Training
-
-
-def losses(llm, distiller, rows):
-    """(pred, distill), the way a training step makes them."""
-    batch = collate(rows)
-    with torch.no_grad():
-        teacher = query_states(llm, demo_prefix(llm, batch["demo_ids"], batch["demo_mask"]), batch)
-    student = query_states(llm, vector_prefix(llm, distiller(batch["demo_ids"], batch["demo_mask"])), batch)
-    mask, answers = loss_mask(llm, batch), batch["query_mask"] & (batch["branch"] > 0)
-    return pred_loss(llm, student[answers], batch["query_ids"][answers]), distill_loss(llm, student[mask], teacher[mask])
+    assert max_positions(llm.config) == {"gpt2": 128, "opt": 128, "opt-350m": 128, "t5": None,
+                                         "flan-t5": None}.get(family, 512)
 
 
 def backward(llm, distiller):
@@ -273,7 +240,7 @@ def test_losses_and_gradients_equal_plain_ones(llm):
 
 
 def test_pretraining_reads_d_and_predicts_x(llm):
-    """The row of data.Corpus: everything behind D is predicted, from its first token on, by either kind of LLM."""
+    """The row of data.Corpus: all behind D is predicted, from its first token on, by either kind."""
     row = {"demo": rows()[1]["demo"], "queries": [([], [rows()[1]["queries"][0][0]])]}
     distiller = build_distiller("layers:2", llm, 4, "matched", 0).eval()
     _, found = losses(llm, distiller, [row, rows(1)[0]])
@@ -285,12 +252,13 @@ def test_pretraining_reads_d_and_predicts_x(llm):
 
 
 def test_an_encoder_with_nothing_to_read_gets_the_end_of_sequence(llm):
-    """The reference 'no context' of pretraining: no prefix, no query. A decoder-only LLM leaves its first token out."""
+    """Pretraining's 'no context': no prefix, no query. A decoder-only LLM leaves a token out."""
     (x, _), = rows()[1]["queries"]
     batch = collate([{"demo": [], "queries": [([], [x])]}, {"demo": [], "queries": [([], [x[:4]])]},
-                     {"demo": x[:2], "queries": [([], [x[3:]])]}])  # the last one has something to read: padding for the others
+                     # the last one has something to read: padding for the others
+                     {"demo": x[:2], "queries": [([], [x[3:]])]}])
     with torch.no_grad():
-        states = query_states(llm, demo_prefix(llm, batch["demo_ids"], batch["demo_mask"]), batch)
+        states = query_states(llm, demo_prefix(llm, *demos(batch)), batch)
         first = 0 if llm.config.is_encoder_decoder else 1
         empty = [llm.config.eos_token_id] if llm.config.is_encoder_decoder else []
         for b, y in enumerate((x, x[:4])):
@@ -304,7 +272,8 @@ def test_a_step_trains_all_of_the_distiller_and_nothing_of_the_llm(llm, kind, fa
     frozen, before = copy.deepcopy(llm.state_dict()), copy.deepcopy(dict(distiller.named_parameters()))
     optimizer = make_optimizer(distiller, 1e-3)
     finetune_loss(*losses(llm, distiller, rows(1)), 1.0).backward()
-    assert [name for name, p in distiller.named_parameters() if p.grad is None or not p.grad.abs().max() > 0] == []
+    assert [name for name, p in distiller.named_parameters() if p.grad is None
+            or not p.grad.abs().max() > 0] == []
     optimizer.step()
     assert [name for name, p in distiller.named_parameters() if torch.equal(p, before[name])] == []
     assert all(p.grad is None for p in llm.parameters()) and not llm.training
@@ -315,7 +284,8 @@ def make_distiller(llm, kind: str, family: str, tmp_path, monkeypatch):
     """The LLM's first two layers, or a sibling of another width."""
     monkeypatch.setattr("loading.check_same_tokens", lambda *_: None)  # these models have no tokenizers
     narrow = {"gpt2": {"n_embd": 16}, "opt": {"hidden_size": 16, "word_embed_proj_dim": 16},
-              "opt-350m": {"word_embed_proj_dim": 8}, "t5": {"d_model": 16}, "flan-t5": {"d_model": 16}}.get(family, {"hidden_size": 16})
+              "opt-350m": {"word_embed_proj_dim": 8}, "t5": {"d_model": 16},
+              "flan-t5": {"d_model": 16}}.get(family, {"hidden_size": 16})
     spec = "layers:2"
     if kind == "sibling":  # flan-t5's own head would not fit the narrower model
         spec = str(write_model(tmp_path / "sibling", "t5" if family == "flan-t5" else family, **narrow))
@@ -330,13 +300,11 @@ def test_checkpoint_round_trip(llm, kind, family, tmp_path, monkeypatch):
     with torch.no_grad():
         for p in distiller.parameters():
             p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
-    flags = SimpleNamespace(distiller="layers:2" if kind == "layers" else str(tmp_path / "sibling"), distill_len=4,
-                            vector_start="matched", template="space")
-    save_checkpoint(tmp_path / "best.safetensors", distiller, {"model": distiller_config(distiller, llm, flags)})
+    save_distiller(tmp_path, distiller, llm, "layers:2" if kind == "layers" else str(tmp_path / "sibling"))
     again, _ = load_distiller(tmp_path, llm)
     with torch.no_grad():
-        vectors = distiller(batch["demo_ids"], batch["demo_mask"])
-        assert torch.equal(again.eval()(batch["demo_ids"], batch["demo_mask"]), vectors)
+        vectors = distiller(*demos(batch))
+        assert torch.equal(again.eval()(*demos(batch)), vectors)
     assert vectors.shape == (3, 4, 16 if family == "opt-350m" else 32)
 
 
@@ -345,10 +313,6 @@ def test_grad_checkpoint_gives_the_same_gradient_from_less_memory(llm, checkpoin
     (expected, much), (found, little) = backward(llm, distiller), backward(checkpointing, distiller)
     assert expected.norm() > 1e-3 and (found - expected).norm() < 1e-6 * expected.norm()
     assert little < 0.7 * much
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Loading
 
 
 def test_eight_bit_weights_pass_on_nearly_the_same_gradient(llm, folder, family):
@@ -366,18 +330,23 @@ def test_eight_bit_weights_pass_on_nearly_the_same_gradient(llm, folder, family)
 
 
 @pytest.mark.parametrize(("config", "message"), [
-    (BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4), "of type bloom"),  # positions by its own biases
-    (CohereConfig(vocab_size=VOCAB, **ROTARY, logit_scale=0.5), "of type cohere, gives other predictions .*by 100%"),
-    (BartConfig(vocab_size=VOCAB, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4, decoder_attention_heads=4,
-                encoder_ffn_dim=32, decoder_ffn_dim=32), "an encoder-decoder of type bart; of these T5")])
+    # positions by its own biases
+    (hf.BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4), "of type bloom"),
+    (hf.CohereConfig(vocab_size=VOCAB, **ROTARY, logit_scale=0.5),
+     "of type cohere, gives other predictions .*by 100%"),
+    (hf.BartConfig(vocab_size=VOCAB, d_model=32, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=32,
+                   encoder_attention_heads=4, decoder_attention_heads=4, decoder_ffn_dim=32),
+     "an encoder-decoder of type bart; of these T5")])
 def test_an_architecture_that_would_be_silently_wrong_is_refused(config, message, tmp_path):
-    (AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM).from_config(config).save_pretrained(tmp_path)
+    kind = hf.AutoModelForSeq2SeqLM if config.is_encoder_decoder else hf.AutoModelForCausalLM
+    kind.from_config(config).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=message):
-        load_llm(str(tmp_path), CPU, torch.float32)
+        load(tmp_path)
 
 
 def test_t5_in_fp16_is_refused(tmp_path):
     folder = write_model(tmp_path / "tiny", "t5")
-    with pytest.raises(UserError, match=re.escape("fp16: T5's activations overflow there; give --dtype fp32 or bf16")):
+    with pytest.raises(UserError,
+                       match=re.escape("fp16: T5's activations overflow there; give --dtype fp32 or bf16")):
         load_llm(str(folder), CPU, torch.float16)
     assert load_llm(str(folder), CPU, torch.float16, "bf16").dtype == torch.bfloat16

@@ -1,4 +1,5 @@
-"""Tests of figures.py: what is drawn equals averages worked by hand; each command writes pictures; gaps are told."""
+"""Tests of figures.py: what is drawn equals averages worked by hand; each command writes pictures; gaps are
+told."""
 
 import json
 import shlex
@@ -6,23 +7,22 @@ import shlex
 import numpy as np
 import pytest
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.patches import FancyArrowPatch
+from conftest import write_lines
 from PIL import Image
 
-import paper.summary
 from common import UserError
-from paper import figures, pictures
+from paper import figures
 from paper.figures import averages, main
 from run import save_checkpoint
 
 
 def record(method="mend", task="ag_news", seed=100, headline=0.5, k=16, distill_len=8, **more) -> dict:
     """A line as evaluate.py writes it."""
-    return {"method": method, "checkpoint": None, "trained_on": None, "task": task, "seed": seed, "data_hash": "0",
-            "llm": "tiny", "split": "class_to_class", "tasks": "metaicl", "k": k, "distill_len": distill_len,
-            "context_len": 900, "template": "space", "retrieval": None, "perturbation": None, "limit": 0, "dtype": "fp32",
-            "n": 10, "macro_f1": headline, "accuracy": headline, "headline": headline, "commit": "abc", "date": ""} | more
+    return {"method": method, "checkpoint": None, "trained_on": None, "task": task, "seed": seed,
+            "data_hash": "0", "llm": "tiny", "split": "class_to_class", "tasks": "metaicl", "k": k,
+            "distill_len": distill_len, "context_len": 900, "template": "space", "retrieval": None,
+            "perturbation": None, "limit": 0, "dtype": "fp32", "n": 10, "macro_f1": headline,
+            "accuracy": headline, "headline": headline, "commit": "abc", "date": ""} | more
 
 
 def grid(values: dict, **more) -> list[dict]:
@@ -30,7 +30,7 @@ def grid(values: dict, **more) -> list[dict]:
     return [record(task=task, seed=seed, headline=value, **more) for (task, seed), value in values.items()]
 
 
-# per seed: means over tasks 30 and 50 -> 40 ± 10 sqrt 2; per task the mean is the same and the deviation is not
+# per seed: means over tasks 30 and 50 -> 40 ± 10 sqrt 2; per task the deviation is another
 HAND = {("ag_news", 100): 0.2, ("emo", 100): 0.4, ("ag_news", 13): 0.7, ("emo", 13): 0.3}
 MEAN, STD = 40.0, 10 * np.sqrt(2)
 
@@ -39,13 +39,8 @@ def shifted(by: float) -> dict:
     return {key: value + by / 100 for key, value in HAND.items()}
 
 
-def write(path, records) -> str:
-    path.write_text("".join(json.dumps(r) + "\n" for r in records))
-    return str(path)
-
-
 def drawn_lines(ax) -> dict:
-    """{label: (x, y, half the length of each error bar)} of an axes' error bar plots, all of them inside its limits."""
+    """{label: (x, y, half of each error bar)} of an axes' plots, all of them inside its limits."""
     for container in ax.containers:
         ends = np.concatenate(container[2][0].get_segments())
         for values, (low, high) in zip(ends.T, (ax.get_xlim(), ax.get_ylim()), strict=True):
@@ -68,12 +63,9 @@ def check_files(figures_dict, out, name) -> None:
     assert (out / f"{name}.svg").read_text().count("<path") > 20
 
 
-# Averages
-
-
 def test_averages_by_hand():
-    data = averages(grid(HAND, k=4) + grid(shifted(5), k=1) + grid(shifted(-10), k=4, method="icl"), ("icl", "mend"),
-                    lambda r: r["k"])
+    data = averages(grid(HAND, k=4) + grid(shifted(5), k=1) + grid(shifted(-10), k=4, method="icl"),
+                    ("icl", "mend"), lambda r: r["k"])
     assert (data["tasks"], data["seeds"], data["queries"]) == (2, 2, 40)
     np.testing.assert_allclose(data["points"]["mend"], [[1, MEAN + 5, STD], [4, MEAN, STD]])
     np.testing.assert_allclose(data["points"]["icl"], [[4, MEAN - 10, STD]])
@@ -87,7 +79,8 @@ def test_incomplete_points_and_absent_methods_are_left_out_and_told(capsys):
     assert "mend at 8 has 3 of 4 (task, seed)" in told and "no complete records of icl" in told
 
 
-@pytest.mark.parametrize(("field", "value"), [("llm", "other"), ("template", "newline"), ("limit", 5), ("dtype", "bf16")])
+@pytest.mark.parametrize(("field", "value"), [("llm", "other"), ("template", "newline"), ("limit", 5),
+                                              ("dtype", "bf16")])
 def test_settings_are_not_mixed(field, value):
     with pytest.raises(UserError, match=field):
         averages(grid(HAND, k=4) + grid(HAND, k=8, **{field: value}), ("mend",), lambda r: r["k"])
@@ -99,27 +92,27 @@ def test_of_two_checkpoints_at_one_point_the_newest_counts():
     assert averages(new + old, ("mend",), lambda r: r["k"]) != averages(new, ("mend",), lambda r: r["k"])
 
 
-# Figs. 4, 6, 7
-
-
 def fig4_records() -> list[dict]:
-    over_k = [r for m, shift in (("icl", 0), ("hypertuning", 5), ("mend", 10)) for i, k in enumerate((1, 2, 16))
-              for r in grid(shifted(shift + i), method=m, k=k)]
-    over_l = [r for m, shift in (("prompt_tuning", 0), ("hypertuning", 2), ("mend", 4)) for i, l in enumerate((1, 4, 20, 40))
-              for r in grid(shifted(shift + i), method=m, distill_len=l)]
+    over_k = [r for m, shift in (("icl", 0), ("hypertuning", 5), ("mend", 10))
+              for i, k in enumerate((1, 2, 16)) for r in grid(shifted(shift + i), method=m, k=k)]
+    over_l = [r for m, shift in (("prompt_tuning", 0), ("hypertuning", 2), ("mend", 4))
+              for i, length in enumerate((1, 4, 20, 40))
+              for r in grid(shifted(shift + i), method=m, distill_len=length)]
     elsewhere = grid(shifted(20), split="qa_to_qa") + grid(shifted(20), retrieval="bm25") + \
         grid(shifted(20), perturbation="no_label")
     return over_k + over_l + elsewhere
 
 
 def test_fig4_draws_the_means_and_deviations(tmp_path):
-    path = write(tmp_path / "fig4.jsonl", fig4_records())
+    path = write_lines(tmp_path / "fig4.jsonl", fig4_records())
     fig, data = draw("fig4", "--results", path)
     over_k, over_l = map(drawn_lines, fig.axes)
-    assert set(over_k) == {"MEND", "Vanilla ICL", "HyperTuning"} and set(over_l) == {"MEND", "HyperTuning", "PromptTuning"}
+    assert set(over_k) == {"MEND", "Vanilla ICL", "HyperTuning"}
+    assert set(over_l) == {"MEND", "HyperTuning", "PromptTuning"}
     # the points at l = 8 in (b) are those at K = 16 in (a)
-    expected = [(over_k, "Vanilla ICL", [1, 2, 16], [0, 1, 2]), (over_k, "HyperTuning", [1, 2, 16], [5, 6, 7]),
-                (over_k, "MEND", [1, 2, 16], [10, 11, 12]), (over_l, "PromptTuning", [1, 4, 20, 40], [0, 1, 2, 3]),
+    expected = [(over_k, "Vanilla ICL", [1, 2, 16], [0, 1, 2]),
+                (over_k, "HyperTuning", [1, 2, 16], [5, 6, 7]), (over_k, "MEND", [1, 2, 16], [10, 11, 12]),
+                (over_l, "PromptTuning", [1, 4, 20, 40], [0, 1, 2, 3]),
                 (over_l, "HyperTuning", [1, 4, 8, 20, 40], [2, 3, 7, 4, 5]),
                 (over_l, "MEND", [1, 4, 8, 20, 40], [4, 5, 12, 6, 7])]
     for lines, label, xs, shifts in expected:
@@ -128,7 +121,8 @@ def test_fig4_draws_the_means_and_deviations(tmp_path):
         np.testing.assert_allclose(y, MEAN + np.array(shifts))
         np.testing.assert_allclose(half, [STD] * len(xs))
     text = fig.texts[0].get_text().replace("\n", " ")
-    assert "2 tasks × 2 seeds, 40 queries a point" in text and "runs/fig4.sh" in text and "python -m paper.figures fig4" in text
+    for part in ("2 tasks × 2 seeds, 40 queries a point", "runs/fig4.sh", "python -m paper.figures fig4"):
+        assert part in text
     assert "($l$ = 8)" in fig.axes[0].get_xlabel() and "($K$ = 16)" in fig.axes[1].get_xlabel()
     out = main(["fig4", "--results", path, "--out", str(tmp_path / "out")])
     check_files(out, tmp_path / "out", "fig4")
@@ -148,12 +142,13 @@ def ablation_records() -> list[dict]:
     for i, lam in enumerate((0.01, 0.1, 1, 10)):
         records += grid(shifted(20 + i), trained_on=trained("kl", lam=lam, pred_weight=1.0))
     others = [trained("clm"), trained("clm", lam=1, pred_weight=1.0), trained("kl", lam=1, pred_weight=0.0),
-              trained("kl", lam=0, pred_weight=1.0), {"finetune": {"tasks": "metaicl", "lam": 1, "pred_weight": 1.0}}, None]
+              trained("kl", lam=0, pred_weight=1.0), None,
+              {"finetune": {"tasks": "metaicl", "lam": 1, "pred_weight": 1.0}}]
     return records + [r for other in others for r in grid(shifted(40), trained_on=other)]
 
 
 def test_fig6_and_fig7_choose_their_checkpoints(tmp_path):
-    path = write(tmp_path / "ablations.jsonl", ablation_records())
+    path = write_lines(tmp_path / "ablations.jsonl", ablation_records())
     expected = {"fig6": [([0.1, 0.5, 0.8, 0.9], 0), ([0.1, 1, 10], 10)], "fig7": [([0.01, 0.1, 1, 10], 20)]}
     for name, panels in expected.items():
         fig, _ = draw(name, "--results", path)
@@ -165,7 +160,8 @@ def test_fig6_and_fig7_choose_their_checkpoints(tmp_path):
         check_files(main([name, "--results", path, "--out", str(tmp_path)]), tmp_path, name)
 
 
-@pytest.mark.parametrize(("name", "script"), [("fig4", "fig4.sh"), ("fig6", "ablations.sh"), ("fig7", "ablations.sh")])
+@pytest.mark.parametrize(("name", "script"), [("fig4", "fig4.sh"), ("fig6", "ablations.sh"),
+                                              ("fig7", "ablations.sh")])
 def test_an_empty_file_names_the_script_that_fills_it(tmp_path, name, script):
     for path in (tmp_path / "absent.jsonl", tmp_path / "empty.jsonl"):
         (tmp_path / "empty.jsonl").touch()
@@ -173,20 +169,7 @@ def test_an_empty_file_names_the_script_that_fills_it(tmp_path, name, script):
             main([name, "--results", str(path), "--out", str(tmp_path)])
 
 
-def test_a_line_that_is_being_written_is_left_alone(tmp_path):
-    path = tmp_path / "fig4.jsonl"
-    write(path, fig4_records())
-    whole = path.read_text()
-    path.write_text(whole + '{"method": "me')
-    assert paper.summary.read_results(path) == fig4_records() and path.read_text() == whole + '{"method": "me'
-    path.write_text("no json\n")
-    with pytest.raises(UserError, match="not a results file"):
-        paper.summary.read_results(path)
-
-
 # Figs. 5 and 8
-
-
 ABOUT = {"llm": "tiny", "seed": 100, "dtype": "fp32", "commit": "abc", "command": "python -m paper.attention"}
 
 
@@ -194,7 +177,8 @@ def test_fig8_draws_the_scores(tmp_path):
     scores = np.random.default_rng(0).random((5, 3)).round(4)
     heads = [[4, 0], [2, 1], [0, 2], [1, 1]]
     path = tmp_path / "induction.json"
-    path.write_text(json.dumps(ABOUT | {"sequences": 10, "length": 500, "heads": heads, "scores": scores.tolist()}))
+    path.write_text(json.dumps(ABOUT | {"sequences": 10, "length": 500, "heads": heads,
+                                        "scores": scores.tolist()}))
     fig, _ = draw("fig8", "--results", str(path))
     ax = fig.axes[0]
     np.testing.assert_array_equal(ax.images[0].get_array(), scores.T)  # layers along x, heads along y
@@ -209,9 +193,9 @@ def test_fig5_draws_the_weights(tmp_path):
             for m, n in (("icl", 20), ("mend", 8))}
     path = tmp_path / "attention.json"
     path.write_text(json.dumps(ABOUT | rows | {
-        "checkpoint": "run/best@1", "trained_on": {"pretrain": {}}, "step": 10, "task": "ag_news", "data_hash": "0",
-        "example": 3, "k": 16, "demo_tokens": 300, "distill_len": 8, "heads": [[1, 0], [1, 1], [2, 0], [2, 3]],
-        "query_tokens": list("abcdef")}))
+        "checkpoint": "run/best@1", "trained_on": {"pretrain": {}}, "step": 10, "task": "ag_news",
+        "data_hash": "0", "example": 3, "k": 16, "demo_tokens": 300, "distill_len": 8,
+        "heads": [[1, 0], [1, 1], [2, 0], [2, 3]], "query_tokens": list("abcdef")}))
     fig, _ = draw("fig5", "--results", str(path))
     for ax, method in zip(fig.axes, ("icl", "mend"), strict=False):
         query, prefix = ax.images
@@ -231,9 +215,11 @@ def test_what_was_not_measured_names_its_script(tmp_path, name):
 
 
 @pytest.mark.parametrize(("argv", "message"), [
-    (["fig3", "--results", "F"], "it lacks settings, scaling.*bench.py"), (["fig8", "--results", "F"], "it lacks scores, heads.*paper.attention"),
+    (["fig3", "--results", "F"], "it lacks settings, scaling.*bench.py"),
+    (["fig8", "--results", "F"], "it lacks scores, heads.*paper.attention"),
     (["fig4", "--results", "F"], "the results lack checkpoint, .*lines that evaluate.py wrote"),
-    (["fig8", "--results", "F", "F"], "fig8 takes one file"), (["method", "--out", "F/x"], "stands under a file")])
+    (["fig8", "--results", "F", "F"], "fig8 takes one file"),
+    (["method", "--out", "F/x"], "stands under a file")])
 def test_files_of_another_kind_are_named(tmp_path, argv, message):
     (tmp_path / "F").write_text('{"task": "emo"}')
     argv = [str(tmp_path / a) if a[0] == "F" else a for a in argv]
@@ -241,27 +227,20 @@ def test_files_of_another_kind_are_named(tmp_path, argv, message):
         main(argv if "--out" in argv else [*argv, "--out", str(tmp_path)])
 
 
-# Training curves
-
-
 def write_run(folder, trained_on: dict, lines: list[dict]) -> str:
     folder.mkdir()
-    write(folder / "metrics.jsonl", lines)
+    write_lines(folder / "metrics.jsonl", lines)
     save_checkpoint(folder / "last.safetensors", torch.nn.Linear(1, 1),
-                           {"trained_on": trained_on, "flags": {"steps": 160, "eval_docs": 64}, "commit": "abc"})
+                    {"trained_on": trained_on, "flags": {"steps": 160, "eval_docs": 64}, "commit": "abc"})
     return str(folder)
-
-
-def test_running_mean_by_hand():
-    np.testing.assert_allclose(pictures.running_mean([1, 2, 6, 4], 2), [1, 1.5, 4, 5])
-    np.testing.assert_allclose(pictures.running_mean([1, 2, 6], 1), [1, 2, 6])
 
 
 def test_curves(tmp_path):
     steps = range(1, 81)  # so the mean is over two steps
-    pretraining = [{"step": s, "kl": float(s), "grad_norm": 1.0} for s in steps] + [
-        {"step": s, "val_kl": 2 / s, "val_kl_no_context": 1.5, "val_kl_last_l": 0.5, "recovered": 1 - 2 / s / 1.5,
-         "dev_kl": 1.0} for s in (40, 80)]
+    pretraining = [{"step": s, "kl": float(s), "grad_norm": 1.0}
+                   for s in steps] + [{"step": s, "val_kl": 2 / s, "val_kl_no_context": 1.5,
+                                       "val_kl_last_l": 0.5, "recovered": 1 - 2 / s / 1.5, "dev_kl": 1.0}
+                                      for s in (40, 80)]
     finetuning = [{"step": s, "pred": 2.0 * s, "kl": 1.0} for s in steps] + [
         {"step": s, "val_pred": 3 / s, "val_kl": 1.0, "dev_headline": 0.01 * s} for s in (40, 80)]
     clm = [{"step": s, "clm": 1.0} for s in steps]
@@ -285,45 +264,8 @@ def test_curves(tmp_path):
     check_files(main(["curves", *runs, "--out", str(tmp_path)]), tmp_path, "curves")
 
 
-# The method figure and the command line
-
-
-def test_method_figure(tmp_path):
-    out = main(["method", "--out", str(tmp_path)])
-    check_files(out, tmp_path, "method")
-    first = (tmp_path / "method.svg").read_bytes()
-    main(["method", "--out", str(tmp_path)])
-    assert (tmp_path / "method.svg").read_bytes() == first  # no date, no random names: it can be committed
-    assert (pictures.ANSWER, pictures.VECTOR) == (figures.METHODS["icl"][0], figures.METHODS["mend"][0])
-
-
-def test_method_figure_has_no_overlaps():
-    """No text leaves the canvas, touches another text or crosses the edge of a box; all are readable at 400 pixels."""
-    fig, _ = draw("method")
-    renderer = FigureCanvasAgg(fig).get_renderer()
-    texts = [t for t in fig.axes[0].texts if t.get_text()]
-    boxes = [t.get_window_extent(renderer) for t in texts]
-    shapes = [p.get_window_extent(renderer) for p in fig.axes[0].patches if not isinstance(p, FancyArrowPatch)]
-    for i, (text, box) in enumerate(zip(texts, boxes, strict=True)):
-        assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= fig.bbox.width and box.y1 <= fig.bbox.height, text
-        assert text.get_fontsize() / 72 / fig.get_figwidth() * 400 >= 9, text
-        assert not any(box.overlaps(other) for other in boxes[i + 1:]), text
-        for shape in shapes:
-            inside = shape.x0 <= box.x0 and box.x1 <= shape.x1 and shape.y0 <= box.y0 and box.y1 <= shape.y1
-            assert inside or not box.overlaps(shape), text
-
-
-def test_palette_tells_methods_apart():
-    colours, markers, labels = zip(*figures.METHODS.values(), strict=True)
-    assert all(len(set(part)) == len(figures.METHODS) for part in (colours, markers, labels))
-
-
 @pytest.mark.parametrize("argv", ["curves", "method out/run", "fig4 --split class_to_clas"])
 def test_faulty_flags(argv, tmp_path):
     with pytest.raises(UserError):
         main([*shlex.split(argv), "--out", str(tmp_path)])
 
-
-def test_last_line_is_json(tmp_path, capsys):
-    main(["method", "--out", str(tmp_path)])
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["figure"] == "method"

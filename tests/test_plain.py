@@ -44,10 +44,6 @@ def close(found, expected):
     torch.testing.assert_close(found, torch.as_tensor(expected, dtype=found.dtype), atol=1e-5, rtol=1e-5)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Losses, by hand
-
-
 def test_distill_loss_is_the_forward_kl_averaged_over_tokens():
     """KL((3/4, 1/4) || (1/2, 1/2)) at the first token, 0 at the second; the other way it is larger."""
     teacher, student = (torch.tensor([[p, 1 - p], [0.5, 0.5]]).log() for p in (0.75, 0.5))
@@ -60,10 +56,6 @@ def test_pred_and_finetune_loss_by_hand():
     student = torch.tensor([[0.7, 0.2, 0.1], [0.3, 0.3, 0.4]]).log() + 5
     close(plain.pred_loss(student, [0, 2]), -(math.log(0.7) + math.log(0.4)) / 2)
     assert plain.finetune_loss(torch.tensor(2.0), torch.tensor(3.0), 0.1).item() == pytest.approx(2.3)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Reading, against the LLM's own forward over ids
 
 
 def test_read_gives_the_logits_that_predict_x_and_y(llm):
@@ -95,10 +87,6 @@ def test_score_options_is_the_mean_log_likelihood(name, request):
             logits = llm(torch.tensor([D + X + option])).logits[0, len(D + X) - 1:-1]
         expected.append(Categorical(logits=logits).log_prob(torch.tensor(option)).mean())
     close(plain.score_options(llm, plain.embed(llm, D), X, options), torch.stack(expected))
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The distiller
 
 
 @pytest.mark.parametrize("width", [32, 16])
@@ -135,10 +123,6 @@ def test_the_gradient_flows_through_the_llm_to_the_distiller_alone(llm):
     assert all(p.grad is None for p in llm.parameters())
     used = {name: p.grad for name, p in distiller.named_parameters() if not name.startswith("embed.")}
     assert all(grad is not None and grad.abs().max() > 0 for grad in used.values())
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The toy world and the run
 
 
 def test_a_task_can_only_be_told_from_its_demonstrations():
@@ -184,10 +168,6 @@ def test_mend_passes_on_what_unseen_demonstrations_say(same_threads):
     assert figures["mend"] - figures["truncation"] > 0.2, figures
     assert figures["mend"] - figures["swapped"] > 0.3, figures
     assert figures["swapped"] < 0.35 and figures["zero_shot"] < 0.35, figures  # chance is 0.25
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The page
 
 
 def test_it_is_one_page_that_imports_nothing_of_ours():

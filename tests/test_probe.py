@@ -1,24 +1,22 @@
 """Tests of probe.py: its figures by hand, and on distillers whose corrections are known."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import save_distiller
 
-import run
 from common import UserError
 from data import Encoder
-from loading import build_distiller, distiller_config, load_llm
+from loading import build_distiller
 from paper import probe
-from sources.tasks import load_tasks
-from sources.text import Tokenizer
 
 CPU = torch.device("cpu")
 
 
 def test_figures_by_hand():
-    corrections = torch.tensor([[[3.0, 4.0]], [[3.0, -4.0]]])  # mean (3, 0): 2 * 9 of 50; cosine (9 - 16) / 25
+    # mean (3, 0): 2 * 9 of 50; cosine (9 - 16) / 25
+    corrections = torch.tensor([[[3.0, 4.0]], [[3.0, -4.0]]])
     swapped = torch.tensor([[[3.0, 4.0]], [[3.0, 1.0]]])       # changed by 0, and by 5 of 5
     starts = torch.tensor([[[1.0, 7.0]], [[5.0, 5.0]]])        # sum of squares 100 over 4 numbers
     assert probe.figures_of(starts, corrections, swapped) == pytest.approx(
@@ -27,28 +25,24 @@ def test_figures_by_hand():
 
 
 @pytest.fixture
-def probed(llama, tasks_dir, tmp_path):
+def probed(llama, llama_llm, tasks_dir, tmp_path):
     """Probes a distiller that `change` was applied to: (spec, start, change) -> final figures."""
-    llm = load_llm(str(llama), CPU, torch.float32)
-
     def probed(spec, start, change=lambda distiller: None):
-        distiller = build_distiller(spec, llm, 4, start, 0)
+        distiller = build_distiller(spec, llama_llm, 4, start, 0)
         with torch.no_grad():
             change(distiller)
-        flags = SimpleNamespace(distiller=spec, distill_len=4, vector_start=start, template="space")
-        path = tmp_path / "run" / "best.safetensors"
-        run.save_checkpoint(path, distiller, {"model": distiller_config(distiller, llm, flags)})
-        return probe.main(["--preset", "pocket", "--llm", str(llama), "--tasks", str(tasks_dir), "--device", "cpu",
-                           "--k", "4", "--checkpoint", str(path)])
+        path = save_distiller(tmp_path / "run", distiller, llama_llm, spec, start)
+        return probe.main(["--preset", "pocket", "--llm", str(llama), "--tasks", str(tasks_dir), "--device",
+                           "cpu", "--k", "4", "--checkpoint", str(path)])
     return probed
 
 
-def test_a_distiller_without_gain_has_no_correction(probed, llama, tasks_dir, capsys):
+def test_a_distiller_without_gain_has_no_correction(probed, tokenizer, llama_llm, tiny_tasks, capsys):
     found = probed("layers:2", "residual", lambda distiller: distiller.gain.fill_(0))
     assert (found["rms_correction"], found["shared_energy"], found["most_change"]) == (0, None, None)
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == found and found["tasks"] == 2
-    tasks, encoder = load_tasks(str(tasks_dir), "class_to_class"), Encoder(Tokenizer(str(llama)), "space", 900)
-    embed = load_llm(str(llama), CPU, torch.float32).get_input_embeddings().weight
+    tasks, encoder = tiny_tasks, Encoder(tokenizer, "space", 900)
+    embed = llama_llm.get_input_embeddings().weight
     last = [i for t in tasks.test for i in encoder.demonstrations(tasks.files(t, 100)["train"][:4], 900)[-4:]]
     assert found["rms_start"] == pytest.approx(embed[last].pow(2).mean().sqrt().item(), rel=1e-5)
 
@@ -67,7 +61,8 @@ def test_an_untrained_distiller_corrects_each_task_in_its_own_way(probed):
 
 def test_user_errors(llama, tasks_dir):
     with pytest.raises(UserError, match="--seed 7: MetaICL's are.*--context-len is 0"):
-        probe.main(["--preset", "pocket", "--llm", str(llama), "--checkpoint", "x", "--seed", "7", "--context-len", "0"])
+        probe.main(["--preset", "pocket", "--llm", str(llama), "--checkpoint", "x", "--seed", "7",
+                    "--context-len", "0"])
     with pytest.raises(UserError, match="no checkpoint at /nowhere"):
         probe.main(["--preset", "pocket", "--llm", str(llama), "--tasks", str(tasks_dir),
                     "--checkpoint", "/nowhere"])

@@ -1,4 +1,5 @@
-"""Every run script goes to its end with a tiny random LLM, and again without training or scoring anything twice."""
+"""Every run script goes to its end with a tiny random LLM, and again without training or scoring anything
+twice."""
 
 import json
 import os
@@ -7,105 +8,111 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import read_lines
 
+import common
 from run import load_checkpoint
 
-ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def scripts(llama, tasks_dir, corpus_dir, tmp_path_factory):
     """Runs a script at a tiny scale; all share one folder, as they would for a user."""
     folder = tmp_path_factory.mktemp("runs")
-    env = os.environ | {
-        "PYTHON": sys.executable, "SCALE": "pocket", "METAICL_DIR": str(tasks_dir), "C4_DIR": str(corpus_dir),
-        "RESULTS": str(folder / "results"), "RUNS": str(folder / "out"), "SEEDS": "100 13", "LIMIT": "8",
-        "SPLITS": "class_to_class", "KS": "1 4", "LENGTHS": "1 4", "BETAS": "0.5 0.8", "GAMMAS": "0.1 1", "LAMBDAS": "0.1 1",
-        "EXTRA": f"--llm {llama} --k 4 --dtype fp32 --device cpu", "EXTRA_DATA": f"--llm {llama}",
-        "EXTRA_TRAIN": "--distiller layers:2 --distill-len 4", "EXTRA_EVAL": "--distill-len 4",
-        "EXTRA_PRETRAIN": "--steps 2 --window 96 --batch-size 2 --eval-docs 2 --eval-every 2",
-        "EXTRA_FINETUNE": "--steps 2 --batch-size 1 --queries-per-demo 2 --eval-every 2", "PAIRS": f"{llama},{llama}",
-        "OMP_NUM_THREADS": "1",
-    }
+    env = os.environ | {"PYTHON": sys.executable, "SCALE": "pocket", "METAICL_DIR": str(tasks_dir),
+                        "C4_DIR": str(corpus_dir), "RESULTS": str(folder / "results"),
+                        "RUNS": str(folder / "out"), "SEEDS": "100 13", "LIMIT": "8",
+                        "SPLITS": "class_to_class", "KS": "1 4", "LENGTHS": "1 4", "BETAS": "0.5 0.8",
+                        "GAMMAS": "0.1 1", "LAMBDAS": "0.1 1",
+                        "EXTRA": f"--llm {llama} --k 4 --dtype fp32 --device cpu",
+                        "EXTRA_DATA": f"--llm {llama}", "EXTRA_TRAIN": "--distiller layers:2 --distill-len 4",
+                        "EXTRA_EVAL": "--distill-len 4",
+                        "EXTRA_PRETRAIN": "--steps 2 --window 96 --batch-size 2 --eval-docs 2 --eval-every 2",
+                        "EXTRA_FINETUNE": "--steps 2 --batch-size 1 --queries-per-demo 2 --eval-every 2",
+                        "PAIRS": f"{llama},{llama}", "OMP_NUM_THREADS": "1",}
 
     def run(name: str, **more: str) -> Path:
-        done = subprocess.run(["bash", str(ROOT / "paper" / "runs" / name)], env=env | more, check=False, capture_output=True, text=True)
+        command = ["bash", str(common.ROOT / "paper" / "runs" / name)]
+        done = subprocess.run(command, env=env | more, check=False, capture_output=True, text=True)
         assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
         return folder
     return run
 
 
 def results(folder: Path, name: str) -> list[dict]:
-    return [json.loads(line) for line in (folder / "results" / f"{name}-pocket.jsonl").read_text().splitlines()]
+    return read_lines(folder / "results" / f"{name}.jsonl")
 
 
 def columns(folder: Path, number: str) -> list[str]:
-    return (folder / "results" / f"table{number}-pocket.md").read_text().splitlines()[0].strip("| ").split(" | ")
+    table = folder / "results" / f"table{number}-pocket.md"
+    return table.read_text().splitlines()[0].strip("| ").split(" | ")
 
 
-@pytest.mark.slow
+WAYS = ("zero_shot", "majority", "icl", "icl_budget", "prompt_tuning", "hypertuning", "mend")
+
+
+def assert_all_of_table_2(records: list[dict]) -> None:
+    assert {(r["method"], r["task"], r["seed"]) for r in records} == {
+        (method, task, seed) for method in WAYS for task in ("ag_news", "emo") for seed in (100, 13)}
+
+
 def test_table1(scripts):
     folder = scripts("table1.sh")
-    record, = results(folder, "table1")
+    record, = results(folder, "table1-pocket")
     assert (record["train"]["tasks"], record["test"]["tasks"]) == (5, 2)
     assert "5 of 43" in (folder / "results" / "table1-pocket.md").read_text()
 
 
-@pytest.mark.slow
 def test_table2_and_again(scripts):
     folder = scripts("table2.sh")
-    records = results(folder, "table2")
-    assert {(r["method"], r["task"], r["seed"]) for r in records} == {
-        (m, t, s) for m in ("zero_shot", "majority", "icl", "icl_budget", "prompt_tuning", "hypertuning", "mend")
-        for t in ("ag_news", "emo") for s in (100, 13)}
+    records = results(folder, "table2-pocket")
+    assert_all_of_table_2(records)
     assert columns(folder, "2") == ["LLM", "row", "class_to_class"]
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
     assert len(before) == 10  # two pretrained, three finetuned: last and best
     scripts("table2.sh")
-    assert results(folder, "table2") == records
+    assert results(folder, "table2-pocket") == records
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")} == before
 
 
-@pytest.mark.slow
 def test_table3(scripts):
     folder = scripts("table3.sh")
-    assert columns(folder, "3")[2:] == ["none", "bm25", "dense", "no_label", "no_input", "random_label", "wrong_label"]
-    assert len(results(folder, "table3")) == 3 * 7 * 2 * 2
+    assert columns(folder, "3")[2:] == ["none", "bm25", "dense", "no_label", "no_input", "random_label",
+                                        "wrong_label"]
+    assert len(results(folder, "table3-pocket")) == 3 * 7 * 2 * 2
 
 
-@pytest.mark.slow
 def test_ablations(scripts):
     folder = scripts("ablations.sh")
-    rows = [line.split(" | ")[1] for line in (folder / "results" / "table4-pocket.md").read_text().splitlines()
+    rows = [line.split(" | ")[1] for line in (folder / "results"
+                                              / "table4-pocket.md").read_text().splitlines()
             if line.startswith("| tiny-llama")]
     assert rows == ["icl", "mend", "no_pretraining", "clm", "clm+kl", "without_pred", "without_distill"]
-    assert {r["trained_on"]["pretrain"]["beta"] for r in results(folder, "fig6a")} == {0.5, 0.8}
-    assert {r["trained_on"]["pretrain"]["gamma"] for r in results(folder, "fig6b")} == {0.1, 1}
-    assert {r["trained_on"]["finetune"]["lam"] for r in results(folder, "fig7")} == {0.1, 1}
+    assert {r["trained_on"]["pretrain"]["beta"] for r in results(folder, "fig6a-pocket")} == {0.5, 0.8}
+    assert {r["trained_on"]["pretrain"]["gamma"] for r in results(folder, "fig6b-pocket")} == {0.1, 1}
+    assert {r["trained_on"]["finetune"]["lam"] for r in results(folder, "fig7-pocket")} == {0.1, 1}
     for name in ("fig6", "fig7"):
         assert (folder / "results" / "figures" / f"{name}.png").stat().st_size > 5000
 
 
-@pytest.mark.slow
 def test_table6(scripts):
-    assert len(results(scripts("table6.sh"), "table6")) == 4 * 2 * 2
+    assert len(results(scripts("table6.sh"), "table6-pocket")) == 4 * 2 * 2
 
 
-@pytest.mark.slow
 def test_table7(scripts):
     assert columns(scripts("table7.sh"), "7")[2:] == ["space", "newline", "difference"]
 
 
-@pytest.mark.slow
 def test_fig4(scripts):
     folder = scripts("fig4.sh")
-    assert {(r["method"], r["k"]) for r in results(folder, "fig4a")} == {(m, k) for m in ("icl", "hypertuning", "mend") for k in (1, 4)}
-    assert {(r["method"], r["distill_len"]) for r in results(folder, "fig4b")} == {
+    assert {(r["method"], r["k"]) for r in results(folder, "fig4a-pocket")} == {
+        (m, k) for m in ("icl", "hypertuning", "mend") for k in (1, 4)}
+    assert {(r["method"], r["distill_len"]) for r in results(folder, "fig4b-pocket")} == {
         (m, length) for m in ("prompt_tuning", "hypertuning", "mend") for length in (1, 4)}
     assert (folder / "results" / "figures" / "fig4.png").stat().st_size > 5000
 
 
-@pytest.mark.slow
 def test_fig5(scripts):
     folder = scripts("fig5.sh")
     assert json.loads((folder / "results" / "attention.json").read_text())["mend"]["prefix"]
@@ -113,10 +120,9 @@ def test_fig5(scripts):
         assert (folder / "results" / "figures" / f"{name}.png").stat().st_size > 5000
 
 
-@pytest.mark.slow
 def test_lr(scripts):
     folder = scripts("lr.sh", RATES="1e-3 1e-2")
-    records = results(folder, "lr")
+    records = results(folder, "lr-pocket")
     assert [(r["method"], r["lr"]) for r in records] == [
         (m, lr) for lr in (1e-3, 1e-2) for m in ("mend", "hypertuning", "prompt_tuning")]
     for r in records:
@@ -124,13 +130,9 @@ def test_lr(scripts):
         assert (state["flags"]["lr"], state["best"]) == (r["lr"], r["best_option_ce"])
 
 
-@pytest.mark.slow
 def test_gpu(scripts, tmp_path):
     with pytest.raises(AssertionError, match="give a whole number"):
         scripts("gpu.sh", RUNS=str(tmp_path), MINUTES="0.5")
     folder = scripts("gpu.sh", RUNS=str(tmp_path))
-    records = [json.loads(line) for line in (folder / "results" / "table2-gpu.jsonl").read_text().splitlines()]
-    assert {(r["method"], r["task"], r["seed"]) for r in records} == {
-        (m, t, s) for m in ("zero_shot", "majority", "icl", "icl_budget", "prompt_tuning", "hypertuning", "mend")
-        for t in ("ag_news", "emo") for s in (100, 13)}
+    assert_all_of_table_2(results(folder, "table2-gpu"))
     assert "mend" in (folder / "results" / "table2-gpu.md").read_text()

@@ -1,4 +1,5 @@
-"""Tests of tables.py: means, spreads and intervals against hand-worked numbers and plain loops, and the paper's figures."""
+"""Tests of tables.py: means, spreads and intervals against hand-worked numbers and plain loops, and the
+paper's figures."""
 
 import json
 import random
@@ -7,6 +8,7 @@ import statistics
 import numpy as np
 import pytest
 import scipy.stats
+from conftest import write_lines
 
 import common
 import evaluate
@@ -22,15 +24,16 @@ PAPER = json.loads((common.ROOT / "results" / "paper.json").read_text())["tables
 
 def record(**changes) -> dict:
     """A line as evaluate.py writes it."""
-    return {"method": "icl", "checkpoint": None, "task": "emo", "seed": 13, "data_hash": "0", "llm": "tiny", "k": 16,
-            "split": "class_to_class", "tasks": "metaicl", "distill_len": 4, "context_len": 900, "template": "space",
-            "retrieval": None, "perturbation": None, "limit": 0, "dtype": "fp32", "n": 10, "macro_f1": 0.5, "accuracy": 0.5,
-            "headline": 0.5, "trained_on": None, "commit": "abc", "date": "2026-01-01"} | changes
+    return {"method": "icl", "checkpoint": None, "task": "emo", "seed": 13, "data_hash": "0", "llm": "tiny",
+            "k": 16, "split": "class_to_class", "tasks": "metaicl", "distill_len": 4, "context_len": 900,
+            "template": "space", "retrieval": None, "perturbation": None, "limit": 0, "dtype": "fp32",
+            "n": 10, "macro_f1": 0.5, "accuracy": 0.5, "headline": 0.5, "trained_on": None, "commit": "abc",
+            "date": "2026-01-01"} | changes
 
 
 def mend(pretrain: dict | None, finetune: dict | None, **changes) -> dict:
-    stages = {"pretrain": pretrain, "finetune": finetune}
-    return record(method="mend", checkpoint="run@1", trained_on={k: v for k, v in stages.items() if v}) | changes
+    stages = {k: v for k, v in (("pretrain", pretrain), ("finetune", finetune)) if v}
+    return record(method="mend", checkpoint="run@1", trained_on=stages) | changes
 
 
 KL, FULL = {"objective": "kl"}, {"lam": 1.0, "pred_weight": 1.0}
@@ -42,15 +45,14 @@ def cells(lines: list[str]) -> dict[tuple[str, str], list[str]]:
     return {(llm, row): rest for llm, row, *rest in rows}
 
 
-# One cell
-
-
 def test_summary_by_hand():
-    scores = {("a", 1): (50.0, 10), ("a", 2): (60.0, 10), ("b", 1): (30.0, 4), ("b", 2): (20.0, 4), ("c", 1): (99.0, 7)}
+    scores = {("a", 1): (50.0, 10), ("a", 2): (60.0, 10), ("b", 1): (30.0, 4), ("b", 2): (20.0, 4),
+              ("c", 1): (99.0, 7)}
     # over tasks a and b: 40 and 40; c has no seed 2
     assert summary(scores) == {"mean": 40.0, "std": 0.0, "tasks": 2, "seeds": 2, "queries": 14}
     scores["b", 2] = (26.0, 4)  # 40 and 43: mean 41.5, sample std 3 / sqrt(2)
-    assert summary(scores) == pytest.approx({"mean": 41.5, "std": 3 / 2 ** 0.5, "tasks": 2, "seeds": 2, "queries": 14})
+    assert summary(scores) == pytest.approx({"mean": 41.5, "std": 3 / 2 ** 0.5, "tasks": 2, "seeds": 2,
+                                             "queries": 14})
     with pytest.raises(UserError, match=r"none of a, b has a result for each of the seeds \[1, 2\]"):
         summary({("a", 1): (1.0, 1), ("b", 2): (1.0, 1)})
 
@@ -146,36 +148,36 @@ def test_more_seeds_of_the_same_tasks_do_not_narrow_the_interval():
     assert one == pytest.approx(many)
 
 
-# Which records make a table
-
-
 def test_the_latest_line_of_a_task_and_seed_counts_and_the_newest_checkpoint_of_a_cell():
-    lines = [mend(KL, FULL, headline=0.1), mend(KL, FULL, task="ag_news", headline=0.2), mend(KL, FULL, headline=0.3),
-             record(headline=0.9)]
+    lines = [mend(KL, FULL, headline=0.1), mend(KL, FULL, task="ag_news", headline=0.2),
+             mend(KL, FULL, headline=0.3), record(headline=0.9)]
     def scores():
         return {place: {(r["task"], r["seed"]): (100 * r["headline"], r["n"]) for r in cell}
                 for place, cell in group(tables.belonging(lines, "2")[0], "2").items()}
     found = scores()
     assert found == {("tiny", "icl", "class_to_class"): {("emo", 13): (90.0, 10)},
-                     ("tiny", "mend", "class_to_class"): {("emo", 13): (30.0, 10), ("ag_news", 13): (20.0, 10)}}
+                     ("tiny", "mend", "class_to_class"): {("emo", 13): (30.0, 10),
+                                                          ("ag_news", 13): (20.0, 10)}}
     lines.append(mend(KL, FULL, headline=0.7, checkpoint="run@2"))  # trained anew; ag_news is of the old one
     assert scores()["tiny", "mend", "class_to_class"] == {("emo", 13): (70.0, 10)}
 
 
 @pytest.mark.parametrize("change", [{"distill_len": 9}, {"dtype": "bf16"}, {"llm_weights": "8bit"}])
 def test_a_cell_holds_one_way_of_making_it(change):
-    lines = [record(headline=0.1, task="ag_news") | change, record(headline=0.3), record(headline=0.5, task="ag_news", seed=21)]
+    lines = [record(headline=0.1, task="ag_news") | change, record(headline=0.3),
+             record(headline=0.5, task="ag_news", seed=21)]
     assert tables.latest(lines) == lines[1:]
 
 
 def test_only_table_3_takes_changed_demonstrations():
-    lines = [record(headline=0.8), record(perturbation="no_label", headline=0.1), record(retrieval="bm25", headline=0.2),
-             record(retrieval="dense:mini", headline=0.3)]
+    lines = [record(headline=0.8), record(perturbation="no_label", headline=0.1),
+             record(retrieval="bm25", headline=0.2), record(retrieval="dense:mini", headline=0.3)]
     assert cells(table_lines(lines, "2"))["tiny", "icl"] == ["**80.00**"]
     table = table_lines(lines, "3")
     assert table[0] == "| LLM | row | none | bm25 | dense | no_label |"
     assert cells(table)["tiny", "icl"] == ["**80.00**", "**20.00**", "**30.00**", "**10.00**"]
-    assert cells(table)["paper, gpt2-large", "icl"] == ["<u>41.30</u>", "<u>45.38</u>", "<u>48.33</u>", "30.57"]
+    assert cells(table)["paper, gpt2-large", "icl"] == ["<u>41.30</u>", "<u>45.38</u>", "<u>48.33</u>",
+                                                        "30.57"]
 
 
 @pytest.mark.parametrize("pretrain, finetune, row", [
@@ -192,9 +194,11 @@ def test_the_row_that_table_4_gives_a_variant(pretrain, finetune, row):
     assert variant_of(record()) == "icl"
 
 
-@pytest.mark.parametrize("change", [{"k": 4}, {"limit": 9}, {"template": "newline"}, {"context_len": 100}, {"tasks": "bigbench"}])
+@pytest.mark.parametrize("change", [{"k": 4}, {"limit": 9}, {"template": "newline"}, {"context_len": 100},
+                                    {"tasks": "bigbench"}])
 def test_records_of_another_setting_than_the_newest_are_left_out(change):
-    lines = table_lines([record(headline=0.1, **change), record(headline=0.2, seed=1, **change), record(headline=0.8)], "2")
+    lines = table_lines([record(headline=0.1, **change), record(headline=0.2, seed=1, **change),
+                         record(headline=0.8)], "2")
     assert cells(lines)["tiny", "icl"] == ["**80.00**"]
     assert [line for line in lines if line.startswith("- left out: 2 lines of another")]
 
@@ -206,19 +210,18 @@ def test_one_split_in_table_3_and_both_templates_in_table_7():
     assert table["LLM", "row"] == ["space", "newline", "difference"]
     assert table["tiny", "icl"] == ["**50.00**", "**47.50**", "-2.50"]
     assert table["tiny", "mend"] == ["<u>40.00</u>", "–", "–"]
-    assert [table["paper, gpt2-large", m][2] for m in ("icl", "hypertuning", "mend")] == ["-2.40", "-0.34", "0.15"]
+    assert [table["paper, gpt2-large", m][2] for m in ("icl", "hypertuning",
+                                                       "mend")] == ["-2.40", "-0.34", "0.15"]
 
 
 def test_no_record_and_other_files():
     with pytest.raises(UserError, match="no line of the results belongs to table 4"):
         table_lines([record(method="majority")], "4")
-    with pytest.raises(UserError, match="the results lack checkpoint, .*--table 2 takes lines that evaluate.py wrote"):
+    with pytest.raises(UserError,
+                       match="the results lack checkpoint, .*--table 2 takes lines that evaluate.py wrote"):
         table_lines([{"step": 3, "kl": 0.5}], "2")
     with pytest.raises(UserError, match="--table 1 takes the last lines that data.py printed"):
         table_lines([record()], "1")
-
-
-# How it is printed
 
 
 def test_best_is_bold_and_second_underlined_ties_alike():
@@ -228,14 +231,17 @@ def test_best_is_bold_and_second_underlined_ties_alike():
 
 
 def test_block_prints_a_spread_only_where_there_is_one():
-    lines = block("tiny", {"icl": {"x": (41.296, 2.149)}, "zero_shot": {"x": (34.36, 1e-14)}, "mend": {"x": None}}, ["x"])
-    assert lines == ["| tiny | icl | **41.30** ±2.15 |", "| tiny | zero_shot | <u>34.36</u> |", "| tiny | mend | – |"]
+    lines = block("tiny", {"icl": {"x": (41.296, 2.149)}, "zero_shot": {"x": (34.36, 1e-14)},
+                           "mend": {"x": None}}, ["x"])
+    assert lines == ["| tiny | icl | **41.30** ±2.15 |", "| tiny | zero_shot | <u>34.36</u> |",
+                     "| tiny | mend | – |"]
 
 
 def test_table_2_whole():
     rng = random.Random(3)
-    lines = [record(method=m, split=split, task=task, seed=seed, headline=rng.random(), trained_on={} if m == "mend" else None)
-             for m in ("icl", "mend") for split in ("class_to_class", "qa_to_qa") for task in ("x", "y") for seed in (13, 42)]
+    lines = [record(method=m, split=split, task=task, seed=seed, headline=rng.random(),
+                    trained_on={} if m == "mend" else None) for m in ("icl", "mend")
+             for split in ("class_to_class", "qa_to_qa") for task in ("x", "y") for seed in (13, 42)]
     rng.shuffle(lines)
     table = table_lines(lines, "2")
     assert table[0] == "| LLM | row | class_to_class | qa_to_qa | AVG |"
@@ -243,10 +249,11 @@ def test_table_2_whole():
     for m in ("icl", "mend"):
         found = cells(table)["tiny", m]
         for split, text in zip(("class_to_class", "qa_to_qa"), found, strict=False):
-            seeds = [np.mean([100 * r["headline"] for r in lines if (r["method"], r["split"], r["seed"]) == (m, split, s)])
-                     for s in (13, 42)]
+            seeds = [np.mean([100 * r["headline"] for r in lines if (r["method"], r["split"], r["seed"])
+                              == (m, split, s)]) for s in (13, 42)]
             means[m, split] = np.mean(seeds)
-            assert text.strip("*<u>/").startswith(f"{np.mean(seeds):.2f}") and text.endswith(f" ±{np.std(seeds, ddof=1):.2f}")
+            assert text.strip("*<u>/").startswith(f"{np.mean(seeds):.2f}")
+            assert text.endswith(f" ±{np.std(seeds, ddof=1):.2f}")
         assert found[2].strip("*<u>/") == f"{(means[m, 'class_to_class'] + means[m, 'qa_to_qa']) / 2:.2f}"
     text = "\n".join(table)
     assert "- tiny, class_to_class, icl, mend: 2 of 20 tasks, 20 queries, 2 seeds" in text
@@ -268,9 +275,6 @@ def test_each_llm_has_its_own_lines_and_notes():
     assert cells(table)["paper, opt-6.7b", "mend"] == ["**44.27** ±1.12"]
 
 
-# The paper's own figures
-
-
 def test_paper_rows_are_those_of_the_paper():
     table = cells(table_lines([record(split=s) for s in common.SPLITS], "2"))
     for llm, rows in PAPER["2"].items():
@@ -283,26 +287,29 @@ def test_paper_rows_are_those_of_the_paper():
 
 
 @pytest.mark.parametrize("number, llm, averages", [  # the AVG column as printed
-    ("2", "gpt2-large", {"zero_shot": 36.04, "prompt_tuning": 38.17, "icl": 41.93, "hypertuning": 41.15, "mend": 43.05}),
-    ("2", "gpt2-xl", {"zero_shot": 35.63, "prompt_tuning": 39.64, "icl": 42.15, "hypertuning": 40.61, "mend": 43.12}),
+    ("2", "gpt2-large", {"zero_shot": 36.04, "prompt_tuning": 38.17, "icl": 41.93, "hypertuning": 41.15,
+                         "mend": 43.05}),
+    ("2", "gpt2-xl", {"zero_shot": 35.63, "prompt_tuning": 39.64, "icl": 42.15, "hypertuning": 40.61,
+                      "mend": 43.12}),
     ("2", "t5-large-lm-adapt",
      {"zero_shot": 34.81, "prompt_tuning": 34.07, "icl": 38.15, "hypertuning": 35.09, "mend": 39.79}),
     ("4", "gpt2-large", {"icl": 43.01, "mend": 43.65, "no_pretraining": 40.10, "clm": 42.92, "clm+kl": 42.24,
-                         "without_pred": 40.01, "without_distill": 40.64})])  # printed for without_pred: 40.41, results/paper.json
+                         # printed for without_pred: 40.41, results/paper.json
+                         "without_pred": 40.01, "without_distill": 40.64})])
 def test_averages_of_the_papers_rows_are_the_printed_ones(number, llm, averages):
     rows = PAPER[number][llm]
-    assert rows.keys() == averages.keys() and all(len(row) == (7 if number == "2" else 4) for row in rows.values())
-    differ = {name: np.mean([mean for mean, _ in row.values()]) - averages[name] for name, row in rows.items()}
+    assert rows.keys() == averages.keys() and all(len(row) == (7 if number == "2" else 4)
+                                                  for row in rows.values())
+    differ = {name: np.mean([mean for mean, _ in row.values()]) - averages[name]
+              for name, row in rows.items()}
     assert {name: d for name, d in differ.items() if abs(d) > (0.0101 if number == "2" else 0.0126)} == {}
-
-
-# Files
 
 
 def test_a_line_cut_short_is_left_out_and_the_file_is_not_touched(tmp_path):
     path = tmp_path / "results.jsonl"
     assert read_results(path) == []
-    for text, n in (('{"a": 1}\n{"a": 2}\n', 2), ('{"a": 1}\n{"a": 2}', 2), ('{"a": 1}\n{"a": 2', 1), ("", 0)):
+    for text, n in (('{"a": 1}\n{"a": 2}\n', 2), ('{"a": 1}\n{"a": 2}', 2), ('{"a": 1}\n{"a": 2', 1),
+                    ("", 0)):
         path.write_text(text)
         assert read_results(path) == [{"a": 1}, {"a": 2}][:n] and path.read_text() == text
     for text in ('{"a": 1\n{"a": 2}\n', "[1]\n"):
@@ -313,7 +320,7 @@ def test_a_line_cut_short_is_left_out_and_the_file_is_not_touched(tmp_path):
 
 def test_table_flag_prints_the_table(tmp_path, capsys):
     path = tmp_path / "results.jsonl"
-    path.write_text("".join(json.dumps(record(method=m, headline=h)) + "\n" for m, h in (("icl", 0.25), ("majority", 0.5))))
+    write_lines(path, [record(method=m, headline=h) for m, h in (("icl", 0.25), ("majority", 0.5))])
     final = evaluate.main(["--table", "2", str(path)])
     *table, last = capsys.readouterr().out.splitlines()
     assert table[0].startswith("| LLM | row |")  # and no word about presets
@@ -321,9 +328,9 @@ def test_table_flag_prints_the_table(tmp_path, capsys):
     assert "| tiny | majority | **50.00** |" in table and "| tiny | icl | <u>25.00</u> |" in table
 
 
-@pytest.mark.parametrize("argv, message", [
-    (["5", "x"], "--table 5 is unknown; give one of 1, 2, 3, 4, 6, 7"), (["2"], "--table 2 needs at least one results file"),
-    (["2", "/nowhere.jsonl"], "--table: /nowhere.jsonl is no file")])
+@pytest.mark.parametrize("argv, message", [(["5", "x"], "--table 5 is unknown; give one of 1, 2, 3, 4, 6, 7"),
+                                           (["2"], "--table 2 needs at least one results file"),
+                                           (["2", "/nowhere.jsonl"], "--table: /nowhere.jsonl is no file")])
 def test_table_flag_errors(argv, message):
     with pytest.raises(UserError, match=message):
         evaluate.main(["--table", *argv])
@@ -336,10 +343,11 @@ def test_table_flag_lets_no_unknown_flag_pass(capsys):
 
 
 def test_methods_of_the_paper_are_known():
-    assert {m for rows in PAPER["2"].values() for m in rows} | {m for rows in PAPER["6"].values() for m in rows} <= set(METHODS)
+    assert {m for number in "26" for rows in PAPER[number].values() for m in rows} <= set(METHODS)
 
 
-@pytest.mark.parametrize("file", sorted((common.ROOT / "results").glob("table*.jsonl")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("file", sorted((common.ROOT / "results").glob("table*.jsonl")),
+                         ids=lambda path: path.stem)
 def test_committed_tables_are_those_of_the_committed_lines(file):
     lines = tables.table_lines(paper.summary.read_results(file), file.stem[len("table")])
     assert "\n".join(lines) + "\n" == file.with_suffix(".md").read_text(encoding="utf-8")
