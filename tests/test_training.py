@@ -446,7 +446,7 @@ def test_resume_keeps_what_pretraining_was_seen(finetuning, quick_dev, tmp_path,
     pretrained("pretrain-a", 0.5, seed=1)
     train(train_finetune, finetuning, tmp_path / "run", "--steps", "2")
     before, state = load_checkpoint(tmp_path / "run" / "last.safetensors")
-    assert state["trained_on"] == {"pretrain": {"run": "pretrain-a", "objective": "kl"},
+    assert state["trained_on"] == {"pretrain": {"run": "pretrain-a", "objective": "kl", "beta": 0.8},
                                    "finetune": FINETUNED}
     pretrained("pretrain-b", 0.1, seed=2)
     train(train_finetune, finetuning, tmp_path / "run", "--steps", "2", "--resume")
