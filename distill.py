@@ -24,9 +24,17 @@ from torch import Tensor
 import common
 from common import UserError, check, finish, run_main, setup
 from data import Encoder
-from loading import identity, load_distiller, load_llm, make_encoder, method_of
+from loading import (
+    checkpoint_id,
+    identity,
+    load_checkpoint,
+    load_distiller,
+    load_llm,
+    make_encoder,
+    method_of,
+)
 from model import vector_prefix, with_bos
-from run import checkpoint_id, load_checkpoint, write_tensors
+from run import write_tensors
 from score import predict
 from sources.text import Tokenizer, json_lines
 

@@ -22,11 +22,10 @@ from tqdm import tqdm
 import common
 from common import autocast, check, finish, parse, run_main, setup
 from data import Encoder
-from loading import load_all, refuse_seen_tasks, refuse_wrong_method
+from loading import checkpoint_id, load_all, refuse_seen_tasks, refuse_wrong_method
 from model import vector_prefix
 from paper.demos import PERTURBATIONS, SentenceEncoder, has_labels, permute_labels, perturb, retrieve
 from paper.summary import gains_of, print_summary, read_results, summarise
-from run import checkpoint_id
 from score import CONTROLS, VECTOR_METHODS, majority, one_prefix, predict, predict_each, task_figures
 from sources.tasks import SEEDS, Tasks, demonstration_set, load_tasks, require_options
 

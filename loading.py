@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import copy
+import hashlib
 import json
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ import transformers
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers.activations import NewGELUActivation
@@ -22,7 +23,6 @@ import common
 from common import UserError, check, require_hub, torch_dtype
 from data import Encoder
 from model import ENCODER_DECODERS, Distiller, demo_prefix, head_logits, query_states
-from run import load_checkpoint
 from sources import assets
 from sources.tasks import Tasks
 from sources.text import Tokenizer
@@ -244,6 +244,36 @@ def distiller_config(distiller: nn.Module, llm: PreTrainedModel, args) -> dict:
     return {"llm": identity(llm), "distiller": args.distiller, "distill_len": args.distill_len,
             "vector_start": args.vector_start, "template": args.template,
             "backbone": config and config.to_diff_dict() | {"model_type": config.model_type}}
+
+
+def load_checkpoint(path: str | Path, weights: bool = True) -> tuple[dict[str, Tensor], dict]:
+    """(tensors, state) of a checkpoint file, or of the best (else last) one in a run's folder; without
+    `weights` the state only."""
+    from safetensors import safe_open
+    path = checkpoint_file(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = file.keys() if weights else ()
+            return {name: file.get_tensor(name) for name in names}, json.loads(file.metadata()["state"])
+    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path} is not a whole checkpoint of this project ({error}); take another one, or "
+                        "train again") from error
+
+
+def checkpoint_id(path: str | Path) -> str:
+    """A checkpoint's name in results: its run folder and the first digits of its content hash."""
+    file = checkpoint_file(path)
+    return f"{file.resolve().parent.name}/{file.stem}@{hashlib.sha256(file.read_bytes()).hexdigest()[:10]}"
+
+
+def checkpoint_file(path: str | Path) -> Path:
+    """A checkpoint file itself, or best.safetensors, else last.safetensors, of a run's folder."""
+    path = Path(path)
+    for candidate in (path, path / "best.safetensors", path / "last.safetensors"):
+        if candidate.is_file():
+            return candidate
+    raise UserError(f"no checkpoint at {path}: expected a .safetensors file, or a folder with "
+                    "best.safetensors or last.safetensors in it, as the training scripts write them")
 
 
 def load_distiller(path: str | Path, llm: PreTrainedModel) -> tuple[nn.Module, dict]:

@@ -6,7 +6,6 @@ previous one. Run state (configuration, step, best value) is JSON in its header.
 
 import argparse
 import contextlib
-import hashlib
 import json
 import math
 import os
@@ -22,6 +21,7 @@ from tqdm import tqdm
 
 import common
 from common import UserError, check, commit, is_main, place_rule, sum_over_ranks, trim_heap, world
+from loading import load_checkpoint
 
 
 def add_training_flags(parser: argparse.ArgumentParser, run_name: str) -> None:
@@ -104,36 +104,6 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be written ({error}); give another place, or "
                         "make room there") from error
-
-
-def load_checkpoint(path: str | Path, weights: bool = True) -> tuple[dict[str, Tensor], dict]:
-    """(tensors, state) of a checkpoint file, or of the best (else last) one in a run's folder; without
-    `weights` the state only."""
-    from safetensors import safe_open
-    path = checkpoint_file(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = file.keys() if weights else ()
-            return {name: file.get_tensor(name) for name in names}, json.loads(file.metadata()["state"])
-    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} is not a whole checkpoint of this project ({error}); take another one, or "
-                        "train again") from error
-
-
-def checkpoint_id(path: str | Path) -> str:
-    """A checkpoint's name in results: its run folder and the first digits of its content hash."""
-    file = checkpoint_file(path)
-    return f"{file.resolve().parent.name}/{file.stem}@{hashlib.sha256(file.read_bytes()).hexdigest()[:10]}"
-
-
-def checkpoint_file(path: str | Path) -> Path:
-    """A checkpoint file itself, or best.safetensors, else last.safetensors, of a run's folder."""
-    path = Path(path)
-    for candidate in (path, path / "best.safetensors", path / "last.safetensors"):
-        if candidate.is_file():
-            return candidate
-    raise UserError(f"no checkpoint at {path}: expected a .safetensors file, or a folder with "
-                    "best.safetensors or last.safetensors in it, as the training scripts write them")
 
 
 FIXED_FLAGS = ("k", "least_k", "seed", "batch_size", "grad_accum", "lr", "warmup", "clip", "window",

@@ -1,10 +1,8 @@
-"""From states to numbers: losses, option scores, predictions, metrics, the figures that training looks at.
+"""From states to numbers: losses, option scores, predictions, metrics.
 
 Covers Eq. (1) to (4) of the paper: score_options, distill_loss, pred_loss and finetune_loss.
 """
 
-import argparse
-import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 
@@ -14,34 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from common import autocast, sum_over_ranks, world
-from data import Corpus, Encoder, collate
-from model import (
-    Prefix,
-    answer_mask,
-    demo_prefix,
-    head_logits,
-    loss_mask,
-    query_states,
-    teacher_and_student,
-    vector_prefix,
-)
-from sources.tasks import SEEDS, Tasks, demonstration_set, require_options
-
-
-@contextlib.contextmanager
-def full_precision(llm: PreTrainedModel) -> Iterator[None]:
-    """The frozen LLM in fp32 inside, and each tensor as it was behind it: a KL in bf16 has a floor of 0.0015
-    nats. Weights in 8 bit stay."""
-    tensors = [] if getattr(llm, "is_loaded_in_8bit", False) else [*llm.parameters(), *llm.buffers()]
-    dtypes = [t.dtype for t in tensors]
-    try:
-        for t in tensors:
-            t.data = t.data.float() if t.is_floating_point() else t.data
-        yield
-    finally:
-        for t, dtype in zip(tensors, dtypes, strict=True):
-            t.data = t.data.to(dtype)
+from common import autocast
+from data import Encoder, collate
+from model import Prefix, answer_mask, demo_prefix, head_logits, query_states, vector_prefix
 
 
 def sum_in_chunks(loss: Callable[..., Tensor], states: Tensor, *others: Tensor,
@@ -273,82 +246,3 @@ def task_figures(predictions: list[str], golds: list[str], task_type: str) -> di
     """
     f1, acc = macro_f1(predictions, golds), accuracy(predictions, golds)
     return {"macro_f1": f1, "accuracy": acc, "headline": f1 if task_type == "classification" else acc}
-
-
-@torch.no_grad()
-def dev_figures(llm, distiller, tasks: Tasks, encoder: Encoder, args, device) -> dict:
-    """Both terms of Eq. (4), choice and headline on the meta-test tasks' dev examples, tasks shared out over
-    the ranks; the distiller in fp32, the LLM as it is (see `full_precision`).
-
-    DEVIATION: the paper names the dev data that select a checkpoint, not the quantity. Here it is
-    val_option_ce, what evaluation looks at in a form that moves smoothly: the cross-entropy of the right
-    option under a softmax over the scores of a query's options.
-
-    Returns:
-        val_option_ce (nats a query, mean over each task's queries, then over tasks), val_pred (nats per
-        answer token), val_kl and val_clm (negative log-likelihood; nats per token), dev_headline.
-    """
-    rank, ranks = world()
-    seed = args.seed if args.seed in SEEDS else SEEDS[0]
-    sums = dict.fromkeys(("pred", "answers", "kl", "clm", "tokens", "headline", "option_ce", "tasks"), 0.0)
-    exact = argparse.Namespace(dtype="fp32")
-    distiller.eval()
-    for task in tasks.test[rank::ranks]:
-        demos, files = demonstration_set(tasks, task, seed, args.k)
-        queries = files["dev"]
-        require_options(queries)
-        limit = encoder.limit(demos + queries)
-        teacher_prefix = one_prefix("icl", demos, limit, llm, distiller, encoder, exact)
-        student_prefix = one_prefix("mend", demos, limit, llm, distiller, encoder, exact)
-        for batch in passes([encoder.training_query(q) for q in queries], device):
-            student = query_states(llm, student_prefix, batch)                              # (1, T, d)
-            teacher = query_states(llm, teacher_prefix, batch)                              # (1, T, d)
-            mask, answers = loss_mask(llm, batch), answer_mask(batch)
-            sums["kl"] += distill_loss(llm, student[mask], teacher[mask], 1).item()
-            sums["pred"] += pred_loss(llm, student[answers], batch["query_ids"][answers], 1).item()
-            sums["clm"] += pred_loss(llm, student[mask], batch["query_ids"][mask], 1).item()
-            sums["tokens"] += int(mask.sum())
-            sums["answers"] += int(answers.sum())
-        scores = option_scores(llm, student_prefix, encoder, queries)
-        chosen = [q["options"][int(row.argmax())] for q, row in zip(queries, scores, strict=True)]
-        golds = [q["output"] for q in queries]
-        sums["headline"] += task_figures(chosen, golds, tasks.types[task])["headline"]
-        sums["option_ce"] += float(np.mean([-row.log_softmax(dim=0)[q["options"].index(q["output"])].item()
-                                            for q, row in zip(queries, scores, strict=True)]))
-        sums["tasks"] += 1
-    distiller.train()
-    pred, answers, kl, clm, tokens, headline, option_ce, n_tasks = sum_over_ranks(list(sums.values()), device)
-    return {"val_option_ce": option_ce / n_tasks, "val_pred": pred / answers, "val_kl": kl / tokens,
-            "val_clm": clm / tokens, "dev_headline": headline / n_tasks}
-
-
-@torch.no_grad()
-def evaluate_kl(llm, distiller, corpus: Corpus, args, device, bos_id) -> dict:
-    """Held-out KL(full D || what stands in its place), nats per token, for the vectors and for two
-    references; the distiller in fp32.
-
-    The first token of x is left out of all: without context nothing predicts it. Ranks share the windows.
-    """
-    rank, ranks = world()
-    sums = dict.fromkeys(("tokens", "vectors", "no_context", "last_l"), 0.0)
-    documents = corpus.held_out[:args.eval_docs][rank::ranks]
-    distiller.eval()
-    for i in range(0, len(documents), args.batch_size):
-        batch = collate([corpus.row(d, args.beta) for d in documents[i:i + args.batch_size]], device)
-        mask = loss_mask(llm, batch) & (batch["position"] > 0)
-        demo_ids, demo_mask, last = batch["demo_ids"], batch["demo_mask"], slice(-args.distill_len, None)
-        teacher, student = teacher_and_student(llm, distiller, batch, bos_id, "fp32")
-        no_context = demo_prefix(llm, demo_ids[:, :0], demo_mask[:, :0], bos_id)
-        last_l = demo_prefix(llm, demo_ids[:, last], demo_mask[:, last], bos_id)
-        states = {"vectors": student, "no_context": query_states(llm, no_context, batch),
-                  "last_l": query_states(llm, last_l, batch)}
-        sums["tokens"] += int(mask.sum())
-        for name, found in states.items():
-            sums[name] += distill_loss(llm, found[mask], teacher[mask], 1).item()
-    distiller.train()
-    tokens, *kl = sum_over_ranks(list(sums.values()), device)
-    vectors, no_context, last_l = (value / tokens for value in kl)
-    return {"val_kl": vectors, "val_kl_no_context": no_context, "val_kl_last_l": last_l,
-            "recovered": 1 - vectors / no_context}
-
-

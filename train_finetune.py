@@ -15,10 +15,19 @@ from pathlib import Path
 import common
 from common import check, is_main, parse, run_main, setup
 from data import MAX_INPUT, collate, sample_row, step_rows
-from loading import build_distiller, distiller_config, identity, load_distiller, load_llm, make_encoder
+from loading import (
+    build_distiller,
+    distiller_config,
+    identity,
+    load_checkpoint,
+    load_distiller,
+    load_llm,
+    make_encoder,
+)
 from model import answer_mask, loss_mask, teacher_and_student
-from run import Run, add_training_flags, load_checkpoint, training_rules
-from score import dev_figures, distill_loss, finetune_loss, full_precision, pred_loss
+from paper.held_out import dev_figures, full_precision
+from run import Run, add_training_flags, training_rules
+from score import distill_loss, finetune_loss, pred_loss
 from sources.tasks import load_tasks
 from sources.text import Tokenizer
 

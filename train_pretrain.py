@@ -20,8 +20,9 @@ from common import check, parse, run_main, setup
 from data import Corpus, collate, step_rows
 from loading import build_distiller, distiller_config, load_llm, make_encoder, max_positions
 from model import loss_mask, teacher_and_student
+from paper.held_out import dev_figures, evaluate_kl, full_precision
 from run import Run, add_training_flags, training_rules
-from score import dev_figures, distill_loss, evaluate_kl, full_precision, pred_loss, pretrain_loss
+from score import distill_loss, pred_loss, pretrain_loss
 from sources.tasks import load_tasks
 from sources.text import Tokenizer
 

@@ -22,6 +22,7 @@ from torch import Tensor
 import common
 from common import autocast, check, finish, parse, run_main, setup
 from loading import (
+    checkpoint_id,
     load_distiller,
     load_llm,
     make_encoder,
@@ -31,7 +32,6 @@ from loading import (
     require_input_vectors,
 )
 from model import causal_mask, positions_of, run_backbone, with_bos
-from run import checkpoint_id
 from sources.tasks import load_tasks
 from sources.text import Tokenizer
 

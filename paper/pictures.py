@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
 from common import check
+from loading import load_checkpoint
 from paper.summary import read_results
-from run import load_checkpoint
 
 # Okabe and Ito's palette, which stays distinct for colour-blind readers: colour, marker, label
 METHODS = {"mend": ("#0072B2", "o", "MEND"), "icl": ("#D55E00", "s", "Vanilla ICL"),

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 import common
 import distill
+import loading
 import plain
-import run
 from data import Encoder
 from evaluate import main as evaluate_main
 from loading import build_distiller, load_distiller
@@ -178,7 +178,7 @@ def test_export_is_small_says_no_path_and_can_be_evaluated(llama, llama_llm, tas
     target = tmp_path / "out" / "x.safetensors"
     distill.main(["--checkpoint", str(tmp_path / "run"), "--export", str(target)])
     assert b"/home/me" not in target.read_bytes()
-    tensors, kept = run.load_checkpoint(target)
+    tensors, kept = loading.load_checkpoint(target)
     assert {t.dtype for t in tensors.values()} == {torch.bfloat16} and kept["flags"] == {"lr": 0.1}
     for name, p in module.state_dict().items():
         torch.testing.assert_close(tensors[f"distiller.{name}"].float(), p.float(), atol=1e-2, rtol=1e-2)
@@ -241,9 +241,9 @@ def test_vectors_of_another_llm_and_no_vectors_are_refused(gpt2, llama_llm, tmp_
 
 def test_the_published_checkpoint_is_small_and_names_its_data():
     size = distill.PUBLISHED.stat().st_size
-    _, state = run.load_checkpoint(distill.PUBLISHED, weights=False)
+    _, state = loading.load_checkpoint(distill.PUBLISHED, weights=False)
     assert size <= 45e6 and state["trained_on"]["finetune"]["tasks"] == "metaicl"
     assert state["trained_on"].keys() == {"pretrain", "finetune"} and "bigbench" not in json.dumps(state)
     assert state["model"]["llm"]["name"] == "SmolLM2-135M-Instruct" and "flags" not in state
     card = (distill.PUBLISHED.parent / "README.md").read_text()
-    assert distill.PUBLISHED.name in card and run.checkpoint_id(distill.PUBLISHED).split("@")[1] in card
+    assert distill.PUBLISHED.name in card and loading.checkpoint_id(distill.PUBLISHED).split("@")[1] in card

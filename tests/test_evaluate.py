@@ -17,7 +17,6 @@ import evaluate
 import loading
 import model
 import paper.summary
-import run
 import score
 import sources.tasks
 from common import UserError
@@ -123,7 +122,7 @@ def test_the_checkpoints_vectors_are_used(scored, checkpoint, llama_llm, tokeniz
     monkeypatch.setattr(score, "vector_prefix", lambda llm, vectors, bos: seen.append(vectors) or demo_prefix(
         llm, torch.tensor([[1]]), torch.ones(1, 1, dtype=torch.bool)))
     scored("--methods", "mend", *ONE)
-    saved, other = run.load_checkpoint(checkpoint)[0], make_distiller(llama_llm, seed=77)
+    saved, other = loading.load_checkpoint(checkpoint)[0], make_distiller(llama_llm, seed=77)
     other.load_state_dict({k.removeprefix("distiller."): t for k, t in saved.items()})
     expected = vectors_of(other, tokenizer, tiny_tasks.files("emo", 13))
     assert len(seen) == 1 and torch.allclose(seen[0], expected, atol=1e-6)

@@ -14,11 +14,13 @@ from torch import nn
 from training import PROMPT_TUNING, assert_same, furthest, interrupt_after, metrics, state_of, stub_dev, train
 
 import common
+import loading
 import run
 import train_finetune
 import train_pretrain
 from common import UserError
-from run import load_checkpoint, lr_at, save_checkpoint
+from loading import load_checkpoint
+from run import lr_at, save_checkpoint
 
 # Learning rate
 
@@ -89,11 +91,11 @@ def test_a_folder_gives_its_best_else_its_last_checkpoint(tmp_path, monkeypatch)
     save_checkpoint(tmp_path / "best.safetensors", small(0), {"step": 1})
     assert load_checkpoint(tmp_path)[1] == {"step": 1}
     assert load_checkpoint(tmp_path / "last.safetensors")[1] == {"step": 2}
-    name = run.checkpoint_id(tmp_path)
+    name = loading.checkpoint_id(tmp_path)
     monkeypatch.chdir(tmp_path)
-    assert run.checkpoint_id("best.safetensors") == name  # however its path is typed
+    assert loading.checkpoint_id("best.safetensors") == name  # however its path is typed
     save_checkpoint(tmp_path / "best.safetensors", small(1), {"step": 1})
-    assert name.startswith(f"{tmp_path.name}/best@") and run.checkpoint_id(tmp_path) != name
+    assert name.startswith(f"{tmp_path.name}/best@") and loading.checkpoint_id(tmp_path) != name
 
 
 @pytest.mark.parametrize("damage", ["cut", "not safetensors", "no state", "empty"])

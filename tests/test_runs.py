@@ -11,7 +11,7 @@ import pytest
 from conftest import read_lines
 
 import common
-from run import load_checkpoint
+from loading import load_checkpoint
 
 pytestmark = pytest.mark.slow
 

@@ -25,15 +25,16 @@ from conftest import (
 from sklearn.metrics import accuracy_score, f1_score
 from torch.distributions import Categorical, kl_divergence
 
+import paper.held_out
 import plain
 import score
 from data import Encoder, collate
 from loading import build_distiller, load_llm
 from model import Prefix, demo_prefix, query_states
+from paper.held_out import full_precision
 from score import (
     distill_loss,
     finetune_loss,
-    full_precision,
     macro_f1,
     majority,
     one_prefix,
@@ -308,7 +309,7 @@ DEV = SimpleNamespace(seed=13, k=3, distill_len=4, dtype="fp32")
 
 def test_dev_figures_against_one_query_at_a_time(setting, tiny_tasks):
     llm, encoder, distiller = setting.llm, setting.encoder, make_distiller(setting.llm).train()
-    whole = score.dev_figures(llm, distiller, tiny_tasks, encoder, DEV, CPU)
+    whole = paper.held_out.dev_figures(llm, distiller, tiny_tasks, encoder, DEV, CPU)
     assert distiller.training  # left as the training loop needs it
     distiller.eval()
     kl, clm, pred, headlines, option_ce = [], [], [], [], []
@@ -345,5 +346,6 @@ def test_dev_figures_are_taken_without_dropout(gpt2, tiny_tasks):
     distiller = build_distiller("layers:2", llm, 4, "matched", 0).train()
     assert distiller.backbone.config.resid_pdrop > 0
     encoder = Encoder(Tokenizer(str(gpt2)), "space", 300, 4, 640, 640)
-    first, second = (score.dev_figures(llm, distiller, tiny_tasks, encoder, DEV, CPU) for _ in range(2))
+    first, second = (paper.held_out.dev_figures(llm, distiller, tiny_tasks, encoder, DEV, CPU)
+                     for _ in range(2))
     assert first == second and distiller.training

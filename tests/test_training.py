@@ -19,14 +19,14 @@ import data
 import evaluate
 import loading
 import model
+import paper.held_out
 import run
-import score
 import train_finetune
 import train_pretrain
 from common import UserError
 from data import Corpus, Encoder, sample_row, step_rows
-from loading import build_distiller
-from run import load_checkpoint, save_checkpoint
+from loading import build_distiller, load_checkpoint
+from run import save_checkpoint
 from sources.text import Tokenizer
 
 FINETUNED = {"tasks": "metaicl", "split": "class_to_class", "lam": 1.0, "pred_weight": 1.0}
@@ -301,14 +301,14 @@ def test_llm_weights_overrule_dtype_for_the_llm_alone(finetuning, quick_dev, tmp
 
 def test_identical_prefixes_have_no_kl_in_a_bf16_run(finetuning, monkeypatch, tmp_path):
     """The student reads the demonstrations too, as embeddings in a padded prefix."""
-    prefix = score.one_prefix
+    prefix = paper.held_out.one_prefix
 
     def padded(method, demos, limit, llm, distiller, encoder, args):
         if method == "icl":
             return prefix(method, demos, limit, llm, distiller, encoder, args)
         ids = torch.tensor([[0] * 7 + encoder.demonstrations(demos, limit)])
         return model.demo_prefix(llm, ids, torch.arange(ids.shape[1])[None] >= 7)
-    monkeypatch.setattr(score, "one_prefix", padded)
+    monkeypatch.setattr(paper.held_out, "one_prefix", padded)
     train(train_finetune, finetuning, tmp_path / "run", "--steps", "1", "--dtype", "bf16")
     assert max(map(abs, metrics(tmp_path / "run", "val_kl").values())) < 1e-6
 

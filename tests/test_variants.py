@@ -12,9 +12,8 @@ import train_finetune
 import train_pretrain
 from common import UserError
 from data import Encoder, collate
-from loading import build_distiller, load_llm
+from loading import build_distiller, load_checkpoint, load_llm
 from model import head_logits, loss_mask, query_states, teacher_and_student, vector_prefix
-from run import load_checkpoint
 from score import distill_loss
 from sources.text import Tokenizer
 from variants import Adapter, KeyValueDistiller

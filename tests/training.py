@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 import run
-from run import load_checkpoint
+from loading import load_checkpoint
 
 FIGURES = ("val_option_ce", "val_pred", "val_kl", "val_clm", "dev_headline")
 PROMPT_TUNING = ["--distiller", "free", "--lam", "0", "--init-from", "none"]
