@@ -1,13 +1,11 @@
-"""Evaluation on the meta-test tasks (Sec. 4): demonstrations or vectors are read once, then every query and
-option.
+"""Evaluation on the meta-test tasks (Sec. 4): demonstrations or vectors are read once for all queries.
 
     python evaluate.py --split class_to_class --methods zero_shot icl mend --checkpoint out/finetune-LLM
     python evaluate.py --tasks FOLDER --methods icl mend --checkpoint DIR --seeds 13 21 --out results.jsonl
     python evaluate.py --table 2 results.jsonl         # the paper's Table 2, beside the paper's own
 
 The label is the argmax over a query's options of the mean token log-likelihood, Eq. (1) for demonstrations
-and Eq. (2) for vectors. One line of --out holds one (method, task, seed); a run that was stopped goes on
-where it was.
+and Eq. (2) for vectors. One line of --out holds one (method, task, seed); a stopped run goes on there.
 """
 
 import argparse
@@ -24,7 +22,7 @@ from common import autocast, check, finish, parse, run_main, setup
 from data import Encoder
 from loading import checkpoint_id, load_all, refuse_seen_tasks, refuse_wrong_method
 from model import vector_prefix
-from paper.demos import PERTURBATIONS, SentenceEncoder, has_labels, permute_labels, perturb, retrieve
+from paper.demos import PERTURBATIONS, SentenceEncoder, permute_labels, perturb, perturbable, retrieve
 from paper.summary import gains_of, print_summary, read_results, summarise
 from score import CONTROLS, VECTOR_METHODS, majority, one_prefix, predict, predict_each, task_figures
 from sources.tasks import SEEDS, Tasks, demonstration_set, load_tasks, require_options
@@ -201,20 +199,6 @@ def evaluate(args, llm, distiller, trained_on: dict | None, encoder: Encoder, ta
                 os.fsync(file.fileno())
             records.append(done[key])
     return records
-
-
-def perturbable(args, tasks: Tasks) -> list[str]:
-    """The tasks to evaluate; those where random and wrong labels mean nothing are left out, aloud."""
-    names = args.only or tasks.test
-    if args.perturb not in ("random_label", "wrong_label"):
-        return names
-    kept = [t for t in names
-            if all(has_labels(demonstration_set(tasks, t, seed, args.k)[0]) for seed in args.seeds)]
-    if left_out := sorted(set(names) - set(kept)):
-        print(f"note: --perturb {args.perturb} means nothing without at least two options; left out: "
-              f"{', '.join(left_out)}")
-    check((bool(kept), f"--perturb {args.perturb}: no task has options in its demonstrations; give others"))
-    return kept
 
 
 @torch.no_grad()

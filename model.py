@@ -111,8 +111,7 @@ class Distiller(nn.Module):
 
 
 def random_rows(embed: nn.Module, vocab: int, n: int, generator: torch.Generator) -> Tensor:
-    """(n, width) fp32: embedding rows of ids drawn evenly from [100, vocab), where placeholders start (Sec.
-    3)."""
+    """(n, width) fp32: embedding rows of ids drawn evenly from [100, vocab): placeholders' start, Sec. 3."""
     if n < 1:
         raise ValueError(f"distill_len is {n}; at least one vector is needed (l >= 1)")
     ids = torch.randint(min(100, vocab // 2), vocab, (n,), generator=generator)

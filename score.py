@@ -78,8 +78,7 @@ def pred_loss(llm: PreTrainedModel, student_states: Tensor, target_ids: Tensor,
     DEVIATION: Eq. (4) is printed without the minus sign and as a sum; this is the mean over tokens.
 
     Args:
-        student_states: (N, d), the states that predict the tokens target_ids: (N,) long. denominator: as in
-            distill_loss.
+        student_states: (N, d), the states that predict target_ids: (N,). denominator: as in distill_loss.
     Returns:
         scalar, nats per token, fp32.
     """
@@ -109,8 +108,7 @@ def score_options(llm: PreTrainedModel, prefix: Prefix, batch: dict[str, Tensor]
 
     Args:
         prefix: of demonstrations, Eq. (1), or of vectors, Eq. (2). batch: from data.collate; branch o >= 1 of
-        a
-            segment holds option o - 1.
+            a segment holds option o - 1.
     Returns:
         (B, segments, options) fp32, nats per token; -inf where a query has fewer options.
     """

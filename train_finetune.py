@@ -45,14 +45,11 @@ def get_parser() -> argparse.ArgumentParser:
                                 "template", "seed", "device", "dtype", "llm-weights")
     add_training_flags(parser, "finetune-LLM-SPLIT")
     group = parser.add_argument_group("finetuning")
-    group.add_argument("--lam", type=float, default=1.0,
-                       help="lambda, weight of L_distill in Eq. (4); 0 = none")
+    group.add_argument("--lam", type=float, default=1.0, help="lambda, weight of L_distill in Eq. (4)")
     group.add_argument("--pred-weight", type=float, default=1.0,
                        help="weight of L_pred in Eq. (4); 0 = none (Tab. 4)")
-    group.add_argument("--context-len", type=int,
-                       help="demonstration tokens at most; those that would pass it are dropped")
-    group.add_argument("--queries-per-demo", type=int,
-                       help="queries that share one demonstration set; the paper: 1")
+    group.add_argument("--context-len", type=int, help="tokens of whole demonstrations at most")
+    group.add_argument("--queries-per-demo", type=int, help="queries that share one set; the paper: 1")
     group.add_argument("--least-k", type=int, help="draw each set's K between this and --k; default: K is "
                        "--k, as in the paper")
     group.add_argument("--init-from", metavar="DIR|none",

@@ -1,10 +1,9 @@
-"""Stage 1, meta-distillation pretraining (Sec. 3.2): the distiller learns Eq. (3) on text, the LLM stays
-frozen.
+"""Stage 1, meta-distillation pretraining (Sec. 3.2): the distiller learns Eq. (3) on text.
 
     python train_pretrain.py --beta 0.8
     python train_pretrain.py --preset pocket --corpus FOLDER --steps 2000 --resume
-    python train_pretrain.py --objective clm --out-dir out/pretrain-clm      # HyperTuning; the ablations of
-    App. B torchrun --nproc_per_node 8 train_pretrain.py --preset paper --batch-size 8
+    python train_pretrain.py --objective clm --out-dir out/pretrain-clm      # HyperTuning; App. B's ablations
+    torchrun --nproc_per_node 8 train_pretrain.py --preset paper --batch-size 8
 
 Each window of text is cut at beta: its first part is D, the rest x. At each evaluation the held-out KL stands
 next to three references on the same windows: the LLM without any context, the LLM with the last l tokens of D

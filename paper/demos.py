@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModel
 
-from common import UserError
+from common import UserError, check
 from data import MAX_INPUT
 from loading import require_model
-from sources.tasks import require_options
+from sources.tasks import Tasks, demonstration_set, require_options
 from sources.text import Tokenizer
 
 PERTURBATIONS = ("no_label", "no_input", "random_label", "wrong_label")
@@ -129,6 +129,20 @@ class SentenceEncoder:
             for i, vector in zip(rows, torch.nn.functional.normalize(mean, dim=1).cpu(), strict=True):
                 vectors[i] = vector
         return torch.stack(vectors)
+
+
+def perturbable(args, tasks: Tasks) -> list[str]:
+    """The tasks to evaluate; those where random and wrong labels mean nothing are left out, aloud."""
+    names = args.only or tasks.test
+    if args.perturb not in ("random_label", "wrong_label"):
+        return names
+    kept = [t for t in names
+            if all(has_labels(demonstration_set(tasks, t, seed, args.k)[0]) for seed in args.seeds)]
+    if left_out := sorted(set(names) - set(kept)):
+        print(f"note: --perturb {args.perturb} means nothing without at least two options; left out: "
+              f"{', '.join(left_out)}")
+    check((bool(kept), f"--perturb {args.perturb}: no task has options in its demonstrations; give others"))
+    return kept
 
 
 def retrieve(kind: str, pool: list[dict], queries: list[dict], k: int,
