@@ -113,9 +113,8 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None,
     if args.preset is None:
         args.preset, why = ("paper", "a CUDA device is there") if torch.cuda.is_available() else \
             ("pocket", "no CUDA device is there")
-    for name, value in values[args.preset].items():
-        if name in args and getattr(args, name) is None:
-            setattr(args, name, value)
+    args.filled_in = [n for n in values[args.preset] if getattr(args, n, "") is None]  # by the preset
+    vars(args).update({name: values[args.preset][name] for name in args.filled_in})
     other = "pocket" if args.preset == "paper" else "paper"
     if is_main():
         made = f", distiller {args.distiller}, l = {args.distill_len}" if "distiller" in args else ""
@@ -222,6 +221,8 @@ def setup(args: argparse.Namespace, training: bool) -> torch.device:
     if device.type == "cuda":
         # plans its kernels anew for each shape, and here every batch has another (a step took twice as long)
         torch.backends.cuda.enable_cudnn_sdp(False)
+    elif training:  # in bf16 its backward pass takes three times as long as that of plain products and softmax
+        torch.backends.cuda.enable_flash_sdp(False)  # means the CPU's too
     if args.dtype == "auto":
         if device.type == "cuda":
             args.dtype = "bf16" if torch.cuda.is_bf16_supported() else "fp16"

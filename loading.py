@@ -242,7 +242,7 @@ def distiller_config(distiller: nn.Module, llm: PreTrainedModel, args) -> dict:
     """What `load_distiller` needs to build the distiller again, for a checkpoint's state. args: the flags."""
     config = distiller.backbone and distiller.backbone.config
     return {"llm": identity(llm), "distiller": args.distiller, "distill_len": args.distill_len,
-            "vector_start": args.vector_start, "template": args.template,
+            "vector_start": args.vector_start, "template": args.template, "elastic": args.elastic,
             "backbone": config and config.to_diff_dict() | {"model_type": config.model_type}}
 
 
@@ -307,13 +307,21 @@ def make_encoder(args: argparse.Namespace, tokenizer: Tokenizer, llm, distiller)
 def load_all(args: argparse.Namespace, device: torch.device) -> tuple:
     """The LLM of --llm, the distiller of --checkpoint in eval mode, the checkpoint's state, and the encoder.
 
-    Without a checkpoint there is no distiller (None, {}); with one, its l takes the place of --distill-len.
+    Without a checkpoint there is no distiller (None, {}); with one, its l takes the place of --distill-len
+    where that is not given.
     """
     llm = load_llm(args.llm, device, torch_dtype(args.dtype), getattr(args, "llm_weights", None))
     distiller, state = None, {}
     if args.checkpoint:
         distiller, state = load_distiller(args.checkpoint, llm)
-        args.distill_len = distiller.eval().distill_len
+        own, asked = distiller.eval().distill_len, args.distill_len
+        if asked != own and "distill_len" not in args.filled_in:
+            check((state["model"].get("elastic", False), f"--distill-len is {asked}, and {args.checkpoint} was "
+                   f"trained for {own} vectors; leave the flag out, or train with --elastic"),
+                  (asked <= own or isinstance(distiller, KeyValueDistiller),
+                   f"--distill-len is {asked}, and {args.checkpoint} has {own} placeholders; give less"))
+            distiller.distill_len = asked
+        args.distill_len = distiller.distill_len
     return llm, distiller, state, make_encoder(args, Tokenizer(args.llm), llm, distiller)
 
 

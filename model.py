@@ -63,6 +63,7 @@ class Distiller(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         vocab = backbone.config.vocab_size
         self.placeholders = nn.Parameter(random_rows(embed, vocab, distill_len, generator))  # (l, d_s)
+        self.distill_len = distill_len  # free to shrink: then the first l placeholders are used
         d_s, d = self.placeholders.shape[1], llm_width  # OPT-350m's hidden_size is not its embeddings' width
         self.project = nn.Identity() if d_s == d else nn.Sequential(nn.Linear(d_s, d), nn.Tanh())
         self.gain = None
@@ -78,10 +79,6 @@ class Distiller(nn.Module):
             self.train()
         object.__setattr__(self, "residual_embed", residual_embed)
 
-    @property
-    def distill_len(self) -> int:
-        return self.placeholders.shape[0]
-
     def forward(self, demo_ids: Tensor, demo_mask: Tensor) -> Tensor:
         """Distil each row's demonstrations.
 
@@ -91,7 +88,7 @@ class Distiller(nn.Module):
         Returns:
             (B, l, d) vectors S_D, fp32.
         """
-        placeholders = self.placeholders.expand(len(demo_ids), -1, -1)                      # (B, l, d_s)
+        placeholders = self.placeholders[:self.distill_len].expand(len(demo_ids), -1, -1)   # (B, l, d_s)
         embeds = torch.cat([self.embed(demo_ids).to(placeholders.dtype), placeholders], dim=1)
         mask = F.pad(demo_mask, (0, self.distill_len), value=True)                          # (B, T_d + l)
         if self.backbone.config.model_type in ENCODER_DECODERS:  # looks both ways, by relative positions

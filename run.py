@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -40,6 +41,8 @@ def add_training_flags(parser: argparse.ArgumentParser, run_name: str) -> None:
                        help="how the vectors start: the distiller's states as they are; brought to the "
                             "scale of the LLM's embeddings by a learned scalar; or a tenth of that, added to "
                             "D's last l token embeddings")
+    group.add_argument("--elastic", action="store_true", help="draw each step's l among 8, 16, 32, ... and "
+                       "--distill-len, so that one checkpoint serves every l up to that")
     group = parser.add_argument_group("output")
     group.add_argument("--out-dir", help=f"folder of this run; default out/{run_name}")
     group.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out-dir")
@@ -209,6 +212,9 @@ class Run:
         torch.manual_seed(args.seed * 1_000_003 + self.step)
         if self.device.type == "cpu":
             trim_heap()
+        if args.elastic:
+            lengths = [2 ** i for i in range(3, 20) if 2 ** i < args.distill_len] + [args.distill_len]
+            self.distiller.distill_len = int(np.random.default_rng((args.seed, self.step)).choice(lengths))
         for group in self.optimizer.param_groups:
             group["lr"] = lr_at(self.step, args.steps, args.warmup, args.lr)
         self.optimizer.zero_grad(set_to_none=True)
@@ -235,6 +241,7 @@ class Run:
         if not math.isfinite(loss := sum(losses.values())):
             raise UserError(f"the loss at step {self.step} is {loss}; lower --lr, or use --dtype fp32 (or "
                             "bf16 instead of fp16)")
+        self.distiller.distill_len = self.args.distill_len
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.distiller.parameters(), self.args.clip or float("inf")).item()
         self.scaler.step(self.optimizer)

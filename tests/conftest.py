@@ -200,7 +200,8 @@ def make_distiller(llm, spec: str = "layers:2", distill_len: int = 4, start: str
 def model_of(distiller, llm, spec: str = "layers:2", start: str = "matched") -> dict:
     """What a checkpoint says of its distiller."""
     return distiller_config(distiller, llm, SimpleNamespace(
-        distiller=spec, distill_len=distiller.distill_len, vector_start=start, template="space"))
+        distiller=spec, distill_len=distiller.distill_len, vector_start=start, template="space",
+        elastic=False))
 
 
 def save_distiller(folder: Path, distiller, llm, spec: str = "layers:2", start: str = "matched",

@@ -1,0 +1,80 @@
+"""Which LLM and template gain from demonstrations at all: zero-shot against ICL on the dev examples.
+
+    python -m paper.choose --tasks FOLDER --llms assets/SmolLM2-135M-Instruct assets/gemma-3-270m
+
+A distiller passes on what the LLM takes from demonstrations, so there must be something to pass on. The dev
+examples decide; test examples are not read. Not in the paper.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import common
+from common import check, finish, parse, run_main, setup
+from data import TEMPLATES, Encoder
+from loading import load_llm, max_positions
+from score import one_prefix, option_scores, task_figures
+from sources.tasks import SEEDS, demonstration_set, load_tasks, require_options
+from sources.text import Tokenizer
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = common.make_parser(__doc__, "preset", "llm", "tasks", "split", "k", "device", "dtype")
+    group = parser.add_argument_group("choice")
+    group.add_argument("--llms", nargs="+", help="LLMs to compare; default: --llm alone")
+    group.add_argument("--templates", nargs="+", choices=sorted(TEMPLATES), default=sorted(TEMPLATES),
+                       help="templates to compare")
+    group.add_argument("--seeds", nargs="+", type=int, choices=SEEDS, default=[SEEDS[0]],
+                       help="demonstration sets")
+    group.add_argument("--context-len", type=int, default=900, help="demonstration tokens at most")
+    return parser
+
+
+@torch.no_grad()
+def gain(llm, encoder: Encoder, tasks, seeds: list[int], k: int, args) -> dict[str, dict[str, float]]:
+    """{method: {headline (percent), option_ce (nats a query)}}, means over the meta-test tasks and seeds."""
+    found: dict[str, list] = {"zero_shot": [], "icl": []}
+    for task in tqdm(tasks.test, desc=f"{Path(args.llm).name}, {encoder.template}", unit="task"):
+        for seed in seeds:
+            demos, files = demonstration_set(tasks, task, seed, k)
+            queries = files["dev"]
+            require_options(queries)
+            golds, limit = [q["output"] for q in queries], encoder.limit(demos + queries)
+            for method, rows in found.items():
+                prefix, first = one_prefix(method, demos, limit, llm, None, encoder, args), method != "icl"
+                scores = option_scores(llm, prefix, encoder, queries, first=first)
+                chosen = [q["options"][int(row.argmax())] for q, row in zip(queries, scores, strict=True)]
+                ce = [-row.log_softmax(0)[q["options"].index(q["output"])].item()
+                      for q, row in zip(queries, scores, strict=True)]
+                rows.append((100 * task_figures(chosen, golds, tasks.types[task])["headline"], np.mean(ce)))
+    means = {method: np.mean(rows, axis=0) for method, rows in found.items()}
+    return {m: {"headline": round(float(h), 2), "option_ce": round(float(c), 3)}
+            for m, (h, c) in means.items()}
+
+
+def main(argv: list[str] | None = None) -> dict:
+    args = parse(get_parser(), argv)
+    check(*common.shared_rules(args), *common.at_least(args, 1, "context_len"))
+    device, found = setup(args, training=False), {}
+    for name in args.llms or [args.llm]:
+        args.llm = name
+        llm, tokenizer = load_llm(name, device, common.torch_dtype(args.dtype)), Tokenizer(name)
+        tasks = load_tasks(args.tasks, args.split, name, args.k)
+        for template in args.templates:
+            encoder = Encoder(tokenizer, template, args.context_len, llm_positions=max_positions(llm.config))
+            found[f"{Path(name).name}, {template}"] = gain(llm, encoder, tasks, args.seeds, args.k, args)
+    print("| LLM, template | zero-shot | ICL | gain | option CE, zero-shot | ICL |\n" + "|---" * 6 + "|")
+    for name, row in found.items():
+        zero, icl = row["zero_shot"], row["icl"]
+        print(f"| {name} | {zero['headline']:.1f} | {icl['headline']:.1f} | "
+              f"{icl['headline'] - zero['headline']:+.1f} | {zero['option_ce']:.2f} | {icl['option_ce']:.2f} |")
+    return finish({"collection": tasks.collection, "split": args.split, "seeds": args.seeds,
+                   "tasks": len(tasks.test), "found": found})
+
+
+if __name__ == "__main__":
+    run_main(main)
