@@ -205,11 +205,12 @@ def evaluate(args, llm, distiller, trained_on: dict | None, encoder: Encoder, ta
 def evaluate_one(args, llm, distiller, encoder: Encoder, tasks: Tasks, task: str, seed: int, method: str,
                  sentence_encoder: SentenceEncoder | None = None,
                  vectors: torch.Tensor | None = None) -> dict:
-    """One (method, task, seed): n, n_predicted (different answers), macro_f1, accuracy, headline.
+    """One (method, task, seed): n, n_predicted (different answers), demo_tokens (T_d, before what a method
+    makes of it; None where there is not one D), macro_f1, accuracy, headline.
 
     vectors: (1, l, d), to be read in the place of what the method makes of the task's demonstrations.
     """
-    files = tasks.files(task, seed)
+    files, tokens = tasks.files(task, seed), None
     queries = files["test"][:args.limit or None]
     require_options(queries)
     if args.retrieve:
@@ -217,21 +218,22 @@ def evaluate_one(args, llm, distiller, encoder: Encoder, tasks: Tasks, task: str
         limit = encoder.limit(pool + files["test"])
         sets = retrieve(args.retrieve, pool, queries, args.k, sentence_encoder)
         chosen = predict_each(method, sets, limit, llm, distiller, encoder, queries, args)
-    elif vectors is not None:
-        chosen = predict(llm, vector_prefix(llm, vectors, encoder.tokenizer.bos_id), encoder, queries)
-    elif method == "majority":
-        chosen = majority(demonstration_set(tasks, task, seed, args.k)[0], queries)
     else:
         demos, _ = demonstration_set(tasks, task, seed, args.k)
         limit = encoder.limit(demos + files["test"])
-        # which demonstrations stand there is settled before they change, so that all kinds see the same ones
-        # (unless longer labels push out the last)
-        shown = perturb(encoder.fitting(demos, limit), args.perturb, seed) if args.perturb else demos
-        shown = permute_labels(encoder.fitting(demos, limit)) if method == "mend_permuted" else shown
-        prefix = one_prefix(method, shown, limit, llm, distiller, encoder, args)
-        chosen = predict(llm, prefix, encoder, queries, first=method == "zero_shot")
+        tokens = None if method in SEEDLESS else len(encoder.demonstrations(demos, limit))
+        if method == "majority":
+            chosen = majority(demos, queries)
+        else:
+            # which demonstrations stand there is settled before they change, so that all kinds see the same
+            # ones (unless longer labels push out the last)
+            shown = perturb(encoder.fitting(demos, limit), args.perturb, seed) if args.perturb else demos
+            shown = permute_labels(encoder.fitting(demos, limit)) if method == "mend_permuted" else shown
+            prefix = one_prefix(method, shown, limit, llm, distiller, encoder, args) if vectors is None else \
+                vector_prefix(llm, vectors, encoder.tokenizer.bos_id)
+            chosen = predict(llm, prefix, encoder, queries, first=method == "zero_shot")
     figures = task_figures(chosen, [q["output"] for q in queries], tasks.types[task])
-    return {"n": len(queries), "n_predicted": len(set(chosen))} | figures
+    return {"n": len(queries), "n_predicted": len(set(chosen)), "demo_tokens": tokens} | figures
 
 
 if __name__ == "__main__":

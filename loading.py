@@ -316,7 +316,7 @@ def load_all(args: argparse.Namespace, device: torch.device) -> tuple:
         distiller, state = load_distiller(args.checkpoint, llm)
         own, asked = distiller.eval().distill_len, args.distill_len
         if asked != own and "distill_len" not in args.filled_in:
-            check((state["model"].get("elastic", False), f"--distill-len is {asked}, and {args.checkpoint} was "
+            check((state["model"].get("elastic", False), f"--distill-len is {asked}; {args.checkpoint} was "
                    f"trained for {own} vectors; leave the flag out, or train with --elastic"),
                   (asked <= own or isinstance(distiller, KeyValueDistiller),
                    f"--distill-len is {asked}, and {args.checkpoint} has {own} placeholders; give less"))

@@ -45,8 +45,8 @@ def gain(llm, encoder: Encoder, tasks, seeds: list[int], k: int, args) -> dict[s
             require_options(queries)
             golds, limit = [q["output"] for q in queries], encoder.limit(demos + queries)
             for method, rows in found.items():
-                prefix, first = one_prefix(method, demos, limit, llm, None, encoder, args), method != "icl"
-                scores = option_scores(llm, prefix, encoder, queries, first=first)
+                prefix = one_prefix(method, demos, limit, llm, None, encoder, args)
+                scores = option_scores(llm, prefix, encoder, queries, first=method == "zero_shot")
                 chosen = [q["options"][int(row.argmax())] for q, row in zip(queries, scores, strict=True)]
                 ce = [-row.log_softmax(0)[q["options"].index(q["output"])].item()
                       for q, row in zip(queries, scores, strict=True)]
@@ -69,9 +69,8 @@ def main(argv: list[str] | None = None) -> dict:
             found[f"{Path(name).name}, {template}"] = gain(llm, encoder, tasks, args.seeds, args.k, args)
     print("| LLM, template | zero-shot | ICL | gain | option CE, zero-shot | ICL |\n" + "|---" * 6 + "|")
     for name, row in found.items():
-        zero, icl = row["zero_shot"], row["icl"]
-        print(f"| {name} | {zero['headline']:.1f} | {icl['headline']:.1f} | "
-              f"{icl['headline'] - zero['headline']:+.1f} | {zero['option_ce']:.2f} | {icl['option_ce']:.2f} |")
+        (zero, zero_ce), (icl, icl_ce) = (row[method].values() for method in ("zero_shot", "icl"))
+        print(f"| {name} | {zero:.1f} | {icl:.1f} | {icl - zero:+.1f} | {zero_ce:.2f} | {icl_ce:.2f} |")
     return finish({"collection": tasks.collection, "split": args.split, "seeds": args.seeds,
                    "tasks": len(tasks.test), "found": found})
 

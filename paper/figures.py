@@ -8,6 +8,8 @@
     python -m paper.figures fig7                               # over lambda (App. B)
     python -m paper.figures fig5                               # attention of the induction heads (Sec. 5.3)
     python -m paper.figures fig8                               # which heads these are (App. C)
+    python -m paper.figures ratios                             # our own: recovered gain over tokens a vector
+    python -m paper.figures swaps                              # our own: whose vectors, whose queries
     python -m paper.figures curves out/pretrain out/finetune   # what training runs logged
 
 Each function that draws returns the figure and the numbers in it. An average is a mean over tasks for each
@@ -339,7 +341,8 @@ def fig5(args) -> tuple[Figure, dict]:
 
 
 FIGURES = {"method": pictures.method, "fig3": fig3, "scaling": scaling, "fig4": fig4, "fig5": fig5,
-           "fig6": fig6, "fig7": fig7, "fig8": fig8, "curves": pictures.curves}
+           "fig6": fig6, "fig7": fig7, "fig8": fig8, "curves": pictures.curves,
+           "ratios": pictures.ratios, "swaps": pictures.swaps}
 
 
 def get_parser() -> argparse.ArgumentParser:

@@ -50,7 +50,7 @@ def dev_figures(llm, distiller, tasks: Tasks, encoder: Encoder, args, device) ->
     distiller.eval()
     for task in tasks.test[rank::ranks]:
         demos, files = demonstration_set(tasks, task, seed, args.k)
-        queries = files["dev"]
+        queries = files["dev"][:args.eval_queries]
         require_options(queries)
         limit = encoder.limit(demos + queries)
         teacher_prefix = one_prefix("icl", demos, limit, llm, distiller, encoder, exact)

@@ -1,6 +1,7 @@
 """What the figures share, and two that are not the paper's: the method, and the curves of training runs."""
 
 import functools
+import json
 import textwrap
 from pathlib import Path
 
@@ -9,14 +10,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
-from common import check
+from common import ROOT, UserError, check
 from loading import load_checkpoint
-from paper.summary import read_results
+from paper.summary import gains_of, read_results
 
 # Okabe and Ito's palette, which stays distinct for colour-blind readers: colour, marker, label
 METHODS = {"mend": ("#0072B2", "o", "MEND"), "icl": ("#D55E00", "s", "Vanilla ICL"),
            "hypertuning": ("#009E73", "^", "HyperTuning"), "prompt_tuning": ("#CC79A7", "D", "PromptTuning"),
            "zero_shot": ("#777777", "v", "no context"), "icl_budget": ("#E69F00", "P", "last $l$ tokens")}
+RATIOS = {"mend": "MEND", "last_l": "D's last $l$ tokens", "icl_budget": "ICL of equal length",
+          "mend_constant": "MEND, mean of other tasks", "mend_swapped": "MEND, another task's"}
 INK, GREY = "#222222", "#666666"
 STYLE = {"font.size": 12, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": GREY,
          "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.titlesize": 12,
@@ -204,3 +207,92 @@ def curves(args) -> tuple[Figure, dict]:
     runs = {Path(run).name: draw_run(*axes, Path(run)) for run, axes in zip(args.runs, rows, strict=True)}
     caption(fig, " ".join(note for _, note in runs.values()) + f"\n{args.command}")
     return fig, {name: drawn for name, (drawn, _) in runs.items()}
+
+
+# --------------------------------------------------------------------------------------------------
+# Whether a distiller distils: over the ratio of tokens to vectors, and swapped
+
+
+def gains_by_ratio(records: list[dict]) -> dict[str, list[tuple[float, float]]]:
+    """{method: [(ratio, recovered gain in percent), ...]}; a ratio is the mean number of tokens in front of a
+    query with icl over l."""
+    drawn: dict[str, list] = {m: [] for m in RATIOS}
+    for length in sorted({r["distill_len"] for r in records}, reverse=True):
+        here = [r for r in records if r["distill_len"] == length]
+        ratio = np.mean([r["demo_tokens"] for r in here if r["method"] == "icl"]) / length
+        for method, gain in gains_of(here).items():
+            if method in drawn:
+                drawn[method].append((float(ratio), 100 * gain["gain"]))
+    return {method: points for method, points in drawn.items() if points}
+
+
+def ratios(args) -> tuple[Figure, dict]:
+    """Recovered gain over the ratio of demonstration tokens to vectors, a panel for each results file."""
+    files = args.results or [str(ROOT / "results" / f"ratios-{name}.jsonl")
+                             for name in ("functions", "recall")]
+    read = {Path(f).stem: read_results(Path(f)) for f in files}
+    check(*((bool(records) and all("demo_tokens" in r for r in records),
+             f"{name} has no lines of evaluate.py with demo_tokens; make it with paper/runs/ratios.sh")
+            for name, records in read.items()))
+    fig = Figure(figsize=(4.6 * len(read), 4.6), layout="constrained")
+    axes, drawn = fig.subplots(1, len(read), squeeze=False)[0], {}
+    for ax, (name, records) in zip(axes, read.items(), strict=True):
+        drawn[name] = gains_by_ratio(records)
+        for i, (method, points) in enumerate(drawn[name].items()):
+            colour, marker, _ = METHODS.get(method, (f"C{i + 4}", "x*"[i % 2], ""))
+            ax.plot(*zip(*points, strict=True), color=colour, marker=marker, label=RATIOS[method],
+                    linestyle="-" if method == "mend" else "--")
+        ax.axhline(100, color=METHODS["icl"][0], linewidth=1, label="ICL, all of D")
+        ax.axhline(0, color=GREY, linewidth=1, label="no demonstrations")
+        ticks = sorted({round(x, 1) for points in drawn[name].values() for x, _ in points})
+        ax.set(xscale="log", xlabel="tokens a vector", ylabel="recovered gain, %" if ax is axes[0] else "")
+        ax.set_xticks(ticks, [f"{t:g}" for t in ticks])
+        ax.minorticks_off()
+        n = {(r["task"], r["seed"]): r["n"] for r in records}
+        tasks, seeds = len({task for task, _ in n}), len({seed for _, seed in n})
+        ax.set_title(f"{records[0]['tasks']}, {tasks} tasks", loc="left")
+        drawn[name]["queries"] = sum(n.values())
+    handles, labels = axes[0].get_legend_handles_labels()
+    fig.legend(handles, labels, loc="outside upper center", ncols=2)
+    counts = "; ".join(f"{name}: {d['queries']:,} queries" for name, d in drawn.items())
+    one = next(iter(read.values()))
+    caption(fig, f"Recovered gain, (method - zero-shot) / (ICL - zero-shot), of {one[0]['llm']}, one "
+                 f"checkpoint for all l, K = {one[0]['k']}, {seeds} demonstration sets. {counts} a point.\n"
+                 f"runs/ratios.sh; {args.command} · commit "
+                 f"{', '.join(sorted({r['commit'] for records in read.values() for r in records}))}")
+    return fig, drawn
+
+
+def swaps(args) -> tuple[Figure, dict]:
+    """The matrices of swaps.py: whose demonstrations were distilled, whose queries were asked."""
+    path = Path((args.results or [str(ROOT / "results" / "swaps.json")])[0])
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        matrices, families = record["matrices"], record["families"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path} does not hold what swaps draws ({error}); make it with "
+                        "`python -m paper.swaps`") from error
+    fig = Figure(figsize=(4.8 * len(matrices), 5.6), layout="constrained")
+    starts = [i for i, family in enumerate(families) if i == 0 or family != families[i - 1]]
+    middles = [(a + b - 1) / 2 for a, b in zip(starts, [*starts[1:], len(families)], strict=True)]
+    axes = fig.subplots(1, len(matrices), squeeze=False, sharey=True)[0]
+    for ax, (method, matrix) in zip(axes, matrices.items(), strict=True):
+        image = ax.imshow(np.array(matrix), cmap="Blues", vmin=0, vmax=1)
+        for at in starts[1:]:
+            ax.axhline(at - 0.5, color=GREY, linewidth=0.6)
+            ax.axvline(at - 0.5, color=GREY, linewidth=0.6)
+        found, label = record["figures"][method], METHODS.get(method, ("", "", RATIOS.get(method, "")))[2]
+        swapped = found["elsewhere"] if found["same_family"] is None else found["same_family"]
+        ax.set_title(f"{label}: own {found['diagonal']:.0f}%, swapped {swapped:.0f}%", loc="left")
+        names = [families[i] for i in starts]
+        ax.set_xticks(middles, names, rotation=90)
+        ax.set_yticks(middles, names)
+        ax.tick_params(length=0)
+        ax.set(xlabel="whose queries are asked")
+    axes[0].set(ylabel="whose demonstrations are distilled")
+    fig.colorbar(image, ax=axes, label="right answers", shrink=0.7, pad=0.02)
+    caption(fig, f"{record['llm']}, {len(families)} held-out functions, {record['queries']} queries a row, "
+                 f"K = {record['k']}, seed {record['seed']}, l = {record['distill_len']}; swapped: another "
+                 f"function of the same kind. Checkpoint {record['checkpoint']}.\n"
+                 f"{record['command']} · {args.command} · commit {record['commit']}")
+    return fig, record

@@ -83,7 +83,7 @@ def test_only_zero_shot_ignores_the_demonstrations(setting, own_tasks, monkeypat
 
 KEYS = {"method", "llm", "checkpoint", "split", "tasks", "data_hash", "task", "seed", "k", "distill_len",
         "template", "retrieval", "perturbation", "n", "macro_f1", "accuracy", "headline", "commit",
-        "swapped_with", "n_predicted"}
+        "swapped_with", "n_predicted", "demo_tokens"}
 
 
 def test_one_line_for_each_method_task_and_seed(argv, tmp_path, llama, tiny_tasks, capsys):

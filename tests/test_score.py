@@ -304,7 +304,7 @@ def test_what_each_method_puts_before_the_query(setting, files):
     assert 24 >= prefix["icl_budget"].mask.shape[1] < prefix["icl"].mask.shape[1] <= 200
 
 
-DEV = SimpleNamespace(seed=13, k=3, distill_len=4, dtype="fp32")
+DEV = SimpleNamespace(seed=13, k=3, distill_len=4, dtype="fp32", eval_queries=None)
 
 
 def test_dev_figures_against_one_query_at_a_time(setting, tiny_tasks):

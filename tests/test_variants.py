@@ -1,5 +1,5 @@
-"""Distillers that hand over keys and values. The oracle is one forward pass of the LLM over [D ; query], whose
-mask hides from the query all of D but its first token and the ends of l - 1 stretches."""
+"""Distillers that hand over keys and values. The oracle is one forward pass of the LLM over [D ; query],
+whose mask hides from the query all of D but its first token and the ends of l - 1 stretches."""
 
 import json
 

@@ -1,0 +1,60 @@
+"""Tests of swaps.py: its means by hand, and matrices against what evaluate.py says of the same cells."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import save_distiller
+from test_figures import check_files
+
+import evaluate
+from common import UserError
+from loading import build_distiller
+from paper import figures, swaps
+
+
+def test_means_by_hand():
+    matrix = np.array([[1, 0.5, 0], [0, 0.5, 0.25], [0, 0, 0]])
+    assert swaps.means(matrix, ["a", "a", "b"]) == {"diagonal": 50, "same_family": 25, "elsewhere": 6.25}
+    assert swaps.means(np.eye(2), ["a", "b"]) == {"diagonal": 100, "same_family": None, "elsewhere": 0}
+
+
+@pytest.fixture
+def flags(llama, tasks_dir):
+    return ["--preset", "pocket", "--llm", str(llama), "--tasks", str(tasks_dir), "--device", "cpu", "--k",
+            "4"]
+
+
+def test_the_diagonal_and_the_swapped_cells_are_those_of_evaluation(flags, llama_llm, tmp_path, capsys):
+    distiller = build_distiller("layers:2", llama_llm, 4, "residual", 0)
+    with torch.no_grad():
+        distiller.gain.mul_(30)  # so that whose demonstrations they are matters
+    checkpoint = ["--checkpoint", str(save_distiller(tmp_path / "run", distiller, llama_llm, "layers:2",
+                                                     "residual"))]
+    out = tmp_path / "swaps.json"
+    found = swaps.main([*flags, *checkpoint, "--limit", "5", "--out", str(out)])
+    record = json.loads(out.read_text())
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == found
+    lines = tmp_path / "lines.jsonl"
+    evaluate.main([*flags, *checkpoint, "--seeds", "100", "--limit", "5", "--out", str(lines), "--methods",
+                   "mend", "mend_swapped", "icl"])
+    accuracy = {(r["method"], r["task"]): r["accuracy"] for r in map(json.loads, lines.open())}
+    names = record["tasks"]
+    assert len(names) == 2  # so that swapped means the other one
+    for i, task in enumerate(names):
+        assert record["matrices"]["mend"][i][i] == pytest.approx(accuracy["mend", task], abs=1e-4)
+        assert record["matrices"]["icl"][i][i] == pytest.approx(accuracy["icl", task], abs=1e-4)
+        assert record["matrices"]["mend"][1 - i][i] == pytest.approx(accuracy["mend_swapped", task], abs=1e-4)
+
+    drawn = figures.main(["swaps", "--results", str(out), "--out", str(tmp_path)])
+    check_files(drawn, tmp_path, "swaps")
+    assert drawn["drawn"] == record
+
+
+def test_user_errors(flags, tmp_path):
+    with pytest.raises(UserError, match="--seed 7: MetaICL's are.*--limit is 0"):
+        swaps.main([*flags, "--checkpoint", "x", "--seed", "7", "--limit", "0"])
+    (tmp_path / "no.json").write_text("{}")
+    with pytest.raises(UserError, match="does not hold what swaps draws"):
+        figures.main(["swaps", "--results", str(tmp_path / "no.json"), "--out", str(tmp_path)])
