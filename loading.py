@@ -318,7 +318,7 @@ def load_all(args: argparse.Namespace, device: torch.device) -> tuple:
         if asked != own and "distill_len" not in args.filled_in:
             check((state["model"].get("elastic", False), f"--distill-len is {asked}; {args.checkpoint} was "
                    f"trained for {own} vectors; leave the flag out, or train with --elastic"),
-                  (asked <= own or isinstance(distiller, KeyValueDistiller),
+                  (asked <= own,
                    f"--distill-len is {asked}, and {args.checkpoint} has {own} placeholders; give less"))
             distiller.distill_len = asked
         args.distill_len = distiller.distill_len

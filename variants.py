@@ -5,11 +5,10 @@
 
 DEVIATION, keys and values: MEND's vectors stand at the LLM's input. There a frozen LLM reads little but real
 text (results/LOG.md: trained input vectors stay level with D's last l tokens), so KeyValueDistiller speaks to
-every layer. It is the LLM itself with low-rank adapters; it reads D once, and what l evenly spread positions
-of it hold in each layer's cache is S_D. It has no placeholders, so one checkpoint serves every l. The cost:
-where an input vector has d numbers, this one has two widths of the key and value heads a layer and d (21
-times as many in SmolLM2-135M). What the LLM attends to, and the memory that its cache takes behind either, is
-the same l positions.
+every layer. It is the LLM itself with low-rank adapters; it reads D, then l - 1 placeholders, and what their
+positions and D's first one hold in each layer's cache is S_D. The cost: where an input vector has d numbers,
+this one has two widths of the key and value heads a layer and d (21 times as many in SmolLM2-135M). What the
+LLM attends to, and the memory that its cache takes behind either, is the same l positions.
 """
 
 import copy
@@ -48,9 +47,11 @@ class Adapter(nn.Module):
 class KeyValueDistiller(nn.Module):
     """S_D as keys and values, in place of model.Distiller; `model.vector_prefix` lets the LLM read them.
 
+    The placeholders start as the embeddings of D's last l - 1 tokens, read once more behind D. D's first
+    position is kept because attention rests there (Xiao et al., 2024): without it an LLM says nothing sound.
+
     Args:
-        llm: the frozen, decoder-only LLM; the backbone shares its weights. distill_len: l, at least 2, and
-            free to change: nothing that is trained depends on it.
+        llm: the frozen, decoder-only LLM; the backbone shares its weights. distill_len: l, at least 2.
         rank: of the adapters at every linear layer.
     """
 
@@ -69,8 +70,8 @@ class KeyValueDistiller(nn.Module):
         object.__setattr__(self, "backbone", backbone)  # its weights are the LLM's
         object.__setattr__(self, "embed", embed := llm.get_input_embeddings())
         self.adapters = nn.ModuleList(adapters.values())
-        self.marker = nn.Parameter(torch.zeros(embed.embedding_dim))  # tells the backbone which ones are kept
-        self.distill_len = distill_len
+        self.placeholders = nn.Parameter(torch.zeros(distill_len - 1, embed.embedding_dim))
+        self.distill_len = distill_len  # free to shrink: then the last l - 1 placeholders are used
 
     def forward(self, demo_ids: Tensor, demo_mask: Tensor) -> Tensor:
         """Distil each row's demonstrations.
@@ -81,25 +82,21 @@ class KeyValueDistiller(nn.Module):
             (B, l, layers * 2 * heads * head width + d) fp32: a position's keys and values, layer by layer,
             and its final hidden state.
         """
-        kept = spread(demo_mask, self.distill_len)                                          # (B, l)
-        embeds = self.embed(demo_ids)                                                       # (B, T_d, d)
-        marked = torch.zeros_like(embeds[:, :, :1]).scatter(1, kept[:, :, None], 1)         # (B, T_d, 1)
-        embeds = embeds + marked * self.marker.to(embeds.dtype)
-        positions, cache = positions_of(demo_mask), DynamicCache()
+        n, embeds = self.distill_len - 1, self.embed(demo_ids)                              # (B, T_d, d)
+        short = max(0, n - demo_ids.shape[1])
+        last = F.pad(embeds * demo_mask[:, :, None], (0, 0, short, 0))[:, -n:]              # (B, n, d)
+        last = (last + self.placeholders[-n:]).to(embeds.dtype)
+        embeds = torch.cat([embeds, last], dim=1)                                           # (B, T_d + n, d)
+        mask = F.pad(demo_mask, (0, n), value=True)
+        positions, cache = positions_of(mask), DynamicCache()
         if hasattr(self.backbone, "rotary_emb"):  # only distances count: the query stands at l, whatever T_d
-            positions = positions - demo_mask.sum(dim=1, keepdim=True) + self.distill_len
-        out = run_backbone(self.backbone, embeds, causal_mask(demo_mask), positions, cache)
+            positions = positions - demo_mask.sum(dim=1, keepdim=True) + 1
+        out = run_backbone(self.backbone, embeds, causal_mask(mask), positions, cache)
+        first = (~demo_mask).sum(dim=1, keepdim=True)                                       # (B, 1)
         parts = [t.transpose(1, 2).flatten(2) for layer in cache.layers for t in (layer.keys, layer.values)]
-        parts = [t.gather(1, kept[:, :, None].expand(-1, -1, t.shape[2])) for t in (*parts, out[0])]
+        parts = [torch.cat([t.gather(1, first[:, :, None].expand(-1, -1, t.shape[2])), t[:, -n:]], dim=1)
+                 for t in (*parts, out.last_hidden_state)]
         return torch.cat(parts, dim=2).float()                                              # (B, l, W)
-
-
-def spread(mask: Tensor, n: int) -> Tensor:
-    """(B, T) bool, padded on the left -> (B, n) long, n >= 2: each row's first position, on which attention
-    rests (Xiao et al., 2024), and the last ones of n - 1 stretches of about equal length."""
-    lengths = mask.sum(dim=1, keepdim=True)                                                 # (B, 1)
-    share = torch.arange(n, device=mask.device) / (n - 1)                                   # (n,)
-    return mask.shape[1] - lengths + ((lengths - 1) * share).round().long()
 
 
 class FreeVectors(nn.Module):

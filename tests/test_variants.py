@@ -1,5 +1,5 @@
-"""Distillers that hand over keys and values. The oracle is one forward pass of the LLM over [D ; query],
-whose mask hides from the query all of D but its first token and the ends of l - 1 stretches."""
+"""Distillers that hand over keys and values. The oracle is one forward pass of the LLM over [D ; D's last
+tokens ; query], whose mask hides from the query all of D but its first token."""
 
 import json
 
@@ -19,7 +19,6 @@ from sources.text import Tokenizer
 from variants import Adapter, KeyValueDistiller
 
 CPU, L, RANK = torch.device("cpu"), 4, 3
-KEPT = (3, 7, 10)  # beside the first, of the 11 tokens of D: the ends of three stretches
 D, QUERIES = list(range(5, 16)), [([40, 41, 42], [[50, 51], [52]]), ([43, 44], [[53, 54, 55], [56]])]
 KV = ["--distiller", f"kv:{RANK}", "--init-from", "none", "--steps", "4", "--eval-every", "4", "--k", "4",
       "--batch-size", "2", "--queries-per-demo", "2", "--context-len", "300"]
@@ -52,20 +51,20 @@ def read(llm, distiller, rows: list[dict]) -> tuple[torch.Tensor, dict]:
 
 def by_hand(llm, demo: list[int], x: list[int], y: list[int]) -> torch.Tensor:
     """Logits of x and y: the LLM's own forward over all tokens at once."""
-    kept, query, T = [0, *KEPT], x + y, len(demo)
-    ids = torch.tensor([demo + query])
-    n = ids.shape[1]
+    again, query, T = demo[-(L - 1):], x + y, len(demo)
+    ids = torch.tensor([demo + again + query])
+    n, first = ids.shape[1], T + L - 1
     allowed = torch.ones(n, n, dtype=torch.bool).tril()
-    allowed[T:, [i for i in range(T) if i not in kept]] = False
+    allowed[first:, 1:T] = False
     mask = torch.zeros(n, n).masked_fill(~allowed, torch.finfo(torch.float32).min)[None, None]
     positions = torch.arange(n)
     if llm.config.model_type == "gpt2":  # learned positions: the query stands at l
-        positions[T:] = torch.arange(L, L + len(query))
+        positions[first:] = torch.arange(L, L + len(query))
     with torch.no_grad():
-        return llm(input_ids=ids, attention_mask=mask, position_ids=positions[None]).logits[0, T - 1:-1]
+        return llm(input_ids=ids, attention_mask=mask, position_ids=positions[None]).logits[0, first - 1:-1]
 
 
-def test_untrained_the_query_reads_evenly_spread_positions_of_one_pass(llm, distiller):
+def test_untrained_the_query_reads_the_last_tokens_read_twice(llm, distiller):
     logits, batch = read(llm, distiller, [{"demo": D, "queries": QUERIES}])
     for s, (x, options) in enumerate(QUERIES):
         for o, y in enumerate(options):
@@ -90,18 +89,17 @@ def test_demonstrations_shorter_than_the_vectors_are_read(llm, distiller):
     torch.testing.assert_close(logits[0], alone[0], atol=2e-4, rtol=1e-3)
 
 
-def test_only_adapters_and_the_marker_are_trained_and_saved(llm, distiller):
+def test_only_adapters_and_placeholders_are_trained_and_saved(llm, distiller):
     before = [p.clone() for p in llm.parameters()]
-    assert {name.rsplit(".", 1)[-1] for name in distiller.state_dict()} == {"A", "B", "marker"}
+    assert {name.rsplit(".", 1)[-1] for name in distiller.state_dict()} == {"A", "B", "placeholders"}
     optimizer = torch.optim.SGD(distiller.parameters(), lr=0.1)
     batch = collate([{"demo": D, "queries": [(x, options[:1]) for x, options in QUERIES]}])
-    for _ in range(3):  # the last position reads all of D, so its own adapters come last
+    for _ in range(2):
         teacher, student = teacher_and_student(llm, distiller, batch, None, "fp32")
         mask = loss_mask(llm, batch)
         (head_logits(llm, student[mask]) - head_logits(llm, teacher[mask])).pow(2).mean().backward()
         optimizer.step()
-    still = [n for n, p in distiller.named_parameters() if p.grad is None or p.grad.abs().sum() == 0]
-    assert not still
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in distiller.parameters())
     assert all(torch.equal(a, b) for a, b in zip(before, llm.parameters(), strict=True))
 
 
