@@ -32,13 +32,14 @@ from loading import (
     load_llm,
     make_encoder,
     method_of,
+    set_length,
 )
 from model import vector_prefix, with_bos
 from run import write_tensors
 from score import predict
 from sources.text import Tokenizer, json_lines
 
-PUBLISHED = common.ROOT / "checkpoints" / "smollm2-135m-class_to_class.safetensors"
+PUBLISHED = common.ROOT / "checkpoints" / "smollm2-135m.safetensors"
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -54,6 +55,8 @@ def get_parser() -> argparse.ArgumentParser:
                         help="run folder or checkpoint file; default: the published one")
     parser.add_argument("--llm", default=common.PRESETS["pocket"]["llm"],
                         help="its frozen LLM: a hub name or a folder; default: that of `make assets`")
+    parser.add_argument("--distill-len", type=int, metavar="L", help="vectors to distil into; default: as many "
+                        "as --checkpoint was trained for; fewer need --elastic in its training")
     parser.add_argument("--context-len", type=int, default=900, help="demonstration tokens at most")
     parser.add_argument("--answer-tokens", type=int, default=16, help="tokens of a written answer at most")
     return parser
@@ -184,7 +187,9 @@ def check_flags(args: argparse.Namespace) -> None:
            f"{flag} {path} is there already and holds something else; give another name"),
           common.place_rule(flag, path or "."),
           *common.device_rules(args),
-          *common.at_least(args, 1, "answer_tokens", "context_len"))
+          *common.at_least(args, 1, "answer_tokens", "context_len", "distill_len"),
+          (not (args.vectors and args.distill_len),
+           "--distill-len has no part in --vectors, which are made; leave it out"))
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -208,7 +213,8 @@ def main(argv: list[str] | None = None) -> dict:
         check((distiller.backbone is not None,
                f"--checkpoint {args.checkpoint} holds free vectors, which read no "
                "demonstrations; give another"))
-        args.distill_len, args.template = state["model"]["distill_len"], state["model"]["template"]
+        set_length(distiller, state, args.distill_len or distiller.distill_len, args.checkpoint)
+        args.distill_len, args.template = distiller.distill_len, state["model"]["template"]
     encoder = make_encoder(args, Tokenizer(args.llm), llm, distiller)
     limit, prefixes = encoder.limit(demos + queries), {}
     if demos:

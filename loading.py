@@ -290,6 +290,15 @@ def load_distiller(path: str | Path, llm: PreTrainedModel) -> tuple[nn.Module, d
     return distiller, state
 
 
+def set_length(distiller: nn.Module, state: dict, length: int, path: str) -> None:
+    """Let the distiller of an elastic checkpoint make `length` vectors; raise UserError where it cannot."""
+    own = distiller.distill_len
+    check((length == own or state["model"].get("elastic", False), f"--distill-len is {length}; {path} was "
+           f"trained for {own} vectors; leave the flag out, or train with --elastic"),
+          (length <= own, f"--distill-len is {length}, and {path} has {own} placeholders; give less"))
+    distiller.distill_len = length
+
+
 def require_input_vectors(distiller: nn.Module, what: str) -> None:
     """Raise UserError, naming `what` needs them, where a distiller hands over keys and values instead."""
     check((not isinstance(distiller, KeyValueDistiller),
@@ -314,13 +323,9 @@ def load_all(args: argparse.Namespace, device: torch.device) -> tuple:
     distiller, state = None, {}
     if args.checkpoint:
         distiller, state = load_distiller(args.checkpoint, llm)
-        own, asked = distiller.eval().distill_len, args.distill_len
-        if asked != own and "distill_len" not in args.filled_in:
-            check((state["model"].get("elastic", False), f"--distill-len is {asked}; {args.checkpoint} was "
-                   f"trained for {own} vectors; leave the flag out, or train with --elastic"),
-                  (asked <= own,
-                   f"--distill-len is {asked}, and {args.checkpoint} has {own} placeholders; give less"))
-            distiller.distill_len = asked
+        distiller.eval()
+        if "distill_len" not in args.filled_in:
+            set_length(distiller, state, args.distill_len, args.checkpoint)
         args.distill_len = distiller.distill_len
     return llm, distiller, state, make_encoder(args, Tokenizer(args.llm), llm, distiller)
 

@@ -214,28 +214,30 @@ def curves(args) -> tuple[Figure, dict]:
 
 
 def gains_by_ratio(records: list[dict]) -> dict[str, list[tuple[float, float]]]:
-    """{method: [(ratio, recovered gain in percent), ...]}; a ratio is the mean number of tokens in front of a
-    query with icl over l."""
-    drawn: dict[str, list] = {m: [] for m in RATIOS}
-    for length in sorted({r["distill_len"] for r in records}, reverse=True):
-        here = [r for r in records if r["distill_len"] == length]
-        ratio = np.mean([r["demo_tokens"] for r in here if r["method"] == "icl"]) / length
-        for method, gain in gains_of(here).items():
-            if method in drawn:
-                drawn[method].append((float(ratio), 100 * gain["gain"]))
-    return {method: points for method, points in drawn.items() if points}
+    """{method: [(ratio, recovered gain in percent), ...]}; a ratio is the mean number of tokens that icl has
+    in front of a query, over l. What icl and zero_shot answer depends on no l: one line of them will do."""
+    both = [r for r in records if r["method"] in ("icl", "zero_shot")]
+    tokens = np.mean([r["demo_tokens"] for r in both if r["method"] == "icl"])
+    drawn: dict[str, list] = {}
+    for method in RATIOS:
+        for length in sorted({r["distill_len"] for r in records if r["method"] == method}, reverse=True):
+            here = [r for r in records if (r["method"], r["distill_len"]) == (method, length)]
+            if gain := gains_of([*both, *here]).get(method):
+                drawn.setdefault(method, []).append((float(tokens / length), 100 * gain["gain"]))
+    return drawn
 
 
 def ratios(args) -> tuple[Figure, dict]:
     """Recovered gain over the ratio of demonstration tokens to vectors, a panel for each results file."""
     files = args.results or [str(ROOT / "results" / f"ratios-{name}.jsonl")
-                             for name in ("functions", "recall")]
+                             for name in ("functions", "early", "recall")]
     read = {Path(f).stem: read_results(Path(f)) for f in files}
-    check(*((bool(records) and all("demo_tokens" in r for r in records),
-             f"{name} has no lines of evaluate.py with demo_tokens; make it with paper/runs/ratios.sh")
+    check(*(({"icl", "zero_shot"} <= {r["method"] for r in records}
+             and all("demo_tokens" in r for r in records),
+             f"{name} lacks icl, zero_shot or demo_tokens; make it with paper/runs/ratios.sh")
             for name, records in read.items()))
-    fig = Figure(figsize=(4.6 * len(read), 4.6), layout="constrained")
-    axes, drawn = fig.subplots(1, len(read), squeeze=False)[0], {}
+    fig = Figure(figsize=(4 * len(read), 5), layout="constrained")
+    axes, drawn, counts = fig.subplots(1, len(read), squeeze=False)[0], {}, []
     for ax, (name, records) in zip(axes, read.items(), strict=True):
         drawn[name] = gains_by_ratio(records)
         for i, (method, points) in enumerate(drawn[name].items()):
@@ -251,13 +253,13 @@ def ratios(args) -> tuple[Figure, dict]:
         n = {(r["task"], r["seed"]): r["n"] for r in records}
         tasks, seeds = len({task for task, _ in n}), len({seed for _, seed in n})
         ax.set_title(f"{records[0]['tasks']}, {tasks} tasks", loc="left")
-        drawn[name]["queries"] = sum(n.values())
+        counts.append(f"{records[0]['tasks']} {sum(n.values()):,}")
     handles, labels = axes[0].get_legend_handles_labels()
     fig.legend(handles, labels, loc="outside upper center", ncols=2)
-    counts = "; ".join(f"{name}: {d['queries']:,} queries" for name, d in drawn.items())
     one = next(iter(read.values()))
     caption(fig, f"Recovered gain, (method - zero-shot) / (ICL - zero-shot), of {one[0]['llm']}, one "
-                 f"checkpoint for all l, K = {one[0]['k']}, {seeds} demonstration sets. {counts} a point.\n"
+                 f"checkpoint for all l, K = {one[0]['k']}, {seeds} demonstration sets; queries a point: "
+                 f"{', '.join(counts)}.\n"
                  f"runs/ratios.sh; {args.command} · commit "
                  f"{', '.join(sorted({r['commit'] for records in read.values() for r in records}))}")
     return fig, drawn

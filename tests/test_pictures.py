@@ -3,10 +3,12 @@
 import json
 
 import numpy as np
+import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.patches import FancyArrowPatch
 from test_figures import check_files, draw
 
+from common import UserError
 from paper import figures, pictures
 from paper.figures import main
 
@@ -46,3 +48,27 @@ def test_method_figure_has_no_overlaps():
 def test_palette_tells_methods_apart():
     colours, markers, labels = zip(*figures.METHODS.values(), strict=True)
     assert all(len(set(part)) == len(figures.METHODS) for part in (colours, markers, labels))
+
+
+def lines(method: str, headlines: tuple[float, ...], distill_len: int, tokens: int = 96) -> list[dict]:
+    return [{"method": method, "task": f"t{i}", "seed": 100, "headline": headline, "n": 8, "k": 16,
+             "distill_len": distill_len, "demo_tokens": tokens, "tasks": "functions", "llm": "L",
+             "commit": "c"}
+            for i, headline in enumerate(headlines)]
+
+
+def test_gains_by_ratio_by_hand(tmp_path):
+    both = [*lines("zero_shot", (0.1, 0.2), 32), *lines("icl", (0.5, 0.6), 32)]
+    mend = [*lines("mend", (0.3, 0.4), 32), *lines("mend", (0.1, 0.2), 16)]
+    drawn = pictures.gains_by_ratio([*both, *mend, *lines("majority", (1, 1), 32)])
+    assert drawn.keys() == {"mend"}
+    np.testing.assert_allclose(drawn["mend"], [(3, 50), (6, 0)])
+
+    path = tmp_path / "ratios-functions.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in [*both, *mend]))
+    out = main(["ratios", "--results", str(path), "--out", str(tmp_path)])
+    check_files(out, tmp_path, "ratios")
+    np.testing.assert_allclose(out["drawn"]["ratios-functions"]["mend"], [(3, 50), (6, 0)])
+    path.write_text("".join(json.dumps(line) + "\n" for line in mend))
+    with pytest.raises(UserError, match="ratios-functions lacks icl"):
+        main(["ratios", "--results", str(path), "--out", str(tmp_path)])

@@ -11,6 +11,7 @@ import pytest
 from conftest import read_lines
 
 import common
+import train_finetune
 from loading import load_checkpoint
 
 pytestmark = pytest.mark.slow
@@ -117,6 +118,19 @@ def test_fig5(scripts):
     folder = scripts("fig5.sh")
     assert json.loads((folder / "results" / "attention.json").read_text())["mend"]["prefix"]
     for name in ("fig5", "fig8"):
+        assert (folder / "results" / "figures" / f"{name}.png").stat().st_size > 5000
+
+
+def test_ratios(scripts, llama, tmp_path):
+    finetune = ["--preset", "pocket", "--llm", str(llama), "--tasks", "functions", "--k", "4", "--steps", "1",
+                "--eval-queries", "1", "--eval-every", "1", "--batch-size", "1", "--context-len", "300"]
+    train_finetune.main([*finetune, "--distiller", "kv:2", "--distill-len", "9", "--elastic", "--init-from",
+                         "none", "--template", "newline", "--out-dir", str(tmp_path / "run")])
+    folder = scripts("ratios.sh", CHECKPOINT=str(tmp_path / "run"), LENGTHS="9 8", LIMIT="1", SEEDS="100",
+                     PARTS="functions swaps", SWAP_LENGTH="9", EXTRA_EVAL="")
+    found = {(r["method"], r["distill_len"]) for r in results(folder, "ratios-functions")}
+    assert {("icl", 9), ("mend", 9), ("mend", 8), ("mend_constant", 8)} <= found and ("icl", 8) not in found
+    for name in ("ratios", "swaps"):
         assert (folder / "results" / "figures" / f"{name}.png").stat().st_size > 5000
 
 

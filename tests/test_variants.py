@@ -152,6 +152,27 @@ def test_training_resumes_and_all_commands_take_the_checkpoint(flags, tmp_path, 
     assert own["answers"]["mend"] == again["answers"]["mend"]
 
 
+def test_elastic_training_makes_a_checkpoint_for_shorter_l(flags, tmp_path, monkeypatch):
+    seen, fixed, out = [], tmp_path / "fixed", ["--out", str(tmp_path / "results.jsonl")]
+    forward = KeyValueDistiller.forward
+    monkeypatch.setattr(KeyValueDistiller, "forward", lambda self, ids, mask: (
+        seen.append((self.distill_len, torch.is_grad_enabled())), forward(self, ids, mask))[1])
+    train_finetune.main([*flags, *KV, "--distill-len", "9", "--elastic", "--out-dir", str(tmp_path)])
+    assert {length for length, training in seen if training} == {8, 9}
+    assert {length for length, training in seen if not training} == {9}  # evaluations have the whole l
+    train_finetune.main([*flags, *KV, "--distill-len", "9", "--out-dir", str(fixed), "--steps", "1"])
+    at = flags.index("--distiller")
+    flags = [*flags[:at], *flags[at + 4:], "--seeds", "100", "--limit", "2", "--k", "4", "--methods", "mend"]
+    evaluate.main([*flags, "--checkpoint", str(tmp_path), "--distill-len", "5", *out])
+    evaluate.main([*flags, "--checkpoint", str(tmp_path), *out])
+    lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert {r["distill_len"] for r in lines} == {5, 9}
+    for folder, length, fault in ((fixed, "5", "was trained for 9 vectors"),
+                                  (tmp_path, "10", "has 9 placeholders")):
+        with pytest.raises(UserError, match=fault):
+            evaluate.main([*flags, "--checkpoint", str(folder), "--distill-len", length, *out])
+
+
 def test_an_answer_is_written_as_the_oracle_would(llm, llm_folder, distiller):
     encoder = Encoder(Tokenizer(str(llm_folder)), "space", context_len=100)
     with torch.no_grad():
