@@ -55,8 +55,8 @@ def get_parser() -> argparse.ArgumentParser:
                         help="run folder or checkpoint file; default: the published one")
     parser.add_argument("--llm", default=common.PRESETS["pocket"]["llm"],
                         help="its frozen LLM: a hub name or a folder; default: that of `make assets`")
-    parser.add_argument("--distill-len", type=int, metavar="L", help="vectors to distil into; default: as many "
-                        "as --checkpoint was trained for; fewer need --elastic in its training")
+    parser.add_argument("--distill-len", type=int, metavar="L", help="vectors to distil into; default: "
+                        "as many as --checkpoint was trained for; fewer need --elastic in its training")
     parser.add_argument("--context-len", type=int, default=900, help="demonstration tokens at most")
     parser.add_argument("--answer-tokens", type=int, default=16, help="tokens of a written answer at most")
     return parser
