@@ -1,0 +1,96 @@
+"""What the vectors carry, as Markdown tables: each method for each l, and MEND against every control.
+
+    python -m paper.carried results/ratios-functions.jsonl results/ratios-recall.jsonl
+
+Lines of evaluate.py; what icl and zero_shot answer depends on no l, so one line of them will do. The gap to a
+control is a mean over tasks with a 95% interval (see tables.paired_interval): functions of one domain share
+their inputs and count as one cluster, and so do MetaICL's tasks that do. Not in the paper.
+"""
+
+import argparse
+import json
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+
+from common import ROOT, check, finish, run_main
+from paper.summary import gains_of, read_results, scores_of
+from paper.tables import paired_interval, require_fields, summary
+
+ORDER = ("zero_shot", "majority", "last_l", "icl_budget", "mend", "mend_swapped", "mend_permuted",
+         "mend_constant", "icl")
+SAME = ("icl", "zero_shot", "majority")  # whatever l is
+
+
+def clusters_of(tasks: list[str]) -> list[list[str]]:
+    """Tasks that share their inputs: functions of one domain ("verb: past"), and those of splits.json."""
+    domains = defaultdict(list)
+    for task in tasks:
+        domains[task.partition(": ")[0] if ": " in task else task].append(task)
+    table = json.loads((ROOT / "splits.json").read_text(encoding="utf-8"))
+    return [*domains.values(), *table["metaicl"]["clusters"]]
+
+
+def carried(records: list[dict]) -> dict:
+    """{"tokens": mean T_d, "methods": {l: {method: {mean, std, accuracy, gain, gap}}}}.
+
+    mean and std are of the headline, in percent; gain is the recovered one, None where icl gains nothing; gap
+    is MEND's mean minus the method's: {gap, low, high, tasks}, None for mend itself.
+    """
+    both = [r for r in records if r["method"] in SAME]
+    lengths = sorted({r["distill_len"] for r in records if r["method"] not in SAME}, reverse=True)
+    clusters = clusters_of(sorted({r["task"] for r in records}))
+    tokens = [r["demo_tokens"] for r in both if r["method"] == "icl" and r.get("demo_tokens")]
+    found: dict[int, dict] = {}
+    for length in lengths or [0]:
+        here = [*both, *(r for r in records if r["method"] not in SAME and r["distill_len"] == length)]
+        cells = {m: [r for r in here if r["method"] == m] for m in ORDER}
+        scores = {m: scores_of(rows) for m, rows in cells.items() if rows}
+        gains = gains_of(here)
+        found[length] = {m: summary(s) | {
+            "accuracy": 100 * float(np.mean([r["accuracy"] for r in cells[m]])),
+            "gain": gains[m]["gain"] if m in gains else None,
+            "gap": None if m == "mend" or "mend" not in scores else paired_interval(
+                scores["mend"], s, clusters)} for m, s in scores.items()}
+    return {"tokens": float(np.mean(tokens)) if tokens else None, "methods": found}
+
+
+def table_lines(name: str, made: dict) -> list[str]:
+    """The Markdown of one results file: a row for each method and l."""
+    any_row = next(iter(next(iter(made["methods"].values())).values()))
+    tokens = "" if made["tokens"] is None else f", {made['tokens']:.0f} tokens of demonstrations on average"
+    lines = [f"{name}: {any_row['tasks']} tasks, {any_row['queries']} queries a set, {any_row['seeds']} "
+             f"sets{tokens}", "",
+             "| l | method | headline | accuracy | recovered gain | MEND minus it |", "|---" * 6 + "|"]
+    for length, rows in made["methods"].items():
+        for method, r in rows.items():
+            gain = "" if r["gain"] is None or method in ("icl", "zero_shot") else f"{r['gain']:.0%}"
+            gap = r["gap"] and f"{r['gap']['gap']:+.1f} [{r['gap']['low']:+.1f}, {r['gap']['high']:+.1f}]"
+            std = f" ±{r['std']:.1f}" if r["seeds"] > 1 else ""
+            lines.append(f"| {length} | {method} | {r['mean']:.1f}{std} | {r['accuracy']:.1f} | {gain} | "
+                         f"{gap or ''} |")
+    return lines
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="+", help="results files of evaluate.py")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> dict:
+    args = get_parser().parse_args(argv)
+    made = {}
+    for file in args.files:
+        records = read_results(Path(file))
+        check((bool(records), f"{file} has no lines; make it with evaluate.py --out {file}"))
+        require_fields(records, "paper.carried")
+        made[Path(file).stem] = carried(records)
+        print("\n".join(table_lines(Path(file).stem, made[Path(file).stem])) + "\n")
+    return finish({"files": args.files}) | {"made": made}
+
+
+if __name__ == "__main__":
+    run_main(main)

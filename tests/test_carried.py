@@ -1,0 +1,53 @@
+"""Tests of carried.py: means, gains and gaps by hand."""
+
+import json
+
+import pytest
+
+from common import UserError
+from paper import carried
+
+
+def lines(method: str, headlines: dict[str, float], distill_len: int, seed: int = 100) -> list[dict]:
+    return [{"method": method, "task": task, "seed": seed, "headline": headline, "accuracy": headline / 2,
+             "n": 8, "distill_len": distill_len, "demo_tokens": 60} for task, headline in headlines.items()]
+
+
+BOTH = [*lines("zero_shot", {"verb: past": 0.1, "verb: she": 0.1, "date: year": 0.3}, 32),
+        *lines("icl", {"verb: past": 0.5, "verb: she": 0.9, "date: year": 0.2}, 32)]
+
+
+def test_functions_of_a_domain_are_one_cluster():
+    clusters = carried.clusters_of(["verb: past", "verb: she", "date: year", "ag_news"])
+    assert clusters[:3] == [["verb: past", "verb: she"], ["date: year"], ["ag_news"]]
+    assert ["ethos-national_origin", "ethos-race", "ethos-religion"] in clusters
+
+
+def test_figures_by_hand():
+    records = [*BOTH, *lines("mend", {"verb: past": 0.5, "verb: she": 0.5, "date: year": 0.2}, 16),
+               *lines("last_l", {"verb: past": 0.4, "verb: she": 0.2, "date: year": 0}, 16),
+               *lines("mend", {"verb: past": 0.1, "verb: she": 0.1, "date: year": 0.1}, 8)]
+    made = carried.carried(records)
+    assert made["tokens"] == 60 and list(made["methods"]) == [16, 8]
+    first, second = made["methods"][16], made["methods"][8]
+    assert first["mend"]["mean"] == pytest.approx(40) and first["mend"]["accuracy"] == pytest.approx(20)
+    # icl gains on the two verbs alone: (0.5 - 0.1) / (0.7 - 0.1)
+    assert first["mend"]["gain"] == pytest.approx(2 / 3) and second["mend"]["gain"] == pytest.approx(0)
+    gap = first["last_l"]["gap"]  # of 10, 30 and 20 points: two clusters, whose residuals sum to 0
+    assert (gap["gap"], gap["tasks"]) == (pytest.approx(20), 3)
+    assert gap["high"] - gap["low"] == pytest.approx(0, abs=1e-9)
+    assert first["mend"]["gap"] is None
+
+
+def test_command(tmp_path, capsys):
+    path = tmp_path / "ratios-x.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in [
+        *BOTH, *lines("mend", {"verb: past": 0.5, "verb: she": 0.5, "date: year": 0.2}, 16)]))
+    with pytest.raises(UserError, match="the results lack checkpoint"):
+        carried.main([str(path)])
+    with pytest.raises(UserError, match="has no lines"):
+        carried.main([str(tmp_path / "none.jsonl")])
+    print("\n".join(carried.table_lines("x", carried.carried(carried.read_results(path)))))
+    out = capsys.readouterr().out
+    assert "x: 3 tasks, 24 queries a set, 1 sets, 60 tokens" in out
+    assert "| 16 | mend | 40.0 | 20.0 | 67% |  |" in out
