@@ -1,4 +1,7 @@
-"""What training looks at between its steps: held-out text and the tasks' dev examples, in full precision."""
+"""What training looks at between its steps: held-out text and the tasks' dev examples, in full precision.
+
+    python -m paper.held_out --checkpoint DIR --corpus FOLDER --distill-len 32       # the text, on its own
+"""
 
 import argparse
 import contextlib
@@ -8,8 +11,10 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from common import sum_over_ranks, world
+import common
+from common import check, finish, parse, run_main, setup, sum_over_ranks, world
 from data import Corpus, Encoder, collate
+from loading import checkpoint_id, load_all
 from model import answer_mask, demo_prefix, loss_mask, query_states, teacher_and_student
 from score import distill_loss, one_prefix, option_scores, passes, pred_loss, task_figures
 from sources.tasks import SEEDS, Tasks, demonstration_set, require_options
@@ -105,3 +110,31 @@ def evaluate_kl(llm, distiller, corpus: Corpus, args, device, bos_id) -> dict:
     vectors, no_context, last_l = (value / tokens for value in kl)
     return {"val_kl": vectors, "val_kl_no_context": no_context, "val_kl_last_l": last_l,
             "recovered": 1 - vectors / no_context}
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = common.make_parser(__doc__, "preset", "llm", "distill-len", "corpus", "device")
+    group = parser.add_argument_group("held-out text")
+    group.add_argument("--checkpoint", required=True, help="run folder or checkpoint file")
+    group.add_argument("--window", type=int, default=256, help="tokens taken from each document")
+    group.add_argument("--beta", type=float, default=0.8, help="share of a window that is D; the rest is x")
+    group.add_argument("--min-doc-len", type=int, default=64, help="shortest document to use, in tokens")
+    group.add_argument("--eval-docs", type=int, default=64, help="windows")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> dict:
+    args = parse(get_parser(), argv)
+    check(*common.shared_rules(args), *common.at_least(args, 8, "window", "min_doc_len"),
+          *common.at_least(args, 1, "eval_docs"), (0 < args.beta < 1, f"--beta is {args.beta}; give a share"))
+    vars(args).update(dtype="fp32", template="space", context_len=args.window, batch_size=8)
+    device = setup(args, training=False)
+    llm, distiller, _, encoder = load_all(args, device)
+    corpus = Corpus(args.corpus, encoder.tokenizer, args.window, args.min_doc_len)
+    figures = evaluate_kl(llm, distiller, corpus, args, device, encoder.tokenizer.bos_id)
+    return finish({"corpus": corpus.name, "hash": corpus.hash, "windows": args.eval_docs,
+                   "distill_len": args.distill_len, "checkpoint": checkpoint_id(args.checkpoint), **figures})
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,18 @@
+"""Tests of held_out.py's command; what it computes is tested beside the losses, in test_score.py."""
+
+import pytest
+
+import paper.held_out
+import train_pretrain
+from common import UserError
+
+
+def test_held_out_text_of_a_checkpoint_is_what_training_saw(flags, corpus_dir, tmp_path):
+    text = ["--corpus", str(corpus_dir), "--window", "32", "--min-doc-len", "32", "--eval-docs", "3"]
+    trained = train_pretrain.main([*flags, *text, "--steps", "1", "--batch-size", "2", "--k", "4",
+                                   "--out-dir", str(tmp_path)])
+    given = [*flags[:flags.index("--distiller")], "--checkpoint", str(tmp_path), "--device", "cpu"]
+    found = paper.held_out.main([*given, *text])
+    assert found["distill_len"] == 4 and found["val_kl"] == pytest.approx(trained["val_kl"], rel=1e-4)
+    with pytest.raises(UserError, match="--beta is 2.0"):
+        paper.held_out.main([*given, *text, "--beta", "2"])
