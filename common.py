@@ -221,9 +221,6 @@ def setup(args: argparse.Namespace, training: bool) -> torch.device:
     if device.type == "cuda":
         # plans its kernels anew for each shape, and here every batch has another (a step took twice as long)
         torch.backends.cuda.enable_cudnn_sdp(False)
-    elif training:
-        # the CPU's own, whose backward pass in bf16 takes three times as long as products and a softmax
-        torch.backends.cuda.enable_flash_sdp(False)
     if args.dtype == "auto":
         if device.type == "cuda":
             args.dtype = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
