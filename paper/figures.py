@@ -368,7 +368,8 @@ def main(argv: list[str] | None = None) -> dict:
            "`python -m paper.figures curves out/pretrain`, and the others take none")))
     args.command = shlex.join(["python", "-m", "paper.figures", *(sys.argv[1:] if argv is None else argv)])
     out = Path(args.out)
-    check((not out.is_file(), f"--out {out} is a file; give a folder"), common.place_rule("--out", args.out))
+    check((not out.is_file(), f"--out {out} is a file; give a folder"),
+          common.place_rule("--out", f"{out}/{args.name}.png"))
     out.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(STYLE):
         fig, drawn = FIGURES[args.name](args)

@@ -138,10 +138,10 @@ def convert_llm(archives: list[Path], out: Path, args: argparse.Namespace) -> di
     gguf = out / "gguf" / "model.gguf"
     gguf.parent.mkdir()
     join_gguf(archives, gguf, out)
-    config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
     if hasattr(config, "quantization_config"):  # the weights are saved dequantised
         del config.quantization_config
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
     llm = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     # from_pretrained(gguf_file=...) would load the same tensors, but asks for the accelerate package.
     tensors = load_gguf_checkpoint(str(gguf), return_tensors=True, model_to_load=llm)["tensors"]

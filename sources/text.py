@@ -1,5 +1,7 @@
 """Where text comes from: tokenizers, files and the hub. No tensors."""
 
+import contextlib
+import functools
 import gzip
 import hashlib
 import json
@@ -10,18 +12,25 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from huggingface_hub import try_to_load_from_cache
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
 import common
 from common import UserError, check, require_hub
 from sources import assets
+from sources.files import content_hash
 
 HUB_TASKS, HUB_TEXT = "bigheiniuJ/EvalMetaICLAll", "allenai/c4"
 HUB_REVISIONS = {  # of the data sets' repositories, so that a run reads what another one read
     HUB_TEXT: "1588ec454efa1a09f29cd18ddd04fe05fc8653a2",
     HUB_TASKS: "main",  # not pinned: none of its commit hashes was known when this was written
 }
+
+
+def first_line(error: BaseException) -> str:
+    """An error's kind and the first line of what it says."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"
 
 
 class Tokenizer:
@@ -33,10 +42,10 @@ class Tokenizer:
     def __init__(self, name: str):
         assets.ensure(name)
         try:
-            self.hf = AutoTokenizer.from_pretrained(name)
-        except (OSError, ValueError) as error:
-            raise UserError(f"no tokenizer at {name}: {str(error).splitlines()[0]} Give the hub name or the "
-                            "folder of a model; the pocket preset's comes from `make assets`, and T5's needs "
+            self.hf = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        except Exception as error:  # a broken file can break any of the libraries below
+            raise UserError(f"no tokenizer at {name} ({first_line(error)}). Give the hub name or the folder "
+                            "of a model; the pocket preset's comes from `make assets`, and T5's needs "
                             "the packages sentencepiece and protobuf") from error
         self.name = name
         first = self.hf("a")["input_ids"][:1]
@@ -58,6 +67,31 @@ class Tokenizer:
             return self.reference(text)
         ids = self.to_id[self.encoding.encode_ordinary(text)] if text else ()
         return [int(i) for i in ids if i >= 0]  # transformers too drops a byte that the vocabulary lacks
+
+
+def model_hashes(name: str) -> dict[str, str]:
+    """Hashes of the weights and the tokenizer of a model's folder or hub name; {} where it has no files."""
+    cached = try_to_load_from_cache(name, "config.json") if name and not Path(name).is_dir() else None
+    folder = Path(cached).parent if isinstance(cached, str) else Path(name)
+    files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    if not name or not files:
+        return {}
+    stamp = tuple((path, path.stat().st_mtime_ns, path.stat().st_size) for path in folder.glob("*.*"))
+    return hashes_of(name, tuple(files), stamp)
+
+
+def llm_hash(name: str) -> str:
+    """A model's hashes in one word, for results."""
+    return "/".join(model_hashes(name).values())
+
+
+@functools.lru_cache(maxsize=2)
+def hashes_of(name: str, files: tuple[Path, ...], stamp: tuple) -> dict[str, str]:
+    """`model_hashes` of these files; `stamp` is what changes when one of them does."""
+    hashes = {"weights_hash": content_hash(list(files))}
+    with contextlib.suppress(UserError):  # a model without a tokenizer
+        hashes["tokenizer_hash"] = Tokenizer(name).fingerprint
+    return hashes
 
 
 def tiktoken_encoding(tokenizer_json: str):
@@ -133,6 +167,8 @@ def json_lines(path: Path, expected: str) -> Iterator[tuple[str, dict]]:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     row = json.loads(line)
+                    if "\\ud" in line.lower():  # half of a pair of \\u escapes is no text
+                        json.dumps(row, ensure_ascii=False).encode()
                     if not isinstance(row, dict):
                         raise TypeError(f"found a {type(row).__name__}")
                     yield f"{path}, line {number}", row
