@@ -37,6 +37,7 @@ from paper import pictures
 from paper.pictures import GREY, METHODS, STYLE, caption
 from paper.summary import read_results, scores_of
 from paper.tables import latest, require_fields, summary
+from sources.files import whole
 
 # what stands before the query in Fig. 3: label, colour, hatch of bars, style of lines
 COSTS = {"icl": ("vanilla ICL", "#000000", "", "-"), "icl_cached": ("ICL, cached", "#56B4E9", "//", "--"),
@@ -373,8 +374,9 @@ def main(argv: list[str] | None = None) -> dict:
     out.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(STYLE):
         fig, drawn = FIGURES[args.name](args)
-        fig.savefig(out / f"{args.name}.png")
-        fig.savefig(out / f"{args.name}.svg", metadata={"Date": None})  # the same figures make the same file
+        with whole(out / f"{args.name}.png") as png, whole(out / f"{args.name}.svg") as svg:
+            fig.savefig(png, format="png")
+            fig.savefig(svg, format="svg", metadata={"Date": None})  # the same figures make the same file
     return finish({"figure": args.name, "files": [str(out / f"{args.name}.{kind}")
                                                   for kind in ("png", "svg")]}
                   ) | {"drawn": drawn}

@@ -10,6 +10,8 @@ import json
 import math
 import os
 import re
+import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from safetensors import SafetensorError
 
 from common import UserError, check, is_main
 
-TEMPORARY = re.compile(r"\..+\.\d+\.mend\.tmp")  # names that `whole` gives, and nobody else
+TEMPORARY = re.compile(r"\..+\.(\d+)\.mend\.tmp")  # names that `whole` gives, and nobody else
 HELD: dict[Path, FileLock] = {}
 
 
@@ -28,7 +30,7 @@ def whole(path: str | Path) -> Iterator[Path]:
     umask's mode. After any fault `path` is as it was."""
     path = Path(path)
     target = Path(os.path.realpath(path))  # a link stays one
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.mend.tmp")
+    temporary = temporary_of(target)
     try:
         if target.exists() and not target.is_file():
             raise OSError("it is no plain file")
@@ -47,6 +49,11 @@ def whole(path: str | Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def temporary_of(target: Path) -> Path:
+    """The name beside a file or folder under which it is made."""
+    return target.with_name(f".{target.name}.{os.getpid()}.mend.tmp")
 
 
 def sync_folder(folder: Path) -> None:
@@ -134,28 +141,44 @@ def keep_lines(path: Path, keep: Callable[[dict], bool]) -> None:
         write_whole(path, b"".join(kept))
 
 
-def hold(place: Path, flag: str) -> None:
+def hold(place: Path, flag: str, wait: bool = False) -> None:
     """Take `place`, a folder or a file to be written, for this process (of several ranks the first), until
-    `release` or its end; and clear away what killed writers left there. Raises UserError where another
-    process has it."""
+    `release` or its end; and clear away what killed writers left there. Where another process has it, wait
+    for its end, or raise UserError."""
     place = Path(os.path.realpath(place))
     if place in HELD or not is_main():
         return
     folder = place if place.is_dir() else place.parent
     name = ".mend.lock" if place.is_dir() else f".{place.name}.mend.lock"
-    lock = FileLock(folder / name, timeout=0)
+    lock = FileLock(folder / name)
     try:
-        lock.acquire()
-    except Timeout as error:
-        raise UserError(f"another process is writing to {flag} {place}; wait for its end, or give another "
-                        f"{flag}") from error
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            if not wait:
+                raise UserError(f"another process is writing to {flag} {place}; wait for its end, or give "
+                                f"another {flag}") from error
+            print(f"another process is writing to {place}: waiting for its end", file=sys.stderr)
+            lock.acquire()
     except (OSError, NotImplementedError) as error:
         raise UserError(f"{flag} {place} cannot be locked ({error}); give another place") from error
     HELD[place] = lock
     for path in folder.iterdir():
         own = place.is_dir() or path.name.startswith(f".{place.name}.")
-        if own and TEMPORARY.fullmatch(path.name):
-            path.unlink(missing_ok=True)
+        match = TEMPORARY.fullmatch(path.name)
+        # of several ranks the others may be writing just now, each under its number
+        if own and match and not ("RANK" in os.environ and is_alive(int(match[1]))):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def release(place: Path) -> None:
@@ -165,9 +188,9 @@ def release(place: Path) -> None:
 
 
 @contextlib.contextmanager
-def held(place: Path, flag: str) -> Iterator[None]:
+def held(place: Path, flag: str, wait: bool = False) -> Iterator[None]:
     """`hold` over a block."""
-    hold(place, flag)
+    hold(place, flag, wait)
     try:
         yield
     finally:

@@ -1,8 +1,10 @@
 """Where tasks come from: MetaICL's files, a folder laid out alike, the hub, or made here (Sec. 4.1)."""
 
+import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -14,6 +16,7 @@ from tqdm import tqdm
 import common
 from common import FUNCTIONS, ROOT, UserError, check
 from sources import assets
+from sources.files import held, temporary_of
 from sources.text import HUB_REVISIONS, HUB_TASKS, Tokenizer, hub_rows, json_lines
 
 SEEDS = (100, 13, 21, 42, 87)
@@ -205,23 +208,40 @@ def hub_tasks() -> Path:
     folder = common.CACHE / f"metaicl-{HUB_REVISIONS[HUB_TASKS][:12]}"
     if folder.is_dir():
         return folder
+    common.CACHE.mkdir(parents=True, exist_ok=True)
+    with held(common.CACHE, "the cache", wait=True):  # another process may be fetching them
+        if not folder.is_dir():
+            fetch_hub_tasks(folder)
+    return folder
+
+
+def fetch_hub_tasks(folder: Path) -> None:
+    """Write MetaICL's tasks of the hub into `folder`, which appears when it is whole."""
     columns = ("task", "input", "output", "options", "seed", "split")
-    temporary = common.CACHE / f"metaicl.{os.getpid()}.tmp"
+    temporary = temporary_of(folder)
     shutil.rmtree(temporary, ignore_errors=True)
     stems = {"meta_train": "16384_100_train", "meta_eval": "16_{seed}_{split}",
              "meta_eval_100shot": "100_{seed}_{split}"}
-    for split, stem in stems.items():
-        rows = hub_rows("--tasks metaicl", HUB_TASKS, split=split, columns=columns)
-        for row in tqdm(rows, desc=f"MetaICL {split}"):
-            name = row["task"]
-            (temporary / name).mkdir(parents=True, exist_ok=True)
-            with (temporary / name / f"{name}_{stem.format(**row)}.jsonl").open("a") as file:
-                file.write(json.dumps({k: row[k] for k in ("task", "input", "output", "options")}) + "\n")
     try:
-        os.replace(temporary, folder)
-    except OSError:  # another rank was first
-        shutil.rmtree(temporary)
-    return folder
+        for split, stem in stems.items():
+            rows = hub_rows("--tasks metaicl", HUB_TASKS, split=split, columns=columns)
+            for row in tqdm(rows, desc=f"MetaICL {split}"):
+                name, stem_of = row["task"], stem.format(**row)
+                check((is_plain_name(name) and is_plain_name(stem_of),
+                       f"--tasks metaicl: the hub's data name a task {str(name)[:60]!r} with a file "
+                       f"{stem_of[:60]!r}, which are no plain names; nothing was kept"))
+                (temporary / name).mkdir(parents=True, exist_ok=True)
+                with (temporary / name / f"{name}_{stem_of}.jsonl").open("a") as file:
+                    file.write(json.dumps({k: row[k] for k in ("task", "input", "output", "options")}) + "\n")
+        with contextlib.suppress(OSError):  # another rank was first
+            os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def is_plain_name(name) -> bool:
+    """Whether a name from elsewhere can be that of a file in its folder, and of no other place."""
+    return isinstance(name, str) and re.fullmatch(r"\w[\w.:+-]{0,99}", name, re.ASCII) is not None
 
 
 def read_examples(path: Path) -> list[dict]:

@@ -5,10 +5,9 @@ import functools
 import gzip
 import hashlib
 import json
-import os
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ from transformers import AutoTokenizer
 import common
 from common import UserError, check, require_hub
 from sources import assets
-from sources.files import content_hash
+from sources.files import content_hash, held, whole, write_whole
 
 HUB_TASKS, HUB_TEXT = "bigheiniuJ/EvalMetaICLAll", "allenai/c4"
 HUB_REVISIONS = {  # of the data sets' repositories, so that a run reads what another one read
@@ -229,19 +228,47 @@ def hub_documents() -> Iterator[str]:
         yield row["text"]
 
 
+def cached_tokens(folder: Path, documents: Callable[[], Iterator[str]],
+                  tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens of all documents, uint32, and where each document ends: those in `folder` where they are
+    whole, by their hash, else made anew."""
+    found = read_tokens(folder)
+    if found is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        with held(folder, "the cache", wait=True):  # another process may be making them
+            found = read_tokens(folder)
+            if found is None:
+                write_tokens(folder, documents(), tokenizer)
+    return found or read_tokens(folder)
+
+
+def read_tokens(folder: Path) -> tuple[np.ndarray, np.ndarray] | None:
+    """What `write_tokens` wrote; None unless it is there and whole."""
+    try:
+        about = json.loads((folder / "about.json").read_text())
+        tokens = np.memmap(folder / "tokens.bin", dtype=np.uint32, mode="r")
+        ends = np.frombuffer((folder / "ends.bin").read_bytes(), dtype=np.int64)
+        digest = hashlib.sha256(tokens)
+        digest.update(ends)
+        return (tokens, ends) if about == {"sha256": digest.hexdigest()} else None
+    except (OSError, ValueError):
+        return None
+
+
 def write_tokens(folder: Path, documents: Iterator[str], tokenizer: Tokenizer) -> None:
-    """Tokenise documents into folder/tokens.bin (uint32) and folder/ends.npy (each document's end)."""
-    folder.mkdir(parents=True, exist_ok=True)
-    ends, total = [], 0
-    temporary = folder / f"tokens.{os.getpid()}.tmp"
-    with temporary.open("wb") as file:
+    """Tokenise documents into folder/tokens.bin (uint32), ends.bin (each document's end, int64) and the hash
+    of both."""
+    ends, total, digest = [], 0, hashlib.sha256()
+    with whole(folder / "tokens.bin") as temporary, temporary.open("wb") as file:
         for text in tqdm(documents, desc="tokenising", unit=" documents"):
             ids = np.asarray(tokenizer.encode(text), dtype=np.uint32)
             file.write(ids.tobytes())
+            digest.update(ids.tobytes())
             total += len(ids)
             ends.append(total)
-    if not total:
-        raise UserError('the corpus holds no text at all; give .jsonl lines with a "text", or .txt files')
-    os.replace(temporary, folder / "tokens.bin")
-    np.save(folder / f"ends.{os.getpid()}.tmp.npy", np.asarray(ends, dtype=np.int64))
-    os.replace(folder / f"ends.{os.getpid()}.tmp.npy", folder / "ends.npy")  # last: it says "complete"
+        if not total:
+            raise UserError('the corpus holds no text at all; give .jsonl lines with a "text", or .txt files')
+    ends = np.asarray(ends, dtype=np.int64).tobytes()
+    digest.update(ends)
+    write_whole(folder / "ends.bin", ends)
+    write_whole(folder / "about.json", json.dumps({"sha256": digest.hexdigest()}))

@@ -1,23 +1,33 @@
 """Nothing lost, nothing false: faults of the numbers, of what is read, of the machine, and of two at once."""
 
 import json
+import os
+import re
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import load, read_lines, save_distiller, write_lines
 from safetensors.torch import load_file, save_file
-from training import metrics, state_of, train
+from training import assert_same, metrics, state_of, stub_dev, train
 
 import common
 import evaluate
 import loading
 import run
+import sources.tasks
 import train_finetune
+import train_pretrain
 from common import UserError
+from data import Corpus
 from loading import load_checkpoint, load_distiller, load_llm
-from sources import files
+from sources import assets, files
+from sources.tasks import read_examples, require_options
 
 # Numbers that mean nothing
 
@@ -126,7 +136,6 @@ def test_a_gradient_that_is_no_number_changes_nothing_and_a_lower_rate_goes_on(s
 
 
 def test_an_evaluation_that_is_no_number_is_never_best(script, argv, tmp_path, monkeypatch):
-    from training import stub_dev
     stub_dev(monkeypatch, script, [float("nan")])
     with pytest.raises(UserError, match="the val_option_ce at step 0 is nan"):
         train(script, argv, tmp_path / "run")
@@ -134,7 +143,6 @@ def test_an_evaluation_that_is_no_number_is_never_best(script, argv, tmp_path, m
 
 
 def test_weights_that_an_update_spoils_are_not_saved(pretraining, quick_dev, tmp_path, monkeypatch):
-    import train_pretrain
     step = torch.optim.AdamW.step
 
     def huge(optimizer, *a, **kw):
@@ -242,7 +250,6 @@ def test_a_broken_test_file_is_named_with_its_line(flags, tasks_dir, tmp_path, c
 
 
 def test_options_that_the_llm_cannot_tell_apart_are_named_with_their_line(tasks_dir, tmp_path, tiny_tasks):
-    from sources.tasks import read_examples, require_options
     path = tmp_path / "t.jsonl"
     row = read_lines(tasks_dir / "emo" / "emo_16_13_test.jsonl")[0]
     write_lines(path, [row, row | {"options": [*row["options"], row["options"][0]]}, row])
@@ -274,3 +281,272 @@ def test_changed_task_data_are_not_gone_on_with(finetuning, quick_dev, tasks_dir
     rewrite(last, age)
     assert train(train_finetune, argv, tmp_path / "run", "--resume")["steps"] == 1
     assert common.OUT.exists() is False
+
+
+# Files
+
+
+FOREIGN = {"notes.txt": "my notes\nof a year\n", "one line.txt": "my notes", "list.jsonl": "[1]\n",
+           "pretty.json": '{\n  "a": 1\n}\n', "metrics.jsonl": '{"step": 1, "kl": 0.5}\n',
+           "table1.jsonl": '{"split": "class_to_class", "train": {}}\n', "binary": "\0\1\2"}
+
+
+@pytest.fixture
+def evaluating(flags) -> list[str]:
+    """evaluate.py on four queries of two tasks."""
+    flags = [f for f in flags if f not in ("--distiller", "layers:2")]
+    return [*flags, "--k", "4", "--methods", "icl", "zero_shot", "--seeds", "13", "--limit", "4"]
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_file_that_holds_something_else_is_not_written_to(evaluating, tmp_path, name):
+    path = tmp_path / name
+    path.write_text(FOREIGN[name])
+    with pytest.raises(UserError, match="is not a results file of evaluate.py"):
+        evaluate.main([*evaluating, "--out", str(path)])
+    assert path.read_text() == FOREIGN[name]
+
+
+@pytest.mark.parametrize("place, fault", [
+    ("/dev/full", "is no plain file"), ("/dev/null", "is no plain file"), ("FOLDER", "is a folder"),
+    ("FILE/x", "stands under a file"), ("a" * 250, "too long a name"), ("/proc/x", "cannot be|must not")])
+def test_places_that_cannot_be_written_to_are_refused(script, argv, evaluating, tmp_path, place, fault):
+    (tmp_path / "FILE").write_text("x")
+    (tmp_path / "FOLDER").mkdir()
+    place = str(tmp_path / place)
+    if "proc" not in place:
+        with pytest.raises(UserError, match=f"--out .*{fault}"):
+            evaluate.main([*evaluating, "--out", place])
+    if "FOLDER" not in place and "null" not in place:
+        with pytest.raises((UserError, OSError)):
+            script.main([*argv, "--out-dir", place])
+    assert Path("/dev/full").is_char_device() and (tmp_path / "FILE").read_text() == "x"
+
+
+def test_a_line_is_whole_or_not_there(tmp_path, monkeypatch):
+    path = tmp_path / "lines.jsonl"
+    files.append(path, {"a": 1})
+    for cut, kept in (('{"a": 2', 1), ('{"a": 2}', 2)):
+        path.write_text('{"a": 1}\n' + cut)
+        files.append(path, {"a": 3})
+        assert [line["a"] for line in read_lines(path)] == [1, 2, 3][:kept] + [3] * (kept < 3)
+    before = path.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        with pytest.raises(UserError, match="No space left.*give the same command again"):
+            files.append(path, {"a": 4})
+    assert path.read_bytes() == before
+    with pytest.raises(UserError, match="kl not finite"):
+        files.append(path, {"kl": float("nan")})
+    path.write_text("my notes")
+    with pytest.raises(UserError, match="its last line is no JSON"):
+        files.append(path, {"a": 1})
+    assert path.read_text() == "my notes"
+
+
+@pytest.mark.parametrize("fault", [KeyboardInterrupt, OSError(28, "No space left on device")])
+@pytest.mark.parametrize("moment", ["os.replace", "os.fsync", "pathlib.Path.write_bytes"])
+def test_a_file_is_the_old_one_or_the_new_one(tmp_path, monkeypatch, fault, moment):
+    path = tmp_path / "file"
+    files.write_whole(path, "old")
+    with monkeypatch.context() as patch:
+        patch.setattr(moment, lambda *_: (_ for _ in ()).throw(fault))
+        with pytest.raises((UserError, KeyboardInterrupt)):
+            files.write_whole(path, "new")
+    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["file"]
+    link = tmp_path / "link"
+    link.symlink_to(path)
+    files.write_whole(link, "new")
+    assert link.is_symlink() and path.read_text() == "new"
+
+
+def test_a_checkpoint_has_the_mode_that_the_umask_gives(tmp_path):
+    before = os.umask(0o027)
+    try:
+        files.write_tensors(tmp_path / "t.safetensors", {"a": torch.ones(1)}, {})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "t.safetensors").stat().st_mode & 0o777 == 0o640
+
+
+def test_nothing_else_opens_a_file_for_writing():
+    """But for what fills a folder that appears by a rename, and the kernel's own files."""
+    writes = re.compile(r"""open\([^)]*["'][wax]|write_text|write_bytes|savefig\((?!png|svg)|np\.save|"""
+                        r"""save_file|os\.replace|\.rename\(""")
+    allowed = {"sources/files.py", "sources/bigbench.py", "sources/assets.py", "sources/tasks.py"}
+    found = {f"{path.relative_to(common.ROOT)}: {line.strip()}"
+             for folder in (".", "sources", "paper") for path in (common.ROOT / folder).glob("*.py")
+             if str(path.relative_to(common.ROOT)) not in allowed
+             for line in path.read_text().splitlines() if writes.search(line) and "/proc/" not in line}
+    assert found == {
+        'sources/text.py: with whole(folder / "tokens.bin") as temporary, temporary.open("wb") as file:'}
+
+
+def test_what_killed_writers_left_is_cleared_away_and_nothing_else(pretraining, quick_dev, tmp_path):
+    folder = tmp_path / "run"
+    train(train_pretrain, [*pretraining, "--steps", "1"], folder)
+    (folder / ".last.safetensors.12345.mend.tmp").write_bytes(bytes(100))
+    for name in ("notes.tmp", "last.tmp", ".mine.tmp", "a.mend.tmp", ".last.safetensors.x.mend.tmp"):
+        (folder / name).write_text("mine")
+    train(train_pretrain, [*pretraining, "--steps", "2"], folder, "--resume")
+    left = {p.name for p in folder.iterdir()} - {"last.safetensors", "best.safetensors", "metrics.jsonl",
+                                                 ".mend.lock"}
+    assert left == {"notes.tmp", "last.tmp", ".mine.tmp", "a.mend.tmp", ".last.safetensors.x.mend.tmp"}
+
+
+def test_lines_of_another_kind_in_the_log_stay(pretraining, quick_dev, tmp_path):
+    folder = tmp_path / "run"
+    train(train_pretrain, [*pretraining, "--steps", "1"], folder)
+    foreign = ["a note\n", "[1, 2]\n", '{"comment": "mine"}\n', '{"step": "later"}\n']
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.writelines([*foreign, '{"step": 9, "kl": 1.0}\n', '{"step": 9, "k'])
+    train(train_pretrain, [*pretraining, "--steps", "2"], folder, "--resume")
+    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    assert [line for line in lines if line in foreign] == foreign
+    steps = [json.loads(line)["step"] for line in lines if line not in foreign]
+    assert steps == [0, 1, 1, 2, 2]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "zeroed", "ends", "no hash"])
+def test_a_damaged_cache_of_the_corpus_is_made_again(corpus_dir, tokenizer, damage):
+    def corpus():
+        return Corpus([str(corpus_dir)], tokenizer, 96, 8)
+    whole = corpus()
+    folder = next(common.CACHE.glob("corpus-*"))
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    rows = whole.training_rows(1, 0, 9, 0.8)
+    del whole
+    name = {"ends": "ends.bin", "no hash": "about.json"}.get(damage, "tokens.bin")
+    content = before[name]
+    (folder / name).write_bytes({"truncated": content[:-8], "zeroed": bytes(len(content)),
+                                 "ends": content[8:], "no hash": b"{}"}[damage])
+    assert corpus().training_rows(1, 0, 9, 0.8) == rows
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("name, split", [
+    ("../../x", "test"), ("/tmp/x", "test"), ("a/b", "test"), ("", "test"), ("..", "test"), (None, "test"),
+    ("unifiedqa:ropes", "../../../x")])
+def test_a_task_of_the_hub_cannot_leave_the_cache(monkeypatch, tmp_path, name, split):
+    row = {"task": name, "input": "x", "output": "y", "options": [], "seed": "13", "split": split}
+    monkeypatch.setattr(sources.tasks, "hub_rows", lambda *a, **kw: iter([row]))
+    before = set(tmp_path.iterdir()) | {common.CACHE}
+    with pytest.raises(UserError, match="no plain names; nothing was kept"):
+        sources.tasks.hub_tasks()
+    assert set(tmp_path.iterdir()) == before and not list(common.CACHE.glob("metaicl*"))
+    assert not list(common.CACHE.rglob("*.jsonl"))
+
+
+def test_an_asset_that_lacks_a_file_does_not_appear(tmp_path, monkeypatch):
+    monkeypatch.setattr(assets, "fetch", lambda pin, folder: folder / "x")
+
+    def convert(archives, out, args):
+        (out / "a.txt").write_text("text")
+        (out / "b.txt").write_text("")  # what a full disk leaves
+        return {"speeches": 2, "files": 2}
+    monkeypatch.setitem(assets.TARGETS, "corpus", (*assets.TARGETS["corpus"][:2], convert))
+    with pytest.raises(ValueError, match="got 1 files, expected 2"):
+        assets.build("corpus", {"sotu": {}}, SimpleNamespace(dir=str(tmp_path)))
+    assert not (tmp_path / "sotu").exists()
+
+
+# Two at once, and signals
+
+
+@pytest.fixture
+def other_process():
+    """Another process that holds the lock of a place."""
+    running = []
+
+    def hold(lock: Path) -> None:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        code = (f"import filelock, sys; lock = filelock.FileLock({str(lock)!r}); lock.acquire(); "
+                "print('held', flush=True); sys.stdin.read()")
+        process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE,
+                                   stdout=subprocess.PIPE, text=True)
+        running.append(process)
+        assert process.stdout.readline() == "held\n"
+    yield hold
+    for process in running:
+        process.kill()
+        process.communicate()
+
+
+def test_a_run_folder_is_one_processs(script, argv, quick_dev, tmp_path, other_process):
+    other_process(tmp_path / "run" / ".mend.lock")
+    with pytest.raises(UserError, match="another process is writing to --out-dir .*run; wait for its end"):
+        train(script, argv, tmp_path / "run")
+    assert [p.name for p in (tmp_path / "run").iterdir()] == [".mend.lock"]
+
+
+def test_a_results_file_is_one_processs(evaluating, tmp_path, other_process):
+    other_process(tmp_path / ".r.jsonl.mend.lock")
+    with pytest.raises(UserError, match="another process is writing to --out .*r.jsonl"):
+        evaluate.main([*evaluating, "--out", str(tmp_path / "r.jsonl")])
+    assert not (tmp_path / "r.jsonl").exists()
+
+
+def signal_in_step(monkeypatch, number: int, step: int) -> None:
+    backward = run.Run.backward
+
+    def interrupted(own, loss, **losses):
+        if own.step == step and not own.stop.code:
+            os.kill(os.getpid(), number)
+        backward(own, loss, **losses)
+    monkeypatch.setattr(run.Run, "backward", interrupted)
+
+
+@pytest.mark.parametrize("name, code", [("SIGTERM", 143), ("SIGINT", 130), ("SIGHUP", 129)])
+def test_a_signal_ends_a_training_behind_its_step_saved(finetuning, tmp_path, monkeypatch, capfd, name, code):
+
+    number = getattr(signal, name)
+    usual = signal.getsignal(number)
+    argv, whole, cut = [*finetuning, "--save-every", "9"], tmp_path / "whole", tmp_path / "cut"
+    train(train_finetune, argv, whole)
+    with monkeypatch.context() as patch:
+        signal_in_step(patch, number, 2)
+        patch.setattr("sys.argv", ["train_finetune.py", "--tasks", "a folder"])
+        with pytest.raises(SystemExit) as stop:
+            train(train_finetune, argv, cut)
+    said = capfd.readouterr()
+    assert stop.value.code == code and name in said.err and signal.getsignal(number) == usual
+    assert "saved behind step 3 of 4; go on with" in said.out
+    assert "\npython train_finetune.py --tasks 'a folder' --resume\n" in said.out
+    assert state_of(cut)["step"] == 3
+    train(train_finetune, argv, cut, "--resume")
+    assert_same(whole, cut)
+    assert metrics(cut, "kl") == metrics(whole, "kl")
+
+
+def test_what_nohup_ignores_stays_ignored(pretraining, quick_dev, tmp_path, monkeypatch):
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        signal_in_step(monkeypatch, signal.SIGHUP, 1)
+        assert train(train_pretrain, pretraining, tmp_path / "run")["steps"] == 4
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_each_call_of_a_run_without_time_makes_a_step(script, argv, quick_dev, tmp_path, capsys):
+    folder = tmp_path / "run"
+    for step in (1, 2, 3, 4):
+        with pytest.raises(SystemExit) as stop:
+            train(script, [*argv, "--save-every", "9"], folder, "--max-minutes", "0", "--resume")
+        assert stop.value.code == 124 and state_of(folder)["step"] == step
+    assert train(script, argv, folder, "--max-minutes", "0", "--resume")["steps"] == 4
+
+
+def test_a_signal_ends_an_evaluation_behind_its_set(evaluating, tmp_path, monkeypatch):
+    one, cut = (str(tmp_path / name) for name in ("whole.jsonl", "cut.jsonl"))
+    evaluate.main([*evaluating, "--out", one])
+    evaluate_one = evaluate.evaluate_one
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "evaluate_one",
+                      lambda *a, **kw: (os.kill(os.getpid(), signal.SIGTERM), evaluate_one(*a, **kw))[1])
+        with pytest.raises(SystemExit) as stop:
+            evaluate.main([*evaluating, "--out", cut])
+    assert stop.value.code == 143 and len(read_lines(Path(cut))) == 1
+    evaluate.main([*evaluating, "--out", cut])
+    assert read_lines(Path(cut)) == read_lines(Path(one)) and len(read_lines(Path(one))) == 4
