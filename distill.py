@@ -12,7 +12,6 @@ where one repeats (C of Eq. 1); else it is written freely. Vectors of Eq. (2), S
 """
 
 import argparse
-import json
 import re
 import time
 from collections import Counter
@@ -38,7 +37,7 @@ from loading import (
 from model import vector_prefix, with_bos
 from score import predict
 from sources.files import write_tensors
-from sources.headers import check_tensors, read_vectors_header, require_same_llm
+from sources.headers import check_tensors, read_vectors_header, require_same_llm, sealed
 from sources.tasks import require_options
 from sources.text import Tokenizer, json_lines
 
@@ -101,7 +100,7 @@ def labels_of(demos: list[dict]) -> list[str]:
 
 def save_vectors(path: str, vectors: Tensor, about: dict) -> None:
     """Write (l, d) fp32 as the tensor "vectors", with what they belong to in the header."""
-    write_tensors(Path(path), {"vectors": vectors.contiguous().cpu()}, {"about": json.dumps(about)})
+    write_tensors(Path(path), {"vectors": vectors.contiguous().cpu()}, sealed("about", about))
 
 
 def is_vectors_file(path: str) -> bool:
@@ -117,7 +116,7 @@ def read_vectors(path: str, llm) -> tuple[Tensor, dict]:
     """The (l, d) vectors of a file and what they are of; raise UserError where they belong to another LLM."""
     try:
         with safe_open(path, framework="pt") as file:
-            vectors, header = file.get_tensor("vectors"), file.metadata()["about"]
+            vectors, header = file.get_tensor("vectors"), file.metadata()
     except (OSError, SafetensorError, KeyError, TypeError) as error:
         raise UserError(f"--vectors {path} is no file that --out has written ({error})") from error
     about, config = read_vectors_header(path, header), llm.config
@@ -147,7 +146,7 @@ def export_checkpoint(source: str | Path, target: Path) -> None:
     backbone = state["model"]["backbone"]
     kept["model"] = name_only(state["model"]) | {"backbone": backbone and name_only(backbone)}
     kept["flags"] = {name: v for name, v in state.get("flags", {}).items() if type(v) in (int, float)}
-    write_tensors(target, weights, {"state": json.dumps(kept)})
+    write_tensors(target, weights, sealed("state", kept))
 
 
 @torch.no_grad()

@@ -189,6 +189,9 @@ def build_distiller(spec: str, llm: PreTrainedModel, distill_len: int, start: st
         start: what the vectors start from, plain, matched or residual (--vector-start).
         backbone_config: of a checkpoint: build the architecture from it and leave the weights to be loaded.
     """
+    longest = max_positions(llm.config) or 1 << 14
+    check((1 <= distill_len <= longest,
+           f"--distill-len is {distill_len}, and this LLM reads {longest} tokens at most; give less"))
     llm_embed, own = llm.get_input_embeddings(), not spec.startswith("layers:")
     if spec == "free":
         return FreeVectors(llm_embed, llm.config.vocab_size, distill_len, seed).to(llm.device)
@@ -269,7 +272,7 @@ def load_checkpoint(path: str | Path, weights: bool = True) -> tuple[dict[str, T
         with safe_open(path, framework="pt") as file:
             names = file.keys() if weights else ()
             tensors = {name: file.get_tensor(name) for name in names}
-            state = headers.read_header(file.metadata()["state"])
+            state = headers.read_header("state", file.metadata())
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not a whole checkpoint of this project ({error}); take another one, or "
                         "train again") from error

@@ -5,7 +5,6 @@ previous one. Run state (configuration, step, best value) is JSON in its header.
 """
 
 import argparse
-import json
 import math
 import os
 import time
@@ -22,6 +21,7 @@ import common
 from common import Stop, UserError, check, commit, is_main, place_rule, sum_over_ranks, trim_heap, world
 from loading import load_checkpoint, load_weights
 from sources.files import append, hold, keep_lines, release, write_tensors
+from sources.headers import check_moments, check_resumable, sealed
 
 
 def add_training_flags(parser: argparse.ArgumentParser, run_name: str) -> None:
@@ -94,7 +94,7 @@ def save_checkpoint(path: Path, distiller: nn.Module, state: dict,
         for name, p in distiller.named_parameters():
             for key, t in optimizer.state.get(p, {}).items():
                 tensors[f"optimizer.{name}.{key}"] = t.contiguous()
-    write_tensors(path, tensors, {"state": json.dumps(state)})
+    write_tensors(path, tensors, sealed("state", state))
 
 
 FIXED_FLAGS = ("k", "least_k", "seed", "batch_size", "grad_accum", "warmup", "clip", "window",
@@ -158,6 +158,7 @@ class Run:
     def restore(self, path: Path) -> None:
         """Go on from a checkpoint of the same model, data and flags; raises UserError where these differ."""
         tensors, saved = load_checkpoint(path)
+        check_resumable(path, saved)
         saved["model"]["llm"] = self.state["model"]["llm"] | saved["model"]["llm"]  # older: without hashes
         old, new = ({**state["model"], "ranks": state.get("ranks", self.ranks),
                      **{f"{stage} {name}": value for stage, about in list(state["trained_on"].items())[-1:]
@@ -179,6 +180,7 @@ class Run:
         for name, p in self.distiller.named_parameters():
             prefix = f"optimizer.{name}."
             moments = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+            check_moments(path, name, p.shape, moments)
             if moments:
                 self.optimizer.state[p] = {k: t if k == "step" else t.to(p.device)
                                            for k, t in moments.items()}

@@ -1,6 +1,7 @@
 """Headers of checkpoints and vector files, which anybody may have written: looked at before anything is
 built from them."""
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -12,10 +13,11 @@ from common import UserError, check, is_main
 
 STARTS = ("plain", "matched", "residual")
 TEMPLATES = ("space", "newline", "input-output")
-WHOLE, NUMBER = "a whole number of 0 or more", "a number"
+WHOLE, NUMBER, OPTIONAL = "a whole number of 0 or more", "a number", "a number or nothing"
 KINDS = {  # what a field must be: a type, WHOLE, NUMBER, or the values it can have
-    "state": {"model": dict, "trained_on": dict, "flags": dict, "figures": dict, "notes": list, "step": WHOLE,
-              "bad_evaluations": WHOLE, "ranks": WHOLE, "evaluated": NUMBER},
+    "state": {"model": dict, "trained_on": dict, "flags": dict, "figures": dict, "notes": list,
+              "scaler": dict, "step": WHOLE, "bad_evaluations": WHOLE, "ranks": WHOLE, "evaluated": NUMBER,
+              "best": OPTIONAL},
     "model": {"llm": dict, "distiller": str, "distill_len": WHOLE, "vector_start": STARTS,
               "template": TEMPLATES},
     "about": {"llm": dict, "template": TEMPLATES, "demonstrations": WHOLE, "tokens": WHOLE, "labels": list,
@@ -29,10 +31,20 @@ REMOTE = re.compile(r"auto_map|.*attn_implementation.*|.*experts_implementation.
 LAYERS = re.compile(r"n_layers?|num_(hidden_|decoder_|encoder_)?layers")
 
 
-def read_header(text: str) -> dict:
-    """The object of a header; raises ValueError for anything else, and for NaN and infinity."""
+def sealed(name: str, header: dict) -> dict[str, str]:
+    """A header as safetensors keeps it, with its hash."""
+    text = json.dumps(header)
+    return {name: text, "hash": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def read_header(name: str, metadata: dict[str, str] | None) -> dict:
+    """What `sealed` made of an object, or an older file without a hash holds; raises ValueError or KeyError
+    for anything else, and for NaN and infinity."""
     def refuse(constant: str):
         raise ValueError(f"{constant} in its header")
+    text, seal = metadata[name], metadata.get("hash")
+    if seal not in (None, hashlib.sha256(text.encode()).hexdigest()):
+        raise ValueError("its header was changed")
     header = json.loads(text, parse_constant=refuse)
     if not isinstance(header, dict):
         raise ValueError("its header is no JSON object")
@@ -46,7 +58,9 @@ def fits(value, kind) -> bool:
         return isinstance(value, str) and value in kind
     if kind == WHOLE:
         return number and isinstance(value, int) and 0 <= value < 1 << 40
-    return number if kind == NUMBER else isinstance(value, kind)
+    if kind in (NUMBER, OPTIONAL):
+        return number or (kind == OPTIONAL and value is None)
+    return isinstance(value, kind)
 
 
 def check_fields(path: str | Path, what: str, header: dict, *needed: str) -> None:
@@ -75,6 +89,19 @@ def check_state(path: Path, state: dict) -> None:
         check_fields(path, name, about, *(["split"] * ("tasks" in about)))
     wrong = [name for name, value in state.get("figures", {}).items() if not fits(value, NUMBER)]
     check((not wrong, f"{path} has figures that are no numbers: {', '.join(wrong)[:60]}; take another file"))
+
+
+def check_resumable(path: Path, state: dict) -> None:
+    """Raise UserError unless a checkpoint's state has all that a run goes on with."""
+    check_fields(path, "state", state, "model", "trained_on", "flags", "step", "evaluated", "best",
+                 "bad_evaluations", "figures", "scaler")
+    check_fields(path, "model", state["model"], "llm")
+
+
+def check_moments(path: Path, name: str, shape: torch.Size, moments: dict[str, Tensor]) -> None:
+    """Raise UserError unless an optimiser's moments of a parameter have its shape."""
+    wrong = [key for key, t in moments.items() if t.shape != (torch.Size() if key == "step" else shape)]
+    check((not wrong, f"{path} has optimiser moments of another shape than {name}; take another file"))
 
 
 def is_pretraining(path: str | Path, state: dict) -> bool:
@@ -136,11 +163,11 @@ def check_llm_config(flag: str, config) -> None:
            f"{flag} has a configuration with attn_implementation {str(kernels)[:60]}; take that out"))
 
 
-def read_vectors_header(path: str | Path, text: str) -> dict:
+def read_vectors_header(path: str | Path, metadata: dict[str, str] | None) -> dict:
     """What a file of vectors says of them."""
     try:
-        about = read_header(text)
-    except (ValueError, RecursionError) as error:
+        about = read_header("about", metadata)
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"--vectors {path} is no file that --out has written ({error})") from error
     check_fields(path, "about", about, "llm", "template")
     about = {"demonstrations": 0, "tokens": 0, "labels": []} | about

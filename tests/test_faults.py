@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -12,11 +13,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import load, read_lines, save_distiller, write_lines
+from conftest import load, make_distiller, read_lines, save_distiller, write_lines
 from safetensors.torch import load_file, save_file
 from training import assert_same, metrics, state_of, stub_dev, train
 
 import common
+import distill
 import evaluate
 import loading
 import run
@@ -550,3 +552,237 @@ def test_a_signal_ends_an_evaluation_behind_its_set(evaluating, tmp_path, monkey
     assert stop.value.code == 143 and len(read_lines(Path(cut))) == 1
     evaluate.main([*evaluating, "--out", cut])
     assert read_lines(Path(cut)) == read_lines(Path(one)) and len(read_lines(Path(one))) == 4
+
+
+# Headers and configurations that anybody may have written
+
+
+def with_config(llama: Path, folder: Path, **changes) -> str:
+    folder = shutil.copytree(llama, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    return str(folder)
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"num_hidden_layers": 10 ** 9}, "a configuration of 1000000000 layers"),
+    ({"num_hidden_layers": 1e9}, "cannot be loaded"), ({"num_hidden_layers": -1}, "of -1 layers"),
+    ({"hidden_size": 10 ** 9}, "cannot be loaded"), ({"vocab_size": 10 ** 12}, "cannot be loaded"),
+    ({"num_attention_heads": 0}, "cannot be loaded"), ({"model_type": "nope"}, "cannot be loaded"),
+    ({"model_type": "nope", "auto_map": {"AutoConfig": "evil.Config"}}, "cannot be loaded"),
+    ({"attn_implementation": "some/kernel"}, "attn_implementation some/kernel; take that out"),
+    ({"dtype": "zz"}, "cannot be loaded"), ({"hidden_act": "zz"}, "cannot be loaded")])
+def test_hostile_configurations_of_llm_and_sibling_are_refused(llama, llama_llm, tmp_path, changes, message):
+    name = with_config(llama, tmp_path / "bad", **changes)
+    with pytest.raises(UserError, match=f"--llm .*{message}"):
+        load_llm(name, torch.device("cpu"), torch.float32)
+    with pytest.raises(UserError, match=f"--distiller .*{message}"):
+        loading.build_distiller(name, llama_llm, 4, "matched", 0)
+
+
+def test_no_loader_trusts_code_from_elsewhere():
+    calls = re.compile(r"\.from_pretrained\((?:[^()]|\([^()]*\))*\)", re.DOTALL)
+    found = [call for folder in (".", "sources", "paper") for path in (common.ROOT / folder).glob("*.py")
+             for call in calls.findall(path.read_text())]
+    assert len(found) >= 9
+    assert [c for c in found if "trust_remote_code=False" not in c and "**local" not in c] == []
+
+
+HOSTILE = [None, True, -1, 0, 1e9, 10 ** 12, float("nan"), "", "x" * 5000, "../../x", [], {}, [[1]],
+           {"a": {"b": 1}}]
+
+
+def places(tree: dict, at: tuple = ()) -> list[tuple]:
+    """The path to every field of a tree of objects."""
+    return [p for name, value in tree.items()
+            for p in [(*at, name), *(places(value, (*at, name)) if isinstance(value, dict) else [])]]
+
+
+def mutants(tree: dict, n: int):
+    """n copies of a header with one to three fields gone, or of another value."""
+    rng = random.Random(0)
+    for _ in range(n):
+        copy = json.loads(json.dumps(tree))
+        for place in rng.sample(places(tree), rng.randint(1, 3)):
+            at = copy
+            for name in place[:-1]:
+                at = at.get(name) if isinstance(at, dict) else None
+            if isinstance(at, dict):
+                value = rng.choice([*HOSTILE, "gone"])
+                at.pop(place[-1], None)
+                at |= {} if value == "gone" else {place[-1]: value}
+        yield copy
+
+
+def test_mutated_headers_of_checkpoints_are_errors_or_load(checkpoint, setting):
+    tensors, state = load_checkpoint(checkpoint)
+    state |= {"trained_on": {"pretrain": {"corpus": "c", "objective": "kl", "beta": 0.8},
+                             "finetune": {"tasks": "metaicl", "split": "qa_to_qa", "lam": 1.0}},
+              "figures": {"val_kl": 0.5}, "flags": {"steps": 3}}
+    refused = 0
+    for header in mutants(state, 300):
+        save_file(tensors, checkpoint, metadata={"state": json.dumps(header)})
+        try:
+            _, found = load_distiller(checkpoint, setting.llm)
+            loading.method_of(found)
+        except UserError:
+            refused += 1
+    assert 150 < refused < 300
+
+
+@pytest.mark.parametrize("field, value, message", [
+    ("distill_len", 10 ** 6, "the file has 4 vectors"), ("distiller", "kv:1000000000", "has"),
+    ("distiller", "free", "has"), ("vector_start", "x", "expected one of plain"),
+    ("template", "x", "expected one of space"),
+    ("backbone", {"num_hidden_layers": 10 ** 9}, "num_hidden_layers 1000000000"),
+    ("backbone", {"hidden_size": 64}, "other tensors than its header says"),
+    ("backbone", {"intermediate_size": 10 ** 7}, "other tensors than its header says"),
+    ("backbone", {"vocab_size": 10 ** 7}, "vocab_size 10000000"),
+    ("backbone", {"attn_implementation": "some/kernel"}, "would load code or kernels: attn_implementation"),
+    ("backbone", {"auto_map": {"AutoModel": "x.Y"}}, "would load code or kernels: auto_map"),
+    ("backbone", {"model_type": "nope"}, "no distiller can be built from")])
+def test_headers_that_ask_for_more_than_their_tensors_are_refused(checkpoint, setting, field, value, message):
+    def change(_, state):
+        new = state["model"][field] | value if isinstance(value, dict) else value
+        state["model"][field] = new
+    with pytest.raises(UserError, match=message):
+        load_distiller(rewrite(checkpoint, change), setting.llm)
+
+
+def test_a_broken_last_checkpoint_is_an_error_of_resume(finetuning, quick_dev, tmp_path):
+    argv = [*finetuning, "--steps", "1", "--save-every", "1"]
+    train(train_finetune, argv, tmp_path / "run")
+    last = tmp_path / "run" / "last.safetensors"
+    before = last.read_bytes()
+    moment = next(name for name in load_checkpoint(last)[0] if name.endswith("exp_avg"))
+    for change in (lambda t, s: s.pop("flags"), lambda t, s: s.update(best="x"),
+                   lambda t, s: s.update(step=-1), lambda t, s: s["model"].pop("llm"),
+                   lambda t, s: t.update({moment: torch.ones(2)}), lambda t, s: s.update(evaluated=None),
+                   lambda t, s: t.pop("distiller.placeholders")):
+        last.write_bytes(before)
+        rewrite(last, change)
+        with pytest.raises(UserError, match="last.safetensors"):
+            train(train_finetune, argv, tmp_path / "run", "--resume")
+
+
+def test_broken_neighbours_are_left_out_with_a_note(finetuning, setting, tmp_path, capsys):
+    flags = {"distiller": "layers:2", "distill_len": 4, "vector_start": "matched", "template": "space"}
+    stage = {"trained_on": {"pretrain": {"objective": "kl", "beta": 0.8}}, "figures": {"val_kl": 0.5}}
+    save_distiller(common.OUT / "good", setting.distiller, setting.llm, **stage)
+    for name, change in {"nan": {"figures": {"val_kl": "x"}}, "less": {"figures": {}},
+                         "list": {"trained_on": {"pretrain": []}}}.items():
+        save_distiller(common.OUT / name, setting.distiller, setting.llm, **stage | change)
+    (common.OUT / "cut").mkdir()
+    (common.OUT / "cut" / "best.safetensors").write_bytes(b"cut")
+    args = SimpleNamespace(**flags)
+    assert train_finetune.find_pretrained(setting.llm, args) == common.OUT / "good" / "best.safetensors"
+    said = capsys.readouterr().out
+    assert [name for name in ("nan", "less", "list", "cut", "good") if f"out/{name}/" in said] == [
+        "nan", "less", "list", "cut"]
+
+
+@pytest.mark.parametrize("script", [train_pretrain, train_finetune], indirect=True)
+def test_more_vectors_than_the_llm_reads_are_refused_at_once(script, argv):
+    with pytest.raises(UserError, match="--distill-len is 100000"):
+        script.main([*argv, "--distill-len", "100000"])
+
+
+@pytest.fixture
+def demos_file(tmp_path) -> str:
+    return write_lines(tmp_path / "demos.jsonl", [{"input": "the river is cold", "output": "sad"},
+                                                  {"input": "music and bread", "output": "happy"}])
+
+
+def test_answer_tokens_have_room_behind_learned_positions(gpt2, tmp_path, demos_file):
+    llm = load(gpt2)
+    folder = save_distiller(tmp_path / "run", make_distiller(llm), llm, trained_on={})
+    argv = ["--llm", str(gpt2), "--checkpoint", str(folder), "--device", "cpu", "--dtype", "fp32", "--demos",
+            demos_file, "--ask", "boat " * 300]
+    assert len(distill.main([*argv, "--answer-tokens", "300"])["answers"]["mend"]) == 1
+    with pytest.raises(UserError, match="--answer-tokens 381: the LLM's 640 positions leave 3"):
+        distill.main([*argv, "--answer-tokens", "381"])
+
+
+def test_mutated_vector_files_are_errors_or_load(setting, llama, tmp_path, demos_file):
+    path = str(tmp_path / "v.safetensors")
+    about = {"llm": loading.identity(setting.llm), "checkpoint": "run/best@0", "method": "mend",
+             "template": "space", "demonstrations": 2, "tokens": 9, "labels": ["happy", "sad"]}
+    refused = 0
+    for header in mutants(about, 150):
+        distill.save_vectors(path, torch.zeros(4, 32), header)
+        try:
+            distill.read_vectors(path, setting.llm)
+        except UserError:
+            refused += 1
+    assert 75 < refused < 150
+    for vectors in (torch.zeros(4, 31), torch.zeros(0, 32), torch.zeros(4), torch.full((4, 32), float("nan")),
+                    torch.zeros(4, 32, dtype=torch.long)):
+        distill.save_vectors(path, vectors, about)
+        with pytest.raises(UserError, match="has vectors of shape|not finite"):
+            distill.read_vectors(path, setting.llm)
+
+
+def test_texts_and_names_that_are_no_utf8(setting, llama, checkpoint, demos_file, tmp_path, capfd):
+    argv = ["--llm", str(llama), "--checkpoint", str(checkpoint), "--device", "cpu", "--dtype", "fp32"]
+    with pytest.raises(UserError, match="--ask holds a text that is not UTF-8"):
+        distill.main([*argv, "--demos", demos_file, "--ask", "a\udcff"])
+    write_lines(tmp_path / "d.jsonl", [{"input": "a \ud800", "output": "b"}])
+    with pytest.raises(UserError, match="d.jsonl, line 1"):
+        distill.main([*argv, "--demos", str(tmp_path / "d.jsonl"), "--ask", "x"])
+    odd = os.fsdecode(bytes(tmp_path) + b"/odd\xff.jsonl")
+    with pytest.raises(SystemExit) as stop:
+        common.run_main(lambda: distill.main([*argv, "--demos", odd, "--ask", "x"]))
+    assert stop.value.code == 2 and "odd" in capfd.readouterr().err
+
+
+def test_a_header_that_was_changed_is_an_error(checkpoint, setting, tmp_path):
+    distill.save_vectors(str(tmp_path / "v"), torch.ones(4, 32), {"llm": loading.identity(setting.llm),
+                                                                  "template": "space", "labels": ["sad"]})
+    distill.read_vectors(str(tmp_path / "v"), setting.llm)
+    for path, old, new in ((checkpoint, b"1e-06", b"1e-01"), (tmp_path / "v", b"space", b"SPACE")):
+        content = path.read_bytes()
+        assert content.count(old) == 1
+        path.write_bytes(content.replace(old, new))
+        with pytest.raises(UserError, match="its header was changed"):
+            load_checkpoint(path) if path is checkpoint else distill.read_vectors(str(path), setting.llm)
+
+
+# Many processes
+
+
+RANKS = """
+import sys
+sys.path.insert(0, {root!r})
+from pathlib import Path
+import torch, common, evaluate
+torch.set_num_threads(1)
+common.CACHE, common.OUT = Path({folder!r}) / "cache", Path({folder!r}) / "out"
+common.run_main(evaluate.main)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_ranks_evaluate_like_one_process(evaluating, checkpoint, tmp_path, ranks):
+    """Twelve results, of which five are there, uneven for three ranks; one line is cut."""
+    argv = [*evaluating, "--methods", "zero_shot", "majority", "icl", "--checkpoint", str(checkpoint.parent),
+            "--distill-len", "4", "--seeds", "13", "21"]
+    one, many, driver = tmp_path / "one.jsonl", tmp_path / "many.jsonl", tmp_path / "driver.py"
+    evaluate.main([*argv, "--out", str(one)])
+    lines = one.read_text().splitlines(keepends=True)
+    many.write_text("".join(lines[:5]) + lines[5][:20])  # a kill has cut the sixth
+    driver.write_text(RANKS.format(root=str(common.ROOT), folder=str(tmp_path)))
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks),
+                           "--master_addr", "127.0.0.1", "--master_port", str(29600 + ranks), str(driver),
+                           *argv, "--out", str(many)], check=True, timeout=300, text=True,
+                          capture_output=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"})
+    assert read_lines(many) == read_lines(one) and len(lines) == 12
+    assert done.stdout.count("headline") == 2  # rank 0 alone prints
+
+
+def test_another_number_of_ranks_is_refused(finetuning, quick_dev, tmp_path):
+    train(train_finetune, [*finetuning, "--steps", "1"], tmp_path / "run")
+    rewrite(tmp_path / "run" / "last.safetensors", lambda _, state: state.update(ranks=2))
+    with pytest.raises(UserError, match=r"was trained with ranks 2 \(now 1\)"):
+        train(train_finetune, [*finetuning, "--steps", "2"], tmp_path / "run", "--resume")
