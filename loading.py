@@ -15,7 +15,7 @@ from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.activations import NewGELUActivation
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -25,7 +25,7 @@ from data import Encoder
 from model import ENCODER_DECODERS, Distiller, demo_prefix, head_logits, query_states
 from sources import assets, headers
 from sources.tasks import Tasks
-from sources.text import Tokenizer, first_line, model_hashes
+from sources.text import Tokenizer, check_same_tokens, first_line, model_hashes
 from variants import FreeVectors, KeyValueDistiller
 
 USABLE = "give a GPT-2, OPT, Llama, Qwen, Mistral, Gemma or T5"
@@ -235,24 +235,6 @@ def build_distiller(spec: str, llm: PreTrainedModel, distill_len: int, start: st
     return Distiller(fuse_gelu(backbone).to(llm.device), embed, distill_len, llm_embed.embedding_dim, own,
                      seed=seed, output_rms=share and share * embedding_rms(llm_embed, llm.config.vocab_size),
                      residual_embed=llm_embed if start == "residual" else None).to(llm.device)
-
-
-def check_same_tokens(distiller: str, llm: str) -> None:
-    """Raise UserError, naming tokens, unless each that text becomes has the same id in both vocabularies."""
-    def tokens(name: str, flag: str) -> dict[str, int]:
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-            return tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False)
-        except Exception as error:
-            raise UserError(f"{flag} {name} has no tokenizer beside it ({first_line(error)}), and "
-                            "both models' are compared: give whole ones, or --distiller layers:N") from error
-    own, other = tokens(llm, "--llm"), tokens(distiller, "--distiller")
-    differ = sorted((t for t in own.keys() | other.keys() if own.get(t) != other.get(t)),
-                    key=lambda t: (own.get(t, other.get(t)), t))
-    named = ", ".join(f"{t!r} ({own.get(t, 'not there')} in the LLM's, {other.get(t, 'not there')} in the "
-                      "distiller's)" for t in differ[:3])
-    check((not differ, f"--distiller {distiller} does not share the tokenizer of --llm {llm}: {len(differ)} "
-           f"tokens differ, such as {named}; give a smaller model with its tokenizer, or layers:N"))
 
 
 def distiller_config(distiller: nn.Module, llm: PreTrainedModel, args) -> dict:

@@ -158,19 +158,7 @@ class Run:
     def restore(self, path: Path) -> None:
         """Go on from a checkpoint of the same model, data and flags; raises UserError where these differ."""
         tensors, saved = load_checkpoint(path)
-        check_resumable(path, saved)
-        saved["model"]["llm"] = self.state["model"]["llm"] | saved["model"]["llm"]  # older: without hashes
-        old, new = ({**state["model"], "ranks": state.get("ranks", self.ranks),
-                     **{f"{stage} {name}": value for stage, about in list(state["trained_on"].items())[-1:]
-                        for name, value in about.items()},
-                     **{f"--{name.replace('_', '-')}": state["flags"][name] for name in FIXED_FLAGS
-                        if name in state["flags"]}} for state in (saved, self.state))
-        new |= {name: None for name in old.keys() - new.keys()}
-        old = {n: v if "hash" in n or v is False else None for n, v in new.items()} | old  # older: without
-        differ = [f"{name} {str(old[name])[:60]} (now {str(new[name])[:60]})"
-                  for name in old if old[name] != new[name]]
-        check((not differ, f"--resume: {path} was trained with {', '.join(differ)}; give the flags of that "
-                           "run, or another --out-dir"))
+        check_resumable(path, saved, self.state, FIXED_FLAGS)
         notes = [f"--{flag} was {was} and is {now} from step {saved['step']} on; the learning rate follows"
                  for flag in ("steps", "lr")
                  if (was := saved["flags"].get(flag)) != (now := self.state["flags"][flag])]

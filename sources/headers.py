@@ -91,11 +91,25 @@ def check_state(path: Path, state: dict) -> None:
     check((not wrong, f"{path} has figures that are no numbers: {', '.join(wrong)[:60]}; take another file"))
 
 
-def check_resumable(path: Path, state: dict) -> None:
-    """Raise UserError unless a checkpoint's state has all that a run goes on with."""
-    check_fields(path, "state", state, "model", "trained_on", "flags", "step", "evaluated", "best",
+def check_resumable(path: Path, saved: dict, now: dict, flags: tuple[str, ...]) -> None:
+    """Raise UserError unless a checkpoint's state has all that a run goes on with, and is of the same model,
+    data, ranks and `flags` as the run's own state now. What an older one lacks, hashes above all, is taken
+    for the same."""
+    check_fields(path, "state", saved, "model", "trained_on", "flags", "step", "evaluated", "best",
                  "bad_evaluations", "figures", "scaler")
-    check_fields(path, "model", state["model"], "llm")
+    check_fields(path, "model", saved["model"], "llm")
+    saved["model"]["llm"] = now["model"]["llm"] | saved["model"]["llm"]
+    old, new = ({**state["model"], "ranks": state.get("ranks", now["ranks"]),
+                 **{f"{stage} {name}": value for stage, about in list(state["trained_on"].items())[-1:]
+                    for name, value in about.items()},
+                 **{f"--{name.replace('_', '-')}": state["flags"][name] for name in flags
+                    if name in state["flags"]}} for state in (saved, now))
+    new |= {name: None for name in old.keys() - new.keys()}
+    old = {n: v if "hash" in n or v is False else None for n, v in new.items()} | old
+    differ = [f"{name} {str(old[name])[:60]} (now {str(new[name])[:60]})" for name in old
+              if old[name] != new[name]]
+    check((not differ, f"--resume: {path} was trained with {', '.join(differ)}; give the flags of that run, "
+                       "or another --out-dir"))
 
 
 def check_moments(path: Path, name: str, shape: torch.Size, moments: dict[str, Tensor]) -> None:

@@ -68,6 +68,24 @@ class Tokenizer:
         return [int(i) for i in ids if i >= 0]  # transformers too drops a byte that the vocabulary lacks
 
 
+def check_same_tokens(distiller: str, llm: str) -> None:
+    """Raise UserError, naming tokens, unless each that text becomes has the same id in both vocabularies."""
+    def tokens(name: str, flag: str) -> dict[str, int]:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+            return tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False)
+        except Exception as error:
+            raise UserError(f"{flag} {name} has no tokenizer beside it ({first_line(error)}), and "
+                            "both models' are compared: give whole ones, or --distiller layers:N") from error
+    own, other = tokens(llm, "--llm"), tokens(distiller, "--distiller")
+    differ = sorted((t for t in own.keys() | other.keys() if own.get(t) != other.get(t)),
+                    key=lambda t: (own.get(t, other.get(t)), t))
+    named = ", ".join(f"{t!r} ({own.get(t, 'not there')} in the LLM's, {other.get(t, 'not there')} in the "
+                      "distiller's)" for t in differ[:3])
+    check((not differ, f"--distiller {distiller} does not share the tokenizer of --llm {llm}: {len(differ)} "
+           f"tokens differ, such as {named}; give a smaller model with its tokenizer, or layers:N"))
+
+
 def model_hashes(name: str) -> dict[str, str]:
     """Hashes of the weights and the tokenizer of a model's folder or hub name; {} where it has no files."""
     cached = try_to_load_from_cache(name, "config.json") if name and not Path(name).is_dir() else None

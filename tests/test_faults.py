@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -452,6 +453,33 @@ def test_an_asset_that_lacks_a_file_does_not_appear(tmp_path, monkeypatch):
     assert not (tmp_path / "sotu").exists()
 
 
+VALUES = [None, True, 0, 1e400, float("nan"), "", "  ", "x", "happy", "\ud800", "\0", "a\u2028b", "z" * 3000,
+          [], ["happy"], ["happy", "sad"], ["happy", 1], [None], [["a"]], {}, {"a": 1}, 10 ** 30]
+LINES = [b"", b"\xff\xfe", b"{", b"[]", b"null", b'{"a":', b"\0\0", b"[" * 3000]
+
+
+def test_any_lines_at_all_are_read_or_named(tmp_path):
+    rng, path, refused = random.Random(0), tmp_path / "t.jsonl", {"tasks": 0, "own": 0}
+    for _ in range(250):
+        lines = []
+        for _ in range(rng.randint(0, 3)):
+            row = {"task": "t", "input": "a b", "output": "happy", "options": ["happy", "sad"]}
+            row |= {name: rng.choice(VALUES) for name in rng.sample(list(row), rng.randint(0, 2))}
+            row.pop(rng.choice([*row, "none"]) if rng.random() < 0.1 else "none", None)
+            line = json.dumps(row).encode()
+            line = line[:rng.choice([len(line)] * 9 + [9])]
+            lines.append(rng.choice(LINES) if rng.random() < 0.1 else line)
+        path.write_bytes(rng.choice([b"\n", b"\r\n", b"\n\n"]).join(lines))
+        for kind, read in (("tasks", lambda: require_options(read_examples(path), lambda text: [len(text)])),
+                           ("own", lambda: distill.read_lines(str(path), ("input", "output")))):
+            try:
+                read()
+            except UserError as error:
+                assert str(path) in str(error)
+                refused[kind] += 1
+    assert all(100 < n < 245 for n in refused.values()), refused
+
+
 # Two at once, and signals
 
 
@@ -786,3 +814,32 @@ def test_another_number_of_ranks_is_refused(finetuning, quick_dev, tmp_path):
     rewrite(tmp_path / "run" / "last.safetensors", lambda _, state: state.update(ranks=2))
     with pytest.raises(UserError, match=r"was trained with ranks 2 \(now 1\)"):
         train(train_finetune, [*finetuning, "--steps", "2"], tmp_path / "run", "--resume")
+
+
+def test_trainings_end_with_the_script_that_began_them(tmp_path):
+    """gpu.sh, with something in python's place that says who it is and waits."""
+    stub, pids = tmp_path / "python", tmp_path / "pids"
+    stub.write_text(f"#!/bin/bash\necho $$ >> {pids}\nexec sleep 100\n")
+    stub.chmod(0o755)
+    env = os.environ | {"PYTHON": str(stub), "RUNS": str(tmp_path / "runs"), "RESULTS": str(tmp_path / "r")}
+    script = subprocess.Popen(["bash", str(common.ROOT / "paper" / "runs" / "gpu.sh")], env=env)
+    deadline = time.time() + 20
+    while (not pids.exists() or len(pids.read_text().split()) < 3) and time.time() < deadline:
+        time.sleep(0.02)
+    children = [int(pid) for pid in pids.read_text().split()]
+    script.terminate()
+    assert script.wait(20) == 143 and len(children) == 3
+    while any(map(files.is_alive, children)) and time.time() < deadline:
+        time.sleep(0.02)
+    assert [pid for pid in children if files.is_alive(pid)] == []
+
+
+@pytest.mark.slow
+def test_a_table_that_fails_leaves_the_old_file(tmp_path):
+    (tmp_path / "table1-pocket.jsonl").write_text("old\n")
+    env = os.environ | {"PYTHON": sys.executable, "SCALE": "pocket", "METAICL_DIR": str(tmp_path / "none"),
+                        "RESULTS": str(tmp_path)}
+    done = subprocess.run(["bash", str(common.ROOT / "paper" / "runs" / "table1.sh")], env=env, check=False,
+                          capture_output=True, text=True)
+    assert done.returncode != 0 and "none" in done.stderr
+    assert (tmp_path / "table1-pocket.jsonl").read_text() == "old\n" and len(list(tmp_path.iterdir())) == 1
