@@ -190,7 +190,7 @@ def build_distiller(spec: str, llm: PreTrainedModel, distill_len: int, start: st
         backbone_config: of a checkpoint: build the architecture from it and leave the weights to be loaded.
     """
     longest = max_positions(llm.config) or 1 << 14
-    check((1 <= distill_len <= longest,
+    check((distill_len <= longest,
            f"--distill-len is {distill_len}, and this LLM reads {longest} tokens at most; give less"))
     llm_embed, own = llm.get_input_embeddings(), not spec.startswith("layers:")
     if spec == "free":
