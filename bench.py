@@ -50,6 +50,7 @@ from paper.measure import (
     weight_bytes,
     with_flags,
 )
+from sources.files import write_whole
 
 CONTEXTS = {"class_to_class": 469, "hr_to_lr": 652, "qa_to_qa": 639, "non_nli_to_nli": 848,
             "non_para_to_para": 818}
@@ -320,6 +321,7 @@ def main(argv: list[str] | None = None) -> dict:
     check(*common.shared_rules(args),
           *common.at_least(args, 1, "demo_tokens"), *common.at_least(args, 5, "query_tokens"),
           *common.at_least(args, 0 if args.fig3 else 1, "repeats"),
+          common.place_rule("--out", args.out),
           (not args.random_init or not args.checkpoint, "--random-init and --checkpoint exclude each other"))
     device = setup(args, training=False)
     mode = next((m for m in ("fig3", "plan", "suite") if getattr(args, m)), "here")
@@ -338,7 +340,7 @@ def main(argv: list[str] | None = None) -> dict:
                "torch": torch.__version__, **results}
     default = {"suite": "bench.json", "fig3": "fig3.json"}.get(mode)
     if out := args.out or (default and common.ROOT / "results" / default):
-        Path(out).write_text(json.dumps(results, indent=1) + "\n")
+        write_whole(out, json.dumps(results, indent=1) + "\n")
     long = ("details", "lines", "settings", "scaling", "measured")  # only in the file
     return finish({name: value for name, value in results.items() if name not in long})
 

@@ -10,12 +10,18 @@ import datetime
 import difflib
 import functools
 import importlib.util
+import io
 import json
+import math
 import os
 import re
+import shlex
+import shutil
+import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import torch
@@ -43,9 +49,17 @@ class UserError(ValueError):
 
 def run_main(main) -> None:
     """Run a script's main(); a user's fault becomes one paragraph on standard error and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):  # a file's name need not be UTF-8
+        stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; what was written before stays", file=sys.stderr)
+        sys.exit(130)
+    except OSError as error:  # of standard output, or of a folder that vanished meanwhile
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     finally:
@@ -72,6 +86,8 @@ FLAGS = {  # those that more than one script takes; a default of None is filled 
                      help="what separates input, answer and demonstrations (the paper: space; Tab. 7: "
                           "newline); input-output writes 'Input: ' and 'Output: ' before them"),
     "seed": dict(type=int, default=100, help="seed of sampling and initialisation"),
+    "max-minutes": dict(type=float, help="stop after these minutes as SIGTERM does, with exit code 124; "
+                        "default: no limit"),
     "device": dict(default="auto", help="auto, cpu, cuda, cuda:1, ..."),
     "dtype": dict(choices=("auto", "fp32", "bf16", "fp16"), default="auto",
                   help="of the LLM and the distiller's autocast (its weights stay fp32); auto: on CUDA bf16, "
@@ -132,9 +148,40 @@ def check(*rules: tuple[bool, str]) -> None:
         raise UserError("; ".join(faults))
 
 
+@contextlib.contextmanager
+def naming(where: str):
+    """A UserError inside says first where it arose."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+@contextlib.contextmanager
+def noting_faults():
+    """A UserError inside is told as a note, and what it is about left out."""
+    try:
+        yield
+    except UserError as error:
+        if is_main():
+            print(f"note: left out: {error}")
+
+
+def require_finite(what: str, values: torch.Tensor) -> None:
+    """Raise UserError, naming them, for numbers that mean nothing: argmax takes NaN for the largest."""
+    check((bool(values.isfinite().all()), f"{what} is not finite; look at weights and vectors, or use "
+           "--dtype fp32"))
+
+
 def at_least(args: argparse.Namespace, least: int, *names: str) -> list[tuple[bool, str]]:
     """Rules that these flags, where there and given, are `least` or more, for `check`."""
     return [(value >= least, f"--{name.replace('_', '-')} is {value}; give at least {least}")
+            for name in names if (value := getattr(args, name, None)) is not None]
+
+
+def finite(args: argparse.Namespace, *names: str) -> list[tuple[bool, str]]:
+    """Rules that these flags, where there and given, are finite and not negative, for `check`."""
+    return [(0 <= value < math.inf, f"--{name.replace('_', '-')} is {value}; give a finite number, 0 or more")
             for name in names if (value := getattr(args, name, None)) is not None]
 
 
@@ -145,6 +192,8 @@ def shared_rules(args: argparse.Namespace) -> list[tuple[bool, str]]:
     return [
         (split in known, f"--split {split} is unknown; {did_you_mean(split, known)}"),
         *at_least(args, 1, "distill_len", "k"), *at_least(args, 0, "seed"), *device_rules(args),
+        (getattr(args, "seed", 0) < 2 ** 32, "--seed is above 2 ** 32 - 1; give less"),
+        *finite(args, "max_minutes"),
         (not eight_bit or (args.device != "cpu" and cuda),
          "--llm-weights 8bit needs a CUDA device; use fp32 or bf16 on a CPU"),
         *((not eight_bit or importlib.util.find_spec(package) is not None,
@@ -154,9 +203,18 @@ def shared_rules(args: argparse.Namespace) -> list[tuple[bool, str]]:
 
 
 def place_rule(flag: str, path: str) -> tuple[bool, str]:
-    """The rule that `path`, to be written, does not stand under a file, for `check`."""
-    under = any(p.is_file() for p in Path(path).absolute().parents)
-    return not under, f"{flag} {path} stands under a file; give another name"
+    """The rule that a file can be written at `path` ("": none is asked for), for `check`."""
+    absolute = Path(path).absolute()
+    there = next(p for p in (absolute, *absolute.parents) if os.path.exists(p))
+    fault = not path or (
+        "has too long a name" if max(len(os.fsencode(part)) for part in absolute.parts) > 200 else
+        "is a folder" if os.path.isdir(absolute) else
+        "stands under a file" if there != absolute and not os.path.isdir(there) else
+        "is no plain file" if os.path.lexists(absolute) and not os.path.isfile(absolute) else
+        "must not be written to" if not os.access(there, os.W_OK) else
+        "stands on a full disk" if 0 < (disk := shutil.disk_usage(there)).total and disk.free < 1 << 16
+        else True)
+    return fault is True, f"{flag} {path} {fault}; give another name"
 
 
 def device_rules(args: argparse.Namespace) -> list[tuple[bool, str]]:
@@ -218,6 +276,8 @@ def setup(args: argparse.Namespace, training: bool) -> torch.device:
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if not is_main():
+            sys.stdout = io.StringIO()  # rank 0 alone prints
     if device.type == "cuda":
         # plans its kernels anew for each shape, and here every batch has another (a step took twice as long)
         torch.backends.cuda.enable_cudnn_sdp(False)
@@ -253,6 +313,50 @@ def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:
     total = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(total)
     return total.tolist()
+
+
+def gather(records: list) -> list:
+    """The records of all ranks, those of rank 0 first."""
+    if not dist.is_initialized():
+        return records
+    parts: list[list] = [[]] * dist.get_world_size()
+    dist.all_gather_object(parts, records)
+    return [record for part in parts for record in part]
+
+
+class Stop:
+    """Asks a loop to end behind what it is at: SIGTERM, SIGINT or SIGHUP came, or so many minutes are over.
+    A second signal acts at once; what the caller ignores, as nohup does, stays ignored."""
+
+    def __init__(self, minutes: float | None):
+        self.code, self.until = 0, time.monotonic() + (math.inf if minutes is None else 60 * minutes)
+        self.listen(self.ask)
+
+    def listen(self, handler=None) -> None:
+        """Have `handler`, or none as before, called for the signals."""
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                    usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+                    signal.signal(number, handler or usual)
+
+    def ask(self, number: int, _) -> None:
+        self.code = 128 + number
+        self.listen()
+        os.write(2, f"\n{signal.Signals(number).name}: stopping soon; once more to stop at once\n".encode())
+
+    def asked(self) -> int:
+        """0, or the exit code: 128 + the signal's number, or, as of timeout(1), 124."""
+        return self.code or (124 if time.monotonic() >= self.until else 0)
+
+    def leave(self, what: str, *more: str) -> None:
+        """Say what was done, and with which command it goes on (with the flags `more`); exit."""
+        self.listen()
+        words = sys.argv + [flag for flag in more if flag not in sys.argv]
+        launcher = f"torchrun --nproc_per_node {world()[1]}" if dist.is_initialized() else "python"
+        if is_main():
+            print(f"{what}; go on with\n{launcher} {shlex.join(words)}", flush=True)
+        raise SystemExit(self.asked() or 143)
 
 
 def trim_heap() -> None:

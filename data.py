@@ -36,7 +36,7 @@ import common
 import sources.text
 from common import UserError, at_least, check, finish, parse, run_main, shared_rules
 from sources.tasks import SEEDS, Tasks, load_tasks
-from sources.text import Tokenizer, corpus_files, hub_documents, read_documents, write_tokens
+from sources.text import Tokenizer, cached_tokens, corpus_files, hub_documents, read_documents
 
 MAX_INPUT = 256          # tokens of an input x; longer ones are cut at the end (App. A)
 TOGETHER = 64            # steps whose samples are dealt out by length
@@ -61,15 +61,12 @@ class Corpus:
         if files is None:
             digest.update(sources.text.HUB_REVISIONS[sources.text.HUB_TEXT].encode())
         for path in files or []:
-            digest.update(path.name.encode() + path.read_bytes())
+            digest.update(path.name.encode("utf-8", "surrogateescape") + path.read_bytes())
         self.name = " ".join(Path(name).name for name in corpus)
         self.hash = digest.hexdigest()[:12]
         folder = common.CACHE / f"corpus-{self.hash}"
-        if not (folder / "ends.npy").exists():
-            documents = hub_documents() if files is None else read_documents(files, characters)
-            write_tokens(folder, documents, tokenizer)
-        self.tokens = np.memmap(folder / "tokens.bin", dtype=np.uint32, mode="r")
-        ends = np.load(folder / "ends.npy")
+        documents = hub_documents if files is None else lambda: read_documents(files, characters)
+        self.tokens, ends = cached_tokens(folder, documents, tokenizer)
         starts = np.concatenate([[0], ends[:-1]])
         usable = np.flatnonzero(ends - starts >= min_doc_len)
         if len(usable) < 20:

@@ -12,7 +12,7 @@ where one repeats (C of Eq. 1); else it is written freely. Vectors of Eq. (2), S
 """
 
 import argparse
-import json
+import re
 import time
 from collections import Counter
 from pathlib import Path
@@ -22,8 +22,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 import common
-from common import UserError, check, finish, run_main, setup
-from data import Encoder
+from common import UserError, check, finish, require_finite, run_main, setup
+from data import MAX_INPUT, Encoder
 from loading import (
     checkpoint_id,
     identity,
@@ -35,8 +35,10 @@ from loading import (
     set_length,
 )
 from model import vector_prefix, with_bos
-from run import write_tensors
 from score import predict
+from sources.files import write_tensors
+from sources.headers import check_tensors, read_vectors_header, require_same_llm, sealed
+from sources.tasks import require_options
 from sources.text import Tokenizer, json_lines
 
 PUBLISHED = common.ROOT / "checkpoints" / "smollm2-135m.safetensors"
@@ -98,7 +100,7 @@ def labels_of(demos: list[dict]) -> list[str]:
 
 def save_vectors(path: str, vectors: Tensor, about: dict) -> None:
     """Write (l, d) fp32 as the tensor "vectors", with what they belong to in the header."""
-    write_tensors(Path(path), {"vectors": vectors.contiguous().cpu()}, {"about": json.dumps(about)})
+    write_tensors(Path(path), {"vectors": vectors.contiguous().cpu()}, sealed("about", about))
 
 
 def is_vectors_file(path: str) -> bool:
@@ -114,13 +116,18 @@ def read_vectors(path: str, llm) -> tuple[Tensor, dict]:
     """The (l, d) vectors of a file and what they are of; raise UserError where they belong to another LLM."""
     try:
         with safe_open(path, framework="pt") as file:
-            vectors, about = file.get_tensor("vectors"), json.loads(file.metadata()["about"])
-        owner, _ = about["llm"], about["template"]
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            vectors, header = file.get_tensor("vectors"), file.metadata()
+    except (OSError, SafetensorError, KeyError, TypeError) as error:
         raise UserError(f"--vectors {path} is no file that --out has written ({error})") from error
-    found = identity(llm)
-    check((owner == found,
-           f"--vectors {path} belong to the LLM {owner}, this one is {found}; give its own --llm"))
+    about, config = read_vectors_header(path, header), llm.config
+    require_same_llm(f"--vectors {path}", "belong to", about["llm"], identity(llm))
+    d, heads = llm.get_input_embeddings().embedding_dim, getattr(config, "num_attention_heads", 1)
+    head_width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    keys = 2 * config.num_hidden_layers * (getattr(config, "num_key_value_heads", None) or heads) * head_width
+    check((vectors.dim() == 2 and len(vectors) > 0 and vectors.shape[1] in (d, keys + d),
+           f"--vectors {path} has vectors of shape {tuple(vectors.shape)}, expected (l, {d}), or (l, "
+           f"{keys + d}) of kv:R; take another file"))
+    check_tensors(f"--vectors {path}", {"vectors": vectors})
     return vectors.to(llm.device), about
 
 
@@ -139,7 +146,7 @@ def export_checkpoint(source: str | Path, target: Path) -> None:
     backbone = state["model"]["backbone"]
     kept["model"] = name_only(state["model"]) | {"backbone": backbone and name_only(backbone)}
     kept["flags"] = {name: v for name, v in state.get("flags", {}).items() if type(v) in (int, float)}
-    write_tensors(target, weights, {"state": json.dumps(kept)})
+    write_tensors(target, weights, sealed("state", kept))
 
 
 @torch.no_grad()
@@ -157,9 +164,11 @@ def write_answer(llm, prefix: Tensor, encoder: Encoder, query: dict, tokens: int
                  "past_key_values": vector_prefix(llm, prefix[None]).cache()}
     length = next(iter(given.values())).shape[1]
     seen = torch.ones((1, length), dtype=torch.long, device=llm.device)
-    written = llm.generate(**given, attention_mask=seen, max_new_tokens=tokens, do_sample=False,
-                           pad_token_id=end if isinstance(end, int) else end[0])
-    written = written[:, length if "input_ids" in given else 0:]
+    made = llm.generate(**given, attention_mask=seen, max_new_tokens=tokens, do_sample=False,
+                        pad_token_id=end if isinstance(end, int) else end[0], output_logits=True,
+                        return_dict_in_generate=True)
+    require_finite(f"what the LLM predicts behind {query['input'][:60]!r}", torch.stack(made.logits))
+    written = made.sequences[:, length if "input_ids" in given else 0:]
     return encoder.tokenizer.hf.decode(written[0], skip_special_tokens=True).strip().split("\n")[0]
 
 
@@ -167,10 +176,23 @@ def answer(llm, encoder: Encoder, prefix: Tensor, queries: list[dict], tokens: i
     """Each query's answer behind a prefix of embeddings (P, d): nothing, the demonstrations' or the vectors.
     Queries with options are scored, the others' answers written, `tokens` at most."""
     choosing = [query for query in queries if query["options"]]
+    require_options([query | {"output": query["output"] or query["options"][0]} for query in choosing],
+                    encoder.answer)
     read = vector_prefix(llm, prefix[None], encoder.tokenizer.bos_id) if choosing else None
     chosen = iter(predict(llm, read, encoder, choosing, first=len(prefix) == 0) if choosing else [])
     return [next(chosen) if query["options"] else write_answer(llm, prefix, encoder, query, tokens)
             for query in queries]
+
+
+def room(encoder: Encoder, examples: list[dict], args: argparse.Namespace) -> int:
+    """Encoder.limit with --answer-tokens kept free behind a query that is answered in writing."""
+    limit = encoder.limit(examples)
+    if encoder.llm_positions is None:
+        return limit
+    left = encoder.llm_positions - MAX_INPUT - args.answer_tokens - (encoder.tokenizer.bos_id is not None)
+    check((left >= max(1, encoder.distill_len), f"--answer-tokens {args.answer_tokens}: the LLM's "
+           f"{encoder.llm_positions} positions leave {left} for demonstrations or vectors; give less"))
+    return min(limit, left)
 
 
 def check_flags(args: argparse.Namespace) -> None:
@@ -185,7 +207,7 @@ def check_flags(args: argparse.Namespace) -> None:
            "--out writes the vectors of --demos; --vectors are in a file already"),
           (not path or not Path(path).exists() or (not args.export and is_vectors_file(path)),
            f"{flag} {path} is there already and holds something else; give another name"),
-          common.place_rule(flag, path or "."),
+          common.place_rule(flag, path or ""),
           *common.device_rules(args),
           *common.at_least(args, 1, "answer_tokens", "context_len", "distill_len"),
           (not (args.vectors and args.distill_len),
@@ -201,7 +223,9 @@ def main(argv: list[str] | None = None) -> dict:
     demos = read_lines(args.demos, ("input", "output")) if args.demos else []
     queries = [{"task": "--ask", "input": text.strip(), "output": "", "options": []} for text in args.ask]
     queries += read_lines(args.queries, ("input",)) if args.queries else []
-    check((all(query["input"] for query in queries), "--ask holds an empty text"))
+    check((all(query["input"] for query in queries), "--ask holds an empty text"),
+          (not any(re.search("[\ud800-\udfff]", text) for text in args.ask),
+           "--ask holds a text that is not UTF-8; write it so"))
     device = setup(args, training=False)
     llm, distiller = load_llm(args.llm, device, common.torch_dtype(args.dtype)), None
     if args.vectors:
@@ -216,12 +240,13 @@ def main(argv: list[str] | None = None) -> dict:
         set_length(distiller, state, args.distill_len or distiller.distill_len, args.checkpoint)
         args.distill_len, args.template = distiller.distill_len, state["model"]["template"]
     encoder = make_encoder(args, Tokenizer(args.llm), llm, distiller)
-    limit, prefixes = encoder.limit(demos + queries), {}
+    limit, prefixes = room(encoder, demos + queries, args), {}
     if demos:
         kept, pieces = zip(*encoder.pieces(demos, limit), strict=True)
         ids = torch.tensor([[token for piece in pieces for token in piece]], device=device)  # (1, T_d)
         with torch.no_grad(), common.autocast(device, args.dtype):
             vectors = distiller(ids, torch.ones_like(ids, dtype=torch.bool))[0].float()  # (l, d)
+        require_finite("a distilled vector", vectors)
         with torch.no_grad():
             embeds = llm.get_input_embeddings()(ids[0])                                 # (T_d, d)
             prefixes = {"zero_shot": embeds[:0], "icl": embeds}

@@ -11,21 +11,22 @@ and Eq. (2) for vectors. One line of --out holds one (method, task, seed); a sto
 import argparse
 import functools
 import json
-import os
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 import common
-from common import autocast, check, finish, parse, run_main, setup
+from common import Stop, autocast, check, finish, gather, is_main, naming, parse, run_main, setup, world
 from data import Encoder
 from loading import checkpoint_id, load_all, refuse_seen_tasks, refuse_wrong_method
 from model import vector_prefix
 from paper.demos import PERTURBATIONS, SentenceEncoder, permute_labels, perturb, perturbable, retrieve
 from paper.summary import gains_of, print_summary, read_results, summarise
 from score import CONTROLS, VECTOR_METHODS, majority, one_prefix, predict, predict_each, task_figures
+from sources.files import append, held
 from sources.tasks import SEEDS, Tasks, demonstration_set, load_tasks, require_options
+from sources.text import llm_hash
 
 METHODS = ("zero_shot", "majority", "icl", "icl_budget", "last_l", "prompt_tuning", "hypertuning", "mend",
            *CONTROLS)
@@ -63,7 +64,7 @@ def task_vectors(task: str, seed: int, llm, distiller, encoder: Encoder, tasks: 
 
 def get_parser() -> argparse.ArgumentParser:
     parser = common.make_parser(__doc__, "preset", "llm", "distill-len", "tasks", "split", "k", "template",
-                                "device", "dtype", "llm-weights")
+                                "max-minutes", "device", "dtype", "llm-weights")
     group = parser.add_argument_group("evaluation")
     group.add_argument("--methods", nargs="+", choices=METHODS, help="what stands before the query")
     group.add_argument("--checkpoint", help="run folder or checkpoint file; needed for mend, its controls, "
@@ -90,6 +91,7 @@ def main(argv: list[str] | None = None) -> dict:
     asks_for_table = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     asks_for_table.add_argument("--table", nargs="*")
     if asks_for_table.parse_known_args(argv)[0].table is not None:  # no preset has a part in it
+        from paper.tables import print_paper_table
         return print_paper_table(*get_parser().parse_args(argv).table)
     args = parse(get_parser(), argv, PRESETS)
     vector_methods = [m for m in args.methods if m in VECTOR_METHODS]
@@ -124,7 +126,9 @@ def main(argv: list[str] | None = None) -> dict:
         if state["model"]["template"] != args.template:
             print(f"note: trained on --template {state['model']['template']}, evaluated on {args.template}")
     out = Path(args.out or common.OUT / f"eval-{args.split}.jsonl")
-    records = evaluate(args, llm, distiller, trained_on, encoder, tasks, out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with held(out, "--out"):
+        records = evaluate(args, llm, distiller, trained_on, encoder, tasks, out)
     averages = {m: summarise(records, args.methods, m)["average"] for m in ("headline", "accuracy")}
     n_tasks = len({r["task"] for r in records})
     print(f"\n{args.split}: headline (macro-F1 for classification, accuracy otherwise) in percent, mean ± "
@@ -137,31 +141,19 @@ def main(argv: list[str] | None = None) -> dict:
                    "recovered_gain": {m: round(gain["gain"], 3) for m, gain in gains_of(records).items()}})
 
 
-def print_paper_table(number: str, *files: str) -> dict:
-    from paper.tables import TABLES, table_lines
-    check((number in ("1", *TABLES), f"--table {number} is unknown; give one of 1, {', '.join(TABLES)}"),
-          (bool(files), f"--table {number} needs at least one results file after the number"),
-          *((Path(f).is_file(), f"--table: {f} is no file; give a results file of evaluate.py")
-            for f in files))
-    print("\n".join(table_lines([r for f in files for r in read_results(Path(f))], number)))
-    return finish({"table": number, "files": list(files)})
-
-
 def evaluate(args, llm, distiller, trained_on: dict | None, encoder: Encoder, tasks: Tasks,
              out: Path) -> list[dict]:
     """Fill the results file with every (method, task, seed) that it lacks; return the asked ones."""
-    out.parent.mkdir(parents=True, exist_ok=True)
     retrieval = f"dense:{Path(args.dense_model).name}" if args.dense_model else args.retrieve
     setting = {"llm": Path(args.llm).name, "split": args.split, "tasks": tasks.collection, "k": args.k,
                "distill_len": args.distill_len, "context_len": args.context_len, "template": args.template,
                "retrieval": retrieval, "perturbation": args.perturb, "limit": args.limit, "dtype": args.dtype,
-               "llm_weights": args.llm_weights}
+               "llm_weights": args.llm_weights, "llm_hash": llm_hash(args.llm)}
     checkpoint = checkpoint_id(args.checkpoint) if args.checkpoint else None
     key_fields = ("method", "checkpoint", "task", "seed", "data_hash", "swapped_with", *setting)
-    lines = read_results(out)
-    if out.exists() and not out.read_text(encoding="utf-8").endswith("\n"):  # a kill has cut it
-        out.write_text("".join(f"{json.dumps(r)}\n" for r in lines), encoding="utf-8")
-    done = {tuple(r.get(f) for f in key_fields): r for r in lines}
+    # older lines have no llm_hash: that they are of this LLM is known by its name
+    done = {tuple(r.get(f, setting.get(f) if f == "llm_hash" else None) for f in key_fields): r
+            for r in read_results(out, "method", "task", "seed", "headline")}
     dense = args.retrieve == "dense"
     sentence_encoder = SentenceEncoder(args.dense_model, llm, encoder.tokenizer) if dense else None
     same_for_all_seeds: dict[tuple, dict] = {}
@@ -175,8 +167,10 @@ def evaluate(args, llm, distiller, trained_on: dict | None, encoder: Encoder, ta
     plan = [(task, seed, m) for task in names for seed in args.seeds for m in args.methods
             if m != "mend_permuted" or task in permutable]
     distilled = functools.cache(lambda t, seed: task_vectors(t, seed, llm, distiller, encoder, tasks, args))
-    with out.open("a") as file:
-        for task, seed, method in tqdm(plan, desc="evaluate", unit="set"):
+    (rank, ranks), stop = world(), Stop(args.max_minutes)
+    for first in tqdm(range(0, len(plan), ranks), desc="evaluate", unit="set", disable=not is_main()):
+        made = []
+        for task, seed, method in plan[first + rank:first + rank + 1]:
             uses_checkpoint = method in VECTOR_METHODS
             others = partners(method, task, names, tasks)
             record = {"method": method, "checkpoint": checkpoint if uses_checkpoint else None,
@@ -188,16 +182,21 @@ def evaluate(args, llm, distiller, trained_on: dict | None, encoder: Encoder, ta
                 queries = json.dumps(tasks.files(task, seed)["test"])
                 memo = (method, task, queries) if method in SEEDLESS else None
                 vectors = torch.stack([distilled(t, seed) for t in others]).mean(dim=0) if others else None
-                figures = same_for_all_seeds.get(memo) or evaluate_one(
-                    args, llm, distiller, encoder, tasks, task, seed, method, sentence_encoder, vectors)
+                with naming(f"{method} on {task}, seed {seed}"):
+                    figures = same_for_all_seeds.get(memo) or evaluate_one(
+                        args, llm, distiller, encoder, tasks, task, seed, method, sentence_encoder, vectors)
                 if memo:
                     same_for_all_seeds[memo] = figures
-                done[key] = record | figures | {"trained_on": trained_on if uses_checkpoint else None,
-                                                "commit": common.commit(), "date": common.today()}
-                file.write(json.dumps(done[key]) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            records.append(done[key])
+                record |= figures | {"trained_on": trained_on if uses_checkpoint else None,
+                                     "commit": common.commit(), "date": common.today()}
+            made.append((key, done.get(key, record)))
+        for key, record in gather(made):  # of all ranks, in the order of the plan; rank 0 writes
+            if key not in done and is_main():
+                append(out, record)
+            records.append(done.setdefault(key, record))
+        if max(gather([stop.asked()])) and len(records) < len(plan):
+            stop.leave(f"{len(records)} of {len(plan)} results are in {out}")
+    stop.listen()
     return records
 
 
@@ -212,7 +211,7 @@ def evaluate_one(args, llm, distiller, encoder: Encoder, tasks: Tasks, task: str
     """
     files, tokens = tasks.files(task, seed), None
     queries = files["test"][:args.limit or None]
-    require_options(queries)
+    require_options(queries, encoder.answer)
     if args.retrieve:
         pool = tasks.retrieval_pool(task, seed)
         limit = encoder.limit(pool + files["test"])

@@ -15,7 +15,7 @@ from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.activations import NewGELUActivation
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -23,9 +23,9 @@ import common
 from common import UserError, check, require_hub, torch_dtype
 from data import Encoder
 from model import ENCODER_DECODERS, Distiller, demo_prefix, head_logits, query_states
-from sources import assets
+from sources import assets, headers
 from sources.tasks import Tasks
-from sources.text import Tokenizer
+from sources.text import Tokenizer, check_same_tokens, first_line, model_hashes
 from variants import FreeVectors, KeyValueDistiller
 
 USABLE = "give a GPT-2, OPT, Llama, Qwen, Mistral, Gemma or T5"
@@ -85,13 +85,17 @@ def load_llm(name: str, device: torch.device, dtype: torch.dtype, weights: str |
     dtype = torch_dtype(weights) if weights in ("fp32", "bf16") else dtype
     eight_bit = transformers.BitsAndBytesConfig(load_in_8bit=True) if weights == "8bit" else None
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        headers.check_llm_config(f"--llm {name}", config)
         t5 = config.is_encoder_decoder
         kind = transformers.AutoModelForSeq2SeqLM if t5 else transformers.AutoModelForCausalLM
-        llm, report = kind.from_pretrained(name, dtype=dtype, output_loading_info=True,
-            quantization_config=eight_bit, device_map={"": device} if eight_bit else None)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"--llm {name} cannot be loaded as a language model ({str(error).splitlines()[0]}); "
+        llm, report = kind.from_pretrained(
+            name, dtype=dtype, output_loading_info=True, quantization_config=eight_bit,
+            device_map={"": device} if eight_bit else None, trust_remote_code=False)
+    except UserError:
+        raise
+    except Exception as error:  # a hostile configuration can break any of the libraries below
+        raise UserError(f"--llm {name} cannot be loaded as a language model ({first_line(error)}); "
                         "give one such as gpt2-large; where its files are cut short, fetch it again (pocket "
                         "preset: delete the folder, run `make assets`)") from error
     llm = llm if eight_bit else llm.to(device)  # 8-bit weights are there already
@@ -118,6 +122,7 @@ def check_llm(llm: PreTrainedModel, name: str) -> None:
     for field in ("attention_types", "attention_chunk_size", "window_size"):  # unknown to window_masks
         check((not getattr(llm.config, field, None),
                f"{which} has local attention of its own ({field}), which packed queries break; {USABLE}"))
+    headers.check_tensors(f"--llm {name}", {n: t for n, t in llm.named_parameters() if t.is_floating_point()})
     ids = torch.arange(3, 9, device=llm.device)[None]                                                # (1, 6)
     prefix_ids, query_ids = ids[:, :3], ids[:, 3:]
     index, ones = torch.arange(3, device=llm.device)[None], torch.ones_like(query_ids)
@@ -135,7 +140,9 @@ def check_llm(llm: PreTrainedModel, name: str) -> None:
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{which} cannot read vectors in place of tokens ({type(error).__name__}: {error}); "
                         f"{USABLE}") from error
-    check((not difference > 0.1,  # far above what rounding does
+    check((difference < float("inf"), f"{which} predicts numbers that are not finite; give another one, or "
+                                      "--dtype fp32"),
+          (not difference > 0.1,  # far above what rounding does
            f"{which} gives other predictions for embeddings than for tokens (by {difference:.0%}); {USABLE}"))
 
 
@@ -158,10 +165,12 @@ def fuse_gelu(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def identity(llm: PreTrainedModel) -> dict:
-    """What a distiller's checkpoint must agree on with the LLM it is used with."""
+    """What a distiller's checkpoint must agree on with the LLM it is used with: name, sizes, and the hashes
+    of weights and tokenizer where it was loaded from files."""
     config = llm.config
     return {"name": Path(config._name_or_path).name, "hidden_size": config.hidden_size,
-            "vocab_size": config.vocab_size, "layers": config.num_hidden_layers}
+            "vocab_size": config.vocab_size, "layers": config.num_hidden_layers,
+            **model_hashes(config._name_or_path)}
 
 
 def max_positions(config) -> int | None:
@@ -180,6 +189,9 @@ def build_distiller(spec: str, llm: PreTrainedModel, distill_len: int, start: st
         start: what the vectors start from, plain, matched or residual (--vector-start).
         backbone_config: of a checkpoint: build the architecture from it and leave the weights to be loaded.
     """
+    longest = max_positions(llm.config) or 1 << 14
+    check((distill_len <= longest,
+           f"--distill-len is {distill_len}, and this LLM reads {longest} tokens at most; give less"))
     llm_embed, own = llm.get_input_embeddings(), not spec.startswith("layers:")
     if spec == "free":
         return FreeVectors(llm_embed, llm.config.vocab_size, distill_len, seed).to(llm.device)
@@ -201,10 +213,14 @@ def build_distiller(spec: str, llm: PreTrainedModel, distill_len: int, start: st
     elif own:
         require_model("--distiller", spec)
         try:
-            kind = backbone_class(AutoConfig.from_pretrained(spec))
-            backbone = kind.from_pretrained(spec, dtype=torch.float32)
-        except (OSError, ValueError, SafetensorError) as error:
-            raise UserError(f"--distiller {spec} cannot be loaded ({str(error).splitlines()[0]}); give "
+            config = AutoConfig.from_pretrained(spec, trust_remote_code=False)
+            headers.check_llm_config(f"--distiller {spec}", config)
+            backbone = backbone_class(config).from_pretrained(spec, dtype=torch.float32,
+                                                              trust_remote_code=False)
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(f"--distiller {spec} cannot be loaded ({first_line(error)}); give "
                             "layers:N, or a small model of the LLM's family") from error
         check_same_tokens(spec, llm.config._name_or_path)
     else:
@@ -219,23 +235,6 @@ def build_distiller(spec: str, llm: PreTrainedModel, distill_len: int, start: st
     return Distiller(fuse_gelu(backbone).to(llm.device), embed, distill_len, llm_embed.embedding_dim, own,
                      seed=seed, output_rms=share and share * embedding_rms(llm_embed, llm.config.vocab_size),
                      residual_embed=llm_embed if start == "residual" else None).to(llm.device)
-
-
-def check_same_tokens(distiller: str, llm: str) -> None:
-    """Raise UserError, naming tokens, unless each that text becomes has the same id in both vocabularies."""
-    def tokens(name: str, flag: str) -> dict[str, int]:
-        try:
-            return AutoTokenizer.from_pretrained(name).backend_tokenizer.get_vocab(with_added_tokens=False)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{flag} {name} has no tokenizer beside it ({str(error).splitlines()[0]}), and "
-                            "both models' are compared: give whole ones, or --distiller layers:N") from error
-    own, other = tokens(llm, "--llm"), tokens(distiller, "--distiller")
-    differ = sorted((t for t in own.keys() | other.keys() if own.get(t) != other.get(t)),
-                    key=lambda t: (own.get(t, other.get(t)), t))
-    named = ", ".join(f"{t!r} ({own.get(t, 'not there')} in the LLM's, {other.get(t, 'not there')} in the "
-                      "distiller's)" for t in differ[:3])
-    check((not differ, f"--distiller {distiller} does not share the tokenizer of --llm {llm}: {len(differ)} "
-           f"tokens differ, such as {named}; give a smaller model with its tokenizer, or layers:N"))
 
 
 def distiller_config(distiller: nn.Module, llm: PreTrainedModel, args) -> dict:
@@ -254,10 +253,21 @@ def load_checkpoint(path: str | Path, weights: bool = True) -> tuple[dict[str, T
     try:
         with safe_open(path, framework="pt") as file:
             names = file.keys() if weights else ()
-            return {name: file.get_tensor(name) for name in names}, json.loads(file.metadata()["state"])
-    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+            tensors = {name: file.get_tensor(name) for name in names}
+            state = headers.read_header("state", file.metadata())
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not a whole checkpoint of this project ({error}); take another one, or "
                         "train again") from error
+    headers.check_state(path, state)
+    headers.check_tensors(path, tensors)
+    return tensors, state
+
+
+def load_weights(distiller: nn.Module, tensors: dict[str, Tensor], path: str | Path) -> None:
+    """Give a distiller the weights of a checkpoint's tensors, which must be all its own."""
+    weights = {n.removeprefix("distiller."): t for n, t in tensors.items() if n.startswith("distiller.")}
+    headers.check_same_shapes(path, distiller.state_dict(), weights)
+    distiller.load_state_dict(weights)
 
 
 def checkpoint_id(path: str | Path) -> str:
@@ -281,13 +291,33 @@ def load_distiller(path: str | Path, llm: PreTrainedModel) -> tuple[nn.Module, d
     tensors, state = load_checkpoint(path)
     config, found = state.get("model", {}), identity(llm)
     check(("vector_start" in config, f"{path} is older than --vector-start; train it again"))
-    check((config["llm"] == found, f"the checkpoint {path} was trained for the LLM {config['llm']}, and this "
-           f"is {found}; vectors speak to one LLM only: give its own --llm, or another checkpoint"))
-    distiller = build_distiller(config["distiller"], llm, config["distill_len"], config["vector_start"], 0,
-                                config["backbone"])
-    distiller.load_state_dict({name.removeprefix("distiller."): t for name, t in tensors.items()
-                               if name.startswith("distiller.")})
+    headers.check_fields(path, "model", config, "llm")
+    headers.require_same_llm(f"the checkpoint {path}", "was trained for", config["llm"], found)
+    headers.check_model(path, config, {n: list(t.shape) for n, t in tensors.items()}, llm.config.vocab_size)
+    try:
+        if not config["distiller"].startswith(("kv:", "free")):
+            check_backbone(path, config["backbone"], tensors)
+        distiller = build_distiller(config["distiller"], llm, config["distill_len"], config["vector_start"],
+                                    0, config.get("backbone"))
+        load_weights(distiller, tensors, path)
+    except UserError:
+        raise
+    except Exception as error:  # a header can break any of the libraries below
+        raise UserError(f"{path} has a header that no distiller can be built from ({first_line(error)}); "
+                        "take another file") from error
     return distiller, state
+
+
+def check_backbone(path: str | Path, backbone_config: dict, tensors: dict[str, Tensor]) -> None:
+    """Raise UserError unless the backbone of a checkpoint's configuration, built without memory, has the
+    shapes of its tensors."""
+    config = AutoConfig.for_model(**backbone_config)
+    with torch.device("meta"):
+        backbone = backbone_class(config).from_config(config, trust_remote_code=False)
+    backbone.set_input_embeddings(nn.Identity())
+    prefix = "distiller.backbone."
+    headers.check_same_shapes(path, backbone.state_dict(),
+                              {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
 
 
 def set_length(distiller: nn.Module, state: dict, length: int, path: str) -> None:

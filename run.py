@@ -5,8 +5,6 @@ previous one. Run state (configuration, step, best value) is JSON in its header.
 """
 
 import argparse
-import contextlib
-import json
 import math
 import os
 import time
@@ -15,14 +13,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import common
-from common import UserError, check, commit, is_main, place_rule, sum_over_ranks, trim_heap, world
-from loading import load_checkpoint
+from common import Stop, UserError, check, commit, is_main, place_rule, sum_over_ranks, trim_heap, world
+from loading import load_checkpoint, load_weights
+from sources.files import append, hold, keep_lines, release, write_tensors
+from sources.headers import check_moments, check_resumable, sealed
 
 
 def add_training_flags(parser: argparse.ArgumentParser, run_name: str) -> None:
@@ -60,10 +59,10 @@ def training_rules(args: argparse.Namespace) -> list[tuple[bool, str]]:
     return [
         *common.at_least(args, 1, "steps", "batch_size", "grad_accum", "eval_every", "save_every",
                          "eval_queries"),
-        (args.lr > 0, f"--lr is {args.lr}; give a positive number"),
+        (0 < args.lr < math.inf, f"--lr is {args.lr}; give a positive number"),
         place_rule("--out-dir", f"{args.out_dir or common.OUT}/last.safetensors"),
         (0 <= args.warmup <= 1, f"--warmup is {args.warmup}; give a share between 0 and 1"),
-        (args.clip >= 0, f"--clip is {args.clip}; give 0 (off) or a positive number"),
+        *common.finite(args, "clip"),
         (args.patience >= 0, f"--patience is {args.patience}; give 0 (never stop early) or more"),
         (args.batch_size % ranks == 0,
          f"--batch-size {args.batch_size} cannot be shared by {ranks} ranks; give a multiple of {ranks}"),
@@ -95,23 +94,10 @@ def save_checkpoint(path: Path, distiller: nn.Module, state: dict,
         for name, p in distiller.named_parameters():
             for key, t in optimizer.state.get(p, {}).items():
                 tensors[f"optimizer.{name}.{key}"] = t.contiguous()
-    write_tensors(path, tensors, {"state": json.dumps(state)})
+    write_tensors(path, tensors, sealed("state", state))
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """A safetensors file, written whole and then renamed; raises UserError where nothing can be written."""
-    from safetensors.torch import save_file
-    temporary = path.with_suffix(".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, temporary, metadata=metadata)
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be written ({error}); give another place, or "
-                        "make room there") from error
-
-
-FIXED_FLAGS = ("k", "least_k", "seed", "batch_size", "grad_accum", "lr", "warmup", "clip", "window",
+FIXED_FLAGS = ("k", "least_k", "seed", "batch_size", "grad_accum", "warmup", "clip", "window",
                "min_doc_len", "context_len", "queries_per_demo", "dtype", "llm_weights")
 
 
@@ -142,8 +128,12 @@ class Run:
         self.device = next(distiller.parameters()).device
         self.optimizer = make_optimizer(distiller, args.lr)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=args.dtype == "fp16")
+        self.rank, self.ranks = world()
         self.state = {"model": model, "trained_on": trained_on, "flags": vars(args), "commit": commit(),
-                      "step": 0, "evaluated": -1, "best": None, "bad_evaluations": 0, "figures": {}}
+                      "step": 0, "evaluated": -1, "best": None, "bad_evaluations": 0, "figures": {},
+                      "notes": [], "ranks": self.ranks}
+        self.out_dir.mkdir(parents=True, exist_ok=True)
+        hold(self.out_dir, "--out-dir")
         last = self.out_dir / "last.safetensors"
         if last.exists() and args.resume:
             self.restore(last)
@@ -152,53 +142,40 @@ class Run:
                             "another --out-dir")
         self.metrics = self.out_dir / "metrics.jsonl"
         if is_main():
-            self.cut_metrics()
-        self.rank, self.ranks = world()
+            keep_lines(self.metrics, self.knows)
+        self.stop = Stop(args.max_minutes)
         self.ddp = DistributedDataParallel(distiller) if self.ranks > 1 else distiller
         self.bar = tqdm(total=args.steps, initial=self.step, desc=name.split("-")[0], unit="step",
                         disable=not is_main())
         distiller.train()
 
-    def cut_metrics(self) -> None:
-        """Leave out of metrics.jsonl what the checkpoint to go on from does not know of."""
-        self.out_dir.mkdir(parents=True, exist_ok=True)
-        kept, before = [], self.metrics.read_text() if self.metrics.exists() else None
-        for line in (before or "").splitlines():
-            with contextlib.suppress(json.JSONDecodeError):  # a kill may have cut the last line
-                record = json.loads(line)
-                # an evaluation is logged before it is saved: one that was not saved will be made again
-                until = self.state["evaluated"] if "val_kl" in record else self.step
-                kept += [line] if record["step"] <= until else []
-        text = "".join(f"{line}\n" for line in kept)
-        if text != before:  # several commands may look at a finished run
-            self.metrics.write_text(text)
+    def knows(self, record: dict) -> bool:
+        """Whether the checkpoint to go on from knows of this record of metrics.jsonl."""
+        # an evaluation is logged before it is saved: one that was not saved will be made again
+        until, step = self.state["evaluated"] if "val_kl" in record else self.step, record.get("step")
+        return not isinstance(step, int) or step <= until
 
     def restore(self, path: Path) -> None:
         """Go on from a checkpoint of the same model, data and flags; raises UserError where these differ."""
         tensors, saved = load_checkpoint(path)
-        old, new = ({**state["model"],
-                     **{f"{stage} {name}": value for stage, about in list(state["trained_on"].items())[-1:]
-                        for name, value in about.items()},
-                     **{f"--{name.replace('_', '-')}": state["flags"][name] for name in FIXED_FLAGS
-                        if name in state["flags"]}} for state in (saved, self.state))
-        differ = [f"{name} {str(old.get(name))[:60]} (now {str(new.get(name))[:60]})"
-                  for name in old | new if old.get(name) != new.get(name)]
-        check((not differ, f"--resume: {path} was trained with {', '.join(differ)}; give the flags of that "
-                           "run, or another --out-dir"))
-        before, now = (state["flags"].get("steps") for state in (saved, self.state))
-        if before != now and is_main():
-            print(f"note: --steps was {before} and is {now}: from here on the learning rate follows that")
-        weights = {k.removeprefix("distiller."): t for k, t in tensors.items() if k.startswith("distiller.")}
-        self.distiller.load_state_dict(weights)
+        check_resumable(path, saved, self.state, FIXED_FLAGS)
+        notes = [f"--{flag} was {was} and is {now} from step {saved['step']} on; the learning rate follows"
+                 for flag in ("steps", "lr")
+                 if (was := saved["flags"].get(flag)) != (now := self.state["flags"][flag])]
+        for note in notes * is_main():
+            print(f"note: {note}")
+        load_weights(self.distiller, tensors, path)
         for name, p in self.distiller.named_parameters():
             prefix = f"optimizer.{name}."
             moments = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+            check_moments(path, name, p.shape, moments)
             if moments:
                 self.optimizer.state[p] = {k: t if k == "step" else t.to(p.device)
                                            for k, t in moments.items()}
         if scaler := saved.pop("scaler"):
             self.scaler.load_state_dict(scaler)
-        self.state = saved | {"flags": self.state["flags"], "commit": self.state["commit"]}
+        own = {name: self.state[name] for name in ("flags", "commit")}
+        self.state |= saved | own | {"notes": saved.get("notes", []) + notes}
 
     @property
     def step(self) -> int:
@@ -237,33 +214,43 @@ class Run:
             self.losses[name] = self.losses.get(name, 0.0) + value.item()
 
     def end_step(self, n_tokens: int) -> None:
-        """Unscale, clip, step; log the step; save every --save-every steps."""
-        sums = sum_over_ranks(list(self.losses.values()), self.device)
+        """Unscale, clip, step; log the step; save every --save-every steps; stop where that was asked for."""
+        *sums, stop = sum_over_ranks([*self.losses.values(), self.stop.asked()], self.device)  # any rank's
         losses = dict(zip(self.losses, sums, strict=True))
-        if not math.isfinite(loss := sum(losses.values())):
-            raise UserError(f"the loss at step {self.step} is {loss}; lower --lr, or use --dtype fp32 (or "
-                            "bf16 instead of fp16)")
+        self.require_finite("loss", sum(losses.values()))
         self.distiller.distill_len = self.args.distill_len
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.distiller.parameters(), self.args.clip or float("inf")).item()
+        if self.scaler.get_scale() <= 1:  # a larger scale of fp16 may be too large: it falls, without a step
+            self.require_finite("gradient's norm", norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.state["step"] += 1
-        self.log(**losses, grad_norm=norm, tokens=n_tokens, seconds=round(time.time() - self.started, 3))
+        losses |= {"grad_norm": norm} if math.isfinite(norm) else {}
+        self.log(**losses, tokens=n_tokens, seconds=round(time.time() - self.started, 3))
         self.bar.set_postfix_str(", ".join(f"{name} {value:.3f}" for name, value in losses.items()))
         self.bar.update()
-        if self.step % self.args.save_every == 0:
+        if self.step % self.args.save_every == 0 or stop:
             self.save()
+        if stop:
+            sum_over_ranks([0.0], self.device)  # until the file is there
+            self.stop.leave(f"saved behind step {self.step} of {self.args.steps}", "--resume")
+
+    def require_finite(self, what: str, value: float) -> None:
+        """Raise UserError, before anything is saved, unless a number of this step is finite."""
+        check((math.isfinite(value), f"the {what} at step {self.step} is {value}; lower --lr, or use --dtype "
+               f"fp32. {self.out_dir} is as saved last: --resume goes on there, with a new --lr if given"))
 
     def log(self, **record) -> None:
         """Append one record to metrics.jsonl."""
         if is_main():
-            with self.metrics.open("a") as file:
-                file.write(json.dumps({"step": self.step, **record}) + "\n")
+            append(self.metrics, {"step": self.step, **record})
 
     def save(self) -> None:
         """Write last.safetensors."""
         if is_main():
+            for name, p in self.distiller.named_parameters():
+                self.require_finite(f"sum of {name}", p.sum().item())
             save_checkpoint(self.out_dir / "last.safetensors", self.distiller,
                             self.state | {"scaler": self.scaler.state_dict()}, self.optimizer)
 
@@ -273,10 +260,12 @@ class Run:
 
     def evaluated(self, figures: dict, text: str) -> None:
         """Log and print an evaluation; val_option_ce decides what is best and when to stop early."""
+        for name, value in figures.items():
+            self.require_finite(name, value)
         value = figures["val_option_ce"]
         self.state |= {"evaluated": self.step, "figures": figures}
         self.log(**figures)
-        if self.state["best"] is None or value < self.state["best"]:
+        if self.state["best"] is None or not value >= self.state["best"]:
             self.state |= {"best": value, "bad_evaluations": 0}
             if is_main():
                 save_checkpoint(self.out_dir / "best.safetensors", self.distiller, self.state)
@@ -289,6 +278,8 @@ class Run:
     def finish(self, **about: str) -> dict:
         """Print and return the run's final figures behind what `about` says of it."""
         self.bar.close()
+        self.stop.listen()
+        release(self.out_dir)
         return common.finish({**about, "steps": self.step, "best_option_ce": self.state["best"],
                               **self.state["figures"], "out_dir": str(self.out_dir),
                               **common.peak_memory(self.device)})

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from common import autocast
+from common import autocast, require_finite
 from data import Encoder, collate
 from model import Prefix, answer_mask, demo_prefix, head_logits, query_states, vector_prefix
 
@@ -103,7 +103,6 @@ def finetune_loss(pred: Tensor, distill: Tensor, lam: float, pred_weight: float 
 @torch.no_grad()
 def score_options(llm: PreTrainedModel, prefix: Prefix, batch: dict[str, Tensor]) -> Tensor:
     """Eq. (1) and (2), Sec. 2: the log-likelihood of every answer option behind its query, a token's mean.
-
     The label is the argmax over a query's options. One pass scores every option of every packed query.
 
     Args:
@@ -119,6 +118,7 @@ def score_options(llm: PreTrainedModel, prefix: Prefix, batch: dict[str, Tensor]
         for r, c in zip(rows.split(128), columns.split(128), strict=True)])                 # (N,)
     shape = (states.shape[0], int(batch["segment"].max()) + 1, int(batch["branch"].max()))
     where = (rows, batch["segment"][rows, columns], batch["branch"][rows, columns] - 1)
+    require_finite("the log-likelihood of an answer option", log_p)
     total = log_p.new_zeros(shape).index_put(where, log_p, accumulate=True)
     count = log_p.new_zeros(shape).index_put(where, torch.ones_like(log_p), accumulate=True)
     return (total / count.clamp(min=1)).masked_fill(count == 0, float("-inf"))

@@ -28,6 +28,7 @@ from model import answer_mask, loss_mask, teacher_and_student
 from paper.held_out import dev_figures, full_precision
 from run import Run, add_training_flags, training_rules
 from score import distill_loss, finetune_loss, pred_loss
+from sources.headers import is_pretraining, same_llm
 from sources.tasks import load_tasks
 from sources.text import Tokenizer
 
@@ -42,7 +43,7 @@ PRESETS = {  # the paper's Table 5, and what two CPU cores do in minutes
 
 def get_parser() -> argparse.ArgumentParser:
     parser = common.make_parser(__doc__, "preset", "llm", "distiller", "distill-len", "tasks", "split", "k",
-                                "template", "seed", "device", "dtype", "llm-weights")
+                                "template", "seed", "max-minutes", "device", "dtype", "llm-weights")
     add_training_flags(parser, "finetune-LLM-SPLIT")
     group = parser.add_argument_group("finetuning")
     group.add_argument("--lam", type=float, default=1.0, help="lambda, weight of L_distill in Eq. (4)")
@@ -64,15 +65,14 @@ MADE_BY = ("distiller", "distill_len", "vector_start", "template")  # flags that
 def find_pretrained(llm, args) -> Path | None:
     """The pretraining checkpoint under out/ with the lowest held-out KL with this LLM and these flags: of the
     paper's beta if there is one, as windows that are cut elsewhere have another KL."""
-    wanted = {"llm": identity(llm)} | {name: getattr(args, name) for name in MADE_BY}
-    found = []
+    wanted, found = {name: getattr(args, name) for name in MADE_BY}, []
     for path in sorted(common.OUT.glob("*/best.safetensors")):
-        _, state = load_checkpoint(path, weights=False)
-        stages = state["trained_on"]
-        mends = stages.keys() == {"pretrain"} and stages["pretrain"].get("objective", "kl") == "kl"
-        if mends and wanted.items() <= state["model"].items():
-            beta = stages["pretrain"].get("beta")
-            found.append((beta != 0.8, state["figures"]["val_kl"], path))
+        with common.noting_faults():
+            _, state = load_checkpoint(path, weights=False)
+            if is_pretraining(path, state) and same_llm(state["model"]["llm"], identity(llm)) \
+                    and wanted.items() <= state["model"].items():
+                beta = state["trained_on"]["pretrain"].get("beta")
+                found.append((beta != 0.8, state["figures"]["val_kl"], path))
     return min(found)[-1] if found else None
 
 
@@ -101,8 +101,7 @@ def start(args, llm):
 def main(argv: list[str] | None = None) -> dict:
     args = parse(get_parser(), argv, PRESETS)
     check(*common.shared_rules(args), *training_rules(args),
-          (args.lam >= 0, f"--lam is {args.lam}; give 0 (no distillation) or more"),
-          (args.pred_weight >= 0, f"--pred-weight is {args.pred_weight}; give 0 (without it) or more"),
+          *common.finite(args, "lam", "pred_weight"),
           (args.lam + args.pred_weight > 0,
            "--lam and --pred-weight are both 0, so there is no loss; give one of them"),
           (args.distiller != "free" or (args.init_from == "none" and args.lam == 0),
@@ -131,7 +130,8 @@ def main(argv: list[str] | None = None) -> dict:
 
 def train(args, device, llm, distiller, trained_on, tasks, encoder) -> dict:
     """The loop of stage 2, whose steps `Run` describes; returns the final figures."""
-    stage = {"tasks": tasks.collection, "split": args.split, "lam": args.lam, "pred_weight": args.pred_weight}
+    stage = {"tasks": tasks.collection, "split": args.split, "lam": args.lam, "pred_weight": args.pred_weight,
+             "hash": tasks.training_hash(), "dev_hash": tasks.dev_hash(args.seed)}
     run = Run(f"finetune-{Path(args.llm).name}-{args.split}", args, distiller,
               distiller_config(distiller, llm, args), trained_on | {"finetune": stage})
 

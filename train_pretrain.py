@@ -35,7 +35,7 @@ PRESETS = {  # the paper's Table 5, and what two CPU cores do in minutes
 
 def get_parser() -> argparse.ArgumentParser:
     parser = common.make_parser(__doc__, "preset", "llm", "distiller", "distill-len", "tasks", "corpus", "k",
-                                "template", "seed", "device", "dtype", "llm-weights")
+                                "template", "seed", "max-minutes", "device", "dtype", "llm-weights")
     add_training_flags(parser, "pretrain-LLM")
     group = parser.add_argument_group("pretraining")
     group.add_argument("--window", type=int, help="tokens taken from each document")
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> dict:
     args = parse(get_parser(), argv, PRESETS)
     check(*common.shared_rules(args), *training_rules(args),
           (0 < args.beta < 1, f"--beta is {args.beta}; give a share above 0 and below 1 (the paper: 0.8)"),
-          (args.gamma > 0, f"--gamma is {args.gamma}; give a positive number"),
+          (0 < args.gamma < float("inf"), f"--gamma is {args.gamma}; give a positive number"),
           (args.gamma == 1 or args.objective == "clm+kl",
            "--gamma only has a meaning with --objective clm+kl; add that"),
           (args.distiller != "free",
@@ -87,7 +87,7 @@ def train(args, device, llm, distiller, corpus, tasks, encoder) -> dict:
     """The loop of stage 1, whose steps `Run` describes; returns the final figures."""
     run = Run(f"pretrain-{Path(args.llm).name}", args, distiller, distiller_config(distiller, llm, args),
               {"pretrain": {"corpus": corpus.name, "hash": corpus.hash, "objective": args.objective,
-                            "gamma": args.gamma, "beta": args.beta}})
+                            "gamma": args.gamma, "beta": args.beta, "dev_hash": tasks.dev_hash(args.seed)}})
     bos_id, uses_kl, uses_clm = encoder.tokenizer.bos_id, args.objective != "clm", args.objective != "kl"
     rows_of = step_rows(lambda first, count: corpus.training_rows(args.seed, first, count, args.beta),
                         args.seed, args.batch_size * args.grad_accum)

@@ -32,6 +32,7 @@ from loading import (
     require_input_vectors,
 )
 from model import causal_mask, positions_of, run_backbone, with_bos
+from sources.files import write_whole
 from sources.tasks import load_tasks
 from sources.text import Tokenizer
 
@@ -187,7 +188,7 @@ def main(argv: list[str] | None = None) -> dict:
         records["attention"] = about | look(args, llm, tokenizer, heads)
     Path(args.out).mkdir(parents=True, exist_ok=True)
     for name, record in records.items():
-        (Path(args.out) / f"{name}.json").write_text(json.dumps(record) + "\n")
+        write_whole(Path(args.out) / f"{name}.json", json.dumps(record) + "\n")
     found = [{"layer": a, "head": b, "score": round(scores[a, b].item(), 4)} for a, b in heads]
     return finish({"heads": found,
                    "files": [str(Path(args.out) / f"{name}.json") for name in records]})

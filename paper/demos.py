@@ -105,7 +105,7 @@ class SentenceEncoder:
         hf = Tokenizer(name).hf  # with the special tokens that its model was trained with, such as BERT's
         self.encode = lambda text: hf(text, truncation=True, max_length=MAX_INPUT)["input_ids"]
         try:
-            self.backbone = AutoModel.from_pretrained(name).to(llm.device).eval()
+            self.backbone = AutoModel.from_pretrained(name, trust_remote_code=False).to(llm.device).eval()
         except (OSError, ValueError) as error:
             raise UserError(f"--dense-model {name} cannot be loaded ({str(error).splitlines()[0]}); give an "
                             "encoder's hub name or folder, or leave the flag out to use the LLM "

@@ -37,6 +37,7 @@ from paper import pictures
 from paper.pictures import GREY, METHODS, STYLE, caption
 from paper.summary import read_results, scores_of
 from paper.tables import latest, require_fields, summary
+from sources.files import whole
 
 # what stands before the query in Fig. 3: label, colour, hatch of bars, style of lines
 COSTS = {"icl": ("vanilla ICL", "#000000", "", "-"), "icl_cached": ("ICL, cached", "#56B4E9", "//", "--"),
@@ -368,12 +369,14 @@ def main(argv: list[str] | None = None) -> dict:
            "`python -m paper.figures curves out/pretrain`, and the others take none")))
     args.command = shlex.join(["python", "-m", "paper.figures", *(sys.argv[1:] if argv is None else argv)])
     out = Path(args.out)
-    check((not out.is_file(), f"--out {out} is a file; give a folder"), common.place_rule("--out", args.out))
+    check((not out.is_file(), f"--out {out} is a file; give a folder"),
+          common.place_rule("--out", f"{out}/{args.name}.png"))
     out.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(STYLE):
         fig, drawn = FIGURES[args.name](args)
-        fig.savefig(out / f"{args.name}.png")
-        fig.savefig(out / f"{args.name}.svg", metadata={"Date": None})  # the same figures make the same file
+        with whole(out / f"{args.name}.png") as png, whole(out / f"{args.name}.svg") as svg:
+            fig.savefig(png, format="png")
+            fig.savefig(svg, format="svg", metadata={"Date": None})  # the same figures make the same file
     return finish({"figure": args.name, "files": [str(out / f"{args.name}.{kind}")
                                                   for kind in ("png", "svg")]}
                   ) | {"drawn": drawn}

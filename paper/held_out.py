@@ -56,7 +56,7 @@ def dev_figures(llm, distiller, tasks: Tasks, encoder: Encoder, args, device) ->
     for task in tasks.test[rank::ranks]:
         demos, files = demonstration_set(tasks, task, seed, args.k)
         queries = files["dev"][:args.eval_queries]
-        require_options(queries)
+        require_options(queries, encoder.answer)
         limit = encoder.limit(demos + queries)
         teacher_prefix = one_prefix("icl", demos, limit, llm, distiller, encoder, exact)
         student_prefix = one_prefix("mend", demos, limit, llm, distiller, encoder, exact)
@@ -109,7 +109,7 @@ def evaluate_kl(llm, distiller, corpus: Corpus, args, device, bos_id) -> dict:
     tokens, *kl = sum_over_ranks(list(sums.values()), device)
     vectors, no_context, last_l = (value / tokens for value in kl)
     return {"val_kl": vectors, "val_kl_no_context": no_context, "val_kl_last_l": last_l,
-            "recovered": 1 - vectors / no_context}
+            "recovered": 1 - vectors / no_context if no_context else 0.0}
 
 
 def get_parser() -> argparse.ArgumentParser:

@@ -154,7 +154,8 @@ T5_PAIRS = {"t5-large-lm-adapt": "t5-small-lm-adapt", "flan-t5-xl": "flan-t5-bas
 def build_random(llm_name: str, distiller_name: str, distill_len: int, dtype: torch.dtype, device="cpu"):
     """An LLM and its distiller with random weights, or, under `no_weights`, with none; in eval mode."""
     config = CONFIGS.get(Path(llm_name).name)
-    config = AutoConfig.for_model(**config) if config else AutoConfig.from_pretrained(llm_name)
+    config = AutoConfig.for_model(**config) if config else \
+        AutoConfig.from_pretrained(llm_name, trust_remote_code=False)
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     llm = kind.from_config(config, dtype=dtype)
     if getattr(config, "scale_decoder_outputs",
@@ -162,7 +163,7 @@ def build_random(llm_name: str, distiller_name: str, distill_len: int, dtype: to
         llm.lm_head.weight = nn.Parameter(llm.lm_head.weight.detach().clone())
     llm = llm.to(device).eval().requires_grad_(False)
     backbone = None if distiller_name.startswith("layers:") else CONFIGS.get(Path(distiller_name).name) or \
-        AutoConfig.from_pretrained(distiller_name).to_dict()
+        AutoConfig.from_pretrained(distiller_name, trust_remote_code=False).to_dict()
     return fuse_gelu(llm), build_distiller(distiller_name, llm, distill_len, "plain", 0, backbone).eval()
 
 

@@ -14,8 +14,12 @@ GAIN = "(method - zero_shot) / (icl - zero_shot)"
 Scores = dict[tuple[str, int], tuple[float, int]]  # (task, seed): headline in percent, n
 
 
-def read_results(path: Path) -> list[dict]:
-    """The lines of a results file; a last line that a kill cut short is left out."""
+def read_results(path: Path, *fields: str) -> list[dict]:
+    """The lines of a results file; a last line that a kill cut short is left out.
+
+    Raises:
+        UserError: another kind of file; a line without one of `fields`.
+    """
     if not path.exists():
         return []
     try:
@@ -23,10 +27,12 @@ def read_results(path: Path) -> list[dict]:
         records = [json.loads(line) for line in lines]
         with contextlib.suppress(ValueError):
             records.append(json.loads(last))
-        if not all(isinstance(r, dict) for r in records):
+        if not all(isinstance(r, dict) for r in records) or (last and last[0] != "{"):
             raise ValueError("a line is no JSON object")
+        if missing := [name for name in fields if any(name not in r for r in records)]:
+            raise ValueError(f"a line has no {missing[0]}")
         return records
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not a results file of evaluate.py ({error}); give another one") from error
 
 

@@ -20,6 +20,7 @@ import common
 from common import check, finish, parse, run_main, setup
 from loading import checkpoint_id, load_all
 from score import one_prefix, predict
+from sources.files import write_whole
 from sources.tasks import SEEDS, demonstration_set, load_tasks, require_options
 
 METHODS = ("mend", "icl", "last_l")
@@ -83,9 +84,8 @@ def main(argv: list[str] | None = None) -> dict:
              "distill_len": args.distill_len, "k": args.k, "seed": args.seed, "dtype": args.dtype,
              "template": args.template, "commit": common.commit(), "date": common.today(),
              "command": shlex.join(["python", "-m", "paper.swaps", *(argv or sys.argv[1:])])}
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     matrices = {method: matrix.round(4).tolist() for method, matrix in right.items()}
-    Path(args.out).write_text(json.dumps(about | {"matrices": matrices}) + "\n", encoding="utf-8")
+    write_whole(args.out, json.dumps(about | {"matrices": matrices}) + "\n")
     return finish({"queries": len(asked), **figures, "out": args.out})
 
 

@@ -9,13 +9,14 @@ figures, for its own LLMs, stand in results/paper.json.
 import hashlib
 import json
 from collections import defaultdict
+from pathlib import Path
 
 import numpy as np
 from scipy.stats import t
 
-from common import ROOT, SPLITS, UserError, check
+from common import ROOT, SPLITS, UserError, check, finish
 from evaluate import METHODS
-from paper.summary import GAIN, Scores, mean_std, recovered_gain, scores_of
+from paper.summary import GAIN, Scores, mean_std, read_results, recovered_gain, scores_of
 
 
 def require_fields(records: list[dict], taker: str) -> None:
@@ -90,7 +91,9 @@ def belonging(records: list[dict], number: str) -> tuple[list[dict], int]:
     if not mine:
         raise UserError(f"no line of the results belongs to table {number}; paper/runs/ makes them")
     fixed = [name for name in FIXED if name != column]
-    same = [r for r in mine if all(r.get(name) == mine[-1].get(name) for name in fixed)]
+    newest = {r["llm"]: r["llm_hash"] for r in mine if r.get("llm_hash")}  # of one name, one LLM's weights
+    same = [r for r in mine if all(r.get(name) == mine[-1].get(name) for name in fixed)
+            and r.get("llm_hash") in (None, newest.get(r["llm"]))]
     return same, len(mine) - len(same)
 
 
@@ -266,3 +269,13 @@ def table_lines(records: list[dict], number: str) -> list[str]:
             *[f"- left out: {left_out} lines of another {', '.join(FIXED)} than the newest line's"
               ] * (left_out > 0),
             *notes(cells, summaries, n_tasks, collection.get("clusters", {})), *one_label(grouped)]
+
+
+def print_paper_table(number: str, *files: str) -> dict:
+    """evaluate.py's --table NUMBER FILE...; returns what its last line says."""
+    check((number in ("1", *TABLES), f"--table {number} is unknown; give one of 1, {', '.join(TABLES)}"),
+          (bool(files), f"--table {number} needs at least one results file after the number"),
+          *((Path(f).is_file(), f"--table: {f} is no file; give a results file of evaluate.py")
+            for f in files))
+    print("\n".join(table_lines([r for f in files for r in read_results(Path(f))], number)))
+    return finish({"table": number, "files": list(files)})

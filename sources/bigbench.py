@@ -215,4 +215,6 @@ def convert_tasks(archives: list[Path], out: Path, args: argparse.Namespace) -> 
     for task, examples in tqdm(functions.items(), desc="functions", unit="task"):
         family = task.partition("-")[0]
         kept[family] += write_function(task, examples, answers[family], out)
-    return {"tasks": len(counts), "examples": sum(counts.values()), "functions": kept}
+    parts = [item["train"] + 3 * len(SEEDS) * item["test"] for item in plan["tasks"].values()]
+    return {"tasks": len(counts), "examples": sum(counts.values()), "functions": kept,
+            "files": sum(parts) + 3 * len(SEEDS) * sum(kept.values())}

@@ -72,6 +72,10 @@ def example(task: str, x: str, other: str | None = None) -> dict:
 class Made(Tasks):
     """Tasks without files."""
 
+    def training_hash(self) -> str:
+        """Of the tasks' names and the first one's examples: the others' come from the same code."""
+        return hashlib.sha256(json.dumps([self.train, self.pool(self.train[0])]).encode()).hexdigest()[:12]
+
     def retrieval_files(self, task: str) -> list[Path]:
         raise UserError("made tasks have no files to retrieve demonstrations from; leave --retrieve out")
 

@@ -1,8 +1,10 @@
 """Where tasks come from: MetaICL's files, a folder laid out alike, the hub, or made here (Sec. 4.1)."""
 
+import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -14,9 +16,16 @@ from tqdm import tqdm
 import common
 from common import FUNCTIONS, ROOT, UserError, check
 from sources import assets
+from sources.files import held, temporary_of
 from sources.text import HUB_REVISIONS, HUB_TASKS, Tokenizer, hub_rows, json_lines
 
 SEEDS = (100, 13, 21, 42, 87)
+
+
+class Example(dict):
+    """{"task", "input", "output", "options"} that knows its line: `where`, as an error names it."""
+
+    where = ""
 
 
 def different(examples: Iterable[dict]) -> list[dict]:
@@ -88,6 +97,17 @@ class Tasks:
         return different(e for path in self.retrieval_files(task) for e in read_examples(path)
                          if e["input"] not in banned)
 
+    def training_hash(self) -> str:
+        """Content hash of the meta-training tasks."""
+        pools = [[task, self.pool(task)] for task in self.train]
+        return hashlib.sha256(json.dumps(pools).encode()).hexdigest()[:12]
+
+    def dev_hash(self, seed: int) -> str:
+        """Content hash of the files that a training with --seed looks at between its steps."""
+        seed = seed if seed in SEEDS else SEEDS[0]
+        hashes = [[task, self.data_hash(task, seed)] for task in self.test]
+        return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()[:12]
+
     def data_hash(self, task: str, seed: int, retrieval: bool = False) -> str:
         """Content hash of the files that an evaluation of (task, seed) reads."""
         files = [*self.paths(task, seed).values(), *(self.retrieval_files(task) if retrieval else [])]
@@ -105,6 +125,9 @@ class Mixture(Tasks):
 
     def pool(self, task: str) -> list[dict]:
         return self.part_of(task).pool(task)
+
+    def training_hash(self) -> str:
+        return " ".join(part.training_hash() for part in self.parts)
 
     def size(self, task: str) -> int:
         return self.part_of(task).size(task)
@@ -185,23 +208,40 @@ def hub_tasks() -> Path:
     folder = common.CACHE / f"metaicl-{HUB_REVISIONS[HUB_TASKS][:12]}"
     if folder.is_dir():
         return folder
+    common.CACHE.mkdir(parents=True, exist_ok=True)
+    with held(common.CACHE, "the cache", wait=True):  # another process may be fetching them
+        if not folder.is_dir():
+            fetch_hub_tasks(folder)
+    return folder
+
+
+def fetch_hub_tasks(folder: Path) -> None:
+    """Write MetaICL's tasks of the hub into `folder`, which appears when it is whole."""
     columns = ("task", "input", "output", "options", "seed", "split")
-    temporary = common.CACHE / f"metaicl.{os.getpid()}.tmp"
+    temporary = temporary_of(folder)
     shutil.rmtree(temporary, ignore_errors=True)
     stems = {"meta_train": "16384_100_train", "meta_eval": "16_{seed}_{split}",
              "meta_eval_100shot": "100_{seed}_{split}"}
-    for split, stem in stems.items():
-        rows = hub_rows("--tasks metaicl", HUB_TASKS, split=split, columns=columns)
-        for row in tqdm(rows, desc=f"MetaICL {split}"):
-            name = row["task"]
-            (temporary / name).mkdir(parents=True, exist_ok=True)
-            with (temporary / name / f"{name}_{stem.format(**row)}.jsonl").open("a") as file:
-                file.write(json.dumps({k: row[k] for k in ("task", "input", "output", "options")}) + "\n")
     try:
-        os.replace(temporary, folder)
-    except OSError:  # another rank was first
-        shutil.rmtree(temporary)
-    return folder
+        for split, stem in stems.items():
+            rows = hub_rows("--tasks metaicl", HUB_TASKS, split=split, columns=columns)
+            for row in tqdm(rows, desc=f"MetaICL {split}"):
+                name, stem_of = row["task"], stem.format(**row)
+                check((is_plain_name(name) and is_plain_name(stem_of),
+                       f"--tasks metaicl: the hub's data name a task {str(name)[:60]!r} with a file "
+                       f"{stem_of[:60]!r}, which are no plain names; nothing was kept"))
+                (temporary / name).mkdir(parents=True, exist_ok=True)
+                with (temporary / name / f"{name}_{stem_of}.jsonl").open("a") as file:
+                    file.write(json.dumps({k: row[k] for k in ("task", "input", "output", "options")}) + "\n")
+        with contextlib.suppress(OSError):  # another rank was first
+            os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def is_plain_name(name) -> bool:
+    """Whether a name from elsewhere can be that of a file in its folder, and of no other place."""
+    return isinstance(name, str) and re.fullmatch(r"\w[\w.:+-]{0,99}", name, re.ASCII) is not None
 
 
 def read_examples(path: Path) -> list[dict]:
@@ -210,23 +250,41 @@ def read_examples(path: Path) -> list[dict]:
     examples = []
     for where, row in json_lines(path, form := '{"task", "input", "output", "options"}'):
         try:
-            example = {"task": row["task"], "input": row["input"].strip(), "output": row["output"].strip(),
-                       "options": [option.strip() for option in row.get("options") or []]}
+            options = row.get("options") or []
+            if not isinstance(options, list):
+                raise TypeError(f"options are a {type(options).__name__}, not a list of texts")
+            example = Example(task=row["task"], input=row["input"].strip(), output=row["output"].strip(),
+                              options=[option.strip() for option in options])
+            example.where = where
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{where}: expected {form} ({type(error).__name__}: {error})") from error
         check((example["input"] and example["output"], f"{where}: the input or the output is empty"))
         examples.append(example)
+    check((bool(examples), f"{path} is empty; give at least one line, such as {form}"))
     return examples
 
 
-def require_options(examples: list[dict]) -> None:
-    """Raise UserError for the first example that cannot be scored: its answer is not among its options."""
+def require_options(examples: list[dict], ids_of: Callable[[str], list[int]] | None = None) -> None:
+    """Raise UserError for the first example that cannot be scored: its answer is not among its options, or,
+    by the token ids of an answer, an option is nothing to the LLM, or the same as another text. (The same
+    text twice, as in commonsense_qa, is one answer, whichever of them wins.)"""
+    known: dict[str, tuple[int, ...]] = {}
     for e in examples:
-        if e["output"] not in e["options"]:
-            missing = f"its answer {e['output']!r} is not among {e['options']}"
-            raise UserError(f"task {e['task']}: the example {e['input'][:60]!r} cannot be scored, as "
-                            f"{missing if e['options'] else 'it has no options'}; Eq. (1) compares "
-                            "given options, so use a classification or multiple-choice task")
+        fault = "" if e["output"] in e["options"] else "it has no options" if not e["options"] else \
+            f"its answer {e['output']!r} is not among {e['options']}"
+        seen: dict[tuple[int, ...], str] = {}
+        for option in e["options"] if ids_of and not fault else []:
+            if option not in known:
+                known[option] = tuple(ids_of(option))
+            if not known[option]:
+                fault = f"its option {option!r} becomes no token"
+            elif seen.setdefault(known[option], option) != option:
+                fault = f"its options {seen[known[option]]!r} and {option!r} become the same tokens"
+        if fault:
+            line = getattr(e, "where", None)
+            raise UserError((f"{line}, " if line else "") + f"task {e['task']}: the example "
+                            f"{e['input'][:60]!r} cannot be scored, as {fault}; Eq. (1) compares given "
+                            "options, so use a classification or multiple-choice task, whose options differ")
 
 
 def demonstration_set(tasks: Tasks, task: str, seed: int, k: int) -> tuple[list[dict], dict[str, list[dict]]]:

@@ -1,27 +1,35 @@
 """Where text comes from: tokenizers, files and the hub. No tensors."""
 
+import contextlib
+import functools
 import gzip
 import hashlib
 import json
-import os
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+from huggingface_hub import try_to_load_from_cache
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
 import common
 from common import UserError, check, require_hub
 from sources import assets
+from sources.files import content_hash, held, whole, write_whole
 
 HUB_TASKS, HUB_TEXT = "bigheiniuJ/EvalMetaICLAll", "allenai/c4"
 HUB_REVISIONS = {  # of the data sets' repositories, so that a run reads what another one read
     HUB_TEXT: "1588ec454efa1a09f29cd18ddd04fe05fc8653a2",
     HUB_TASKS: "main",  # not pinned: none of its commit hashes was known when this was written
 }
+
+
+def first_line(error: BaseException) -> str:
+    """An error's kind and the first line of what it says."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"
 
 
 class Tokenizer:
@@ -33,10 +41,10 @@ class Tokenizer:
     def __init__(self, name: str):
         assets.ensure(name)
         try:
-            self.hf = AutoTokenizer.from_pretrained(name)
-        except (OSError, ValueError) as error:
-            raise UserError(f"no tokenizer at {name}: {str(error).splitlines()[0]} Give the hub name or the "
-                            "folder of a model; the pocket preset's comes from `make assets`, and T5's needs "
+            self.hf = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        except Exception as error:  # a broken file can break any of the libraries below
+            raise UserError(f"no tokenizer at {name} ({first_line(error)}). Give the hub name or the folder "
+                            "of a model; the pocket preset's comes from `make assets`, and T5's needs "
                             "the packages sentencepiece and protobuf") from error
         self.name = name
         first = self.hf("a")["input_ids"][:1]
@@ -58,6 +66,49 @@ class Tokenizer:
             return self.reference(text)
         ids = self.to_id[self.encoding.encode_ordinary(text)] if text else ()
         return [int(i) for i in ids if i >= 0]  # transformers too drops a byte that the vocabulary lacks
+
+
+def check_same_tokens(distiller: str, llm: str) -> None:
+    """Raise UserError, naming tokens, unless each that text becomes has the same id in both vocabularies."""
+    def tokens(name: str, flag: str) -> dict[str, int]:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+            return tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False)
+        except Exception as error:
+            raise UserError(f"{flag} {name} has no tokenizer beside it ({first_line(error)}), and "
+                            "both models' are compared: give whole ones, or --distiller layers:N") from error
+    own, other = tokens(llm, "--llm"), tokens(distiller, "--distiller")
+    differ = sorted((t for t in own.keys() | other.keys() if own.get(t) != other.get(t)),
+                    key=lambda t: (own.get(t, other.get(t)), t))
+    named = ", ".join(f"{t!r} ({own.get(t, 'not there')} in the LLM's, {other.get(t, 'not there')} in the "
+                      "distiller's)" for t in differ[:3])
+    check((not differ, f"--distiller {distiller} does not share the tokenizer of --llm {llm}: {len(differ)} "
+           f"tokens differ, such as {named}; give a smaller model with its tokenizer, or layers:N"))
+
+
+def model_hashes(name: str) -> dict[str, str]:
+    """Hashes of the weights and the tokenizer of a model's folder or hub name; {} where it has no files."""
+    cached = try_to_load_from_cache(name, "config.json") if name and not Path(name).is_dir() else None
+    folder = Path(cached).parent if isinstance(cached, str) else Path(name)
+    files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    if not name or not files:
+        return {}
+    stamp = tuple((path, path.stat().st_mtime_ns, path.stat().st_size) for path in folder.glob("*.*"))
+    return hashes_of(name, tuple(files), stamp)
+
+
+def llm_hash(name: str) -> str:
+    """A model's hashes in one word, for results."""
+    return "/".join(model_hashes(name).values())
+
+
+@functools.lru_cache(maxsize=2)
+def hashes_of(name: str, files: tuple[Path, ...], stamp: tuple) -> dict[str, str]:
+    """`model_hashes` of these files; `stamp` is what changes when one of them does."""
+    hashes = {"weights_hash": content_hash(list(files))}
+    with contextlib.suppress(UserError):  # a model without a tokenizer
+        hashes["tokenizer_hash"] = Tokenizer(name).fingerprint
+    return hashes
 
 
 def tiktoken_encoding(tokenizer_json: str):
@@ -133,6 +184,8 @@ def json_lines(path: Path, expected: str) -> Iterator[tuple[str, dict]]:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     row = json.loads(line)
+                    if "\\ud" in line.lower():  # half of a pair of \\u escapes is no text
+                        json.dumps(row, ensure_ascii=False).encode()
                     if not isinstance(row, dict):
                         raise TypeError(f"found a {type(row).__name__}")
                     yield f"{path}, line {number}", row
@@ -193,19 +246,47 @@ def hub_documents() -> Iterator[str]:
         yield row["text"]
 
 
+def cached_tokens(folder: Path, documents: Callable[[], Iterator[str]],
+                  tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens of all documents, uint32, and where each document ends: those in `folder` where they are
+    whole, by their hash, else made anew."""
+    found = read_tokens(folder)
+    if found is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        with held(folder, "the cache", wait=True):  # another process may be making them
+            found = read_tokens(folder)
+            if found is None:
+                write_tokens(folder, documents(), tokenizer)
+    return found or read_tokens(folder)
+
+
+def read_tokens(folder: Path) -> tuple[np.ndarray, np.ndarray] | None:
+    """What `write_tokens` wrote; None unless it is there and whole."""
+    try:
+        about = json.loads((folder / "about.json").read_text())
+        tokens = np.memmap(folder / "tokens.bin", dtype=np.uint32, mode="r")
+        ends = np.frombuffer((folder / "ends.bin").read_bytes(), dtype=np.int64)
+        digest = hashlib.sha256(tokens)
+        digest.update(ends)
+        return (tokens, ends) if about == {"sha256": digest.hexdigest()} else None
+    except (OSError, ValueError):
+        return None
+
+
 def write_tokens(folder: Path, documents: Iterator[str], tokenizer: Tokenizer) -> None:
-    """Tokenise documents into folder/tokens.bin (uint32) and folder/ends.npy (each document's end)."""
-    folder.mkdir(parents=True, exist_ok=True)
-    ends, total = [], 0
-    temporary = folder / f"tokens.{os.getpid()}.tmp"
-    with temporary.open("wb") as file:
+    """Tokenise documents into folder/tokens.bin (uint32), ends.bin (each document's end, int64) and the hash
+    of both."""
+    ends, total, digest = [], 0, hashlib.sha256()
+    with whole(folder / "tokens.bin") as temporary, temporary.open("wb") as file:
         for text in tqdm(documents, desc="tokenising", unit=" documents"):
             ids = np.asarray(tokenizer.encode(text), dtype=np.uint32)
             file.write(ids.tobytes())
+            digest.update(ids.tobytes())
             total += len(ids)
             ends.append(total)
-    if not total:
-        raise UserError('the corpus holds no text at all; give .jsonl lines with a "text", or .txt files')
-    os.replace(temporary, folder / "tokens.bin")
-    np.save(folder / f"ends.{os.getpid()}.tmp.npy", np.asarray(ends, dtype=np.int64))
-    os.replace(folder / f"ends.{os.getpid()}.tmp.npy", folder / "ends.npy")  # last: it says "complete"
+        if not total:
+            raise UserError('the corpus holds no text at all; give .jsonl lines with a "text", or .txt files')
+    ends = np.asarray(ends, dtype=np.int64).tobytes()
+    digest.update(ends)
+    write_whole(folder / "ends.bin", ends)
+    write_whole(folder / "about.json", json.dumps({"sha256": digest.hexdigest()}))

@@ -248,6 +248,14 @@ def corpus_dir(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(autouse=True)
+def same_attention():
+    """A training on a CPU chooses another attention of torch's: the next test finds the usual one."""
+    usual = torch.backends.cuda.flash_sdp_enabled()
+    yield
+    torch.backends.cuda.enable_flash_sdp(usual)
+
+
+@pytest.fixture(autouse=True)
 def private_folders(monkeypatch, tmp_path):
     """Nothing is read from or written to the repository's own cache/ and out/, and nothing fetched."""
     monkeypatch.setattr(common, "CACHE", tmp_path / "cache")

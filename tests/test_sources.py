@@ -457,7 +457,7 @@ def test_hub_errors_name_the_offline_way(hub, local_hub, tokenizer):
         with pytest.raises(UserError, match="--corpus c4: .*c4, revision abc, split validation cannot be "
                                             f"read.*{message}.*" + offline.format("c4")):
             Corpus(["c4"], tokenizer, 128, 64)
-        assert not list(common.CACHE.glob("corpus-*/ends.npy"))
+        assert not list(common.CACHE.glob("corpus-*/about.json"))
 
 
 def test_a_data_set_that_is_not_there_names_the_offline_way(local_hub):

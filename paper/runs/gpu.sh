@@ -20,13 +20,23 @@ if [ -n "${PARTS:-}" ]; then  # sources/assets.py checks the hash
 fi
 if [ ${#TEXT[@]} -gt 0 ] && [ -d assets/sotu ]; then TEXT+=(sotu); fi
 
-# No command goes on beyond `until`; each in the background has its output in $RUNS/NAME.log.
+# Each command stops itself at `until`, saved, but never without a step; its output is in $RUNS/NAME.log.
 SCRIPT_PYTHON=$PYTHON PYTHON=limited
 limited() {
     local seconds=$(( until - $(date +%s) ))
-    [ $seconds -gt 0 ] && timeout --signal=INT $seconds "$SCRIPT_PYTHON" "$@"
+    [ $seconds -gt 0 ] && "$SCRIPT_PYTHON" "$@" --max-minutes $(printf '%d.%02d' $(( seconds / 60 )) $(( seconds % 60 * 100 / 60 )))
 }
+set -m  # a job is a process group, which ends with this script: SIGTERM lets a training finish its step and save
 jobs=()
+stop() {
+    trap - INT TERM HUP
+    for pid in ${jobs[@]+"${jobs[@]}"}; do kill -TERM -- "-$pid" 2> /dev/null || true; done
+    wait
+    exit "$1"
+}
+trap 'stop 130' INT
+trap 'stop 143' TERM
+trap 'stop 129' HUP
 job() { "${@:2}" >> "$RUNS/$1.log" 2>&1 & jobs+=("$!"); }
 finish() {  # wait for the jobs, and stop where one failed
     local failed=0
@@ -34,15 +44,16 @@ finish() {  # wait for the jobs, and stop where one failed
     jobs=()
     if [ $failed = 1 ]; then echo "not all ended; see $RUNS/*.log, and call again to go on" >&2; exit 1; fi
 }
+mkdir -p "$RUNS"
+in_turn() { ( flock 9; "$@" ) 9> "$RUNS/score.lock"; }  # the results file takes one evaluation at a time
 method() {  # NAME SPLIT: train and score one
     $1 "$2"
-    score table2 "$2" --methods "$1" --checkpoint "$RUNS/$1-$2"
+    in_turn score table2 "$2" --methods "$1" --checkpoint "$RUNS/$1-$2"
 }
-mkdir -p "$RUNS"
 job pretrain-kl pretrain pretrain-kl
 job pretrain-clm pretrain pretrain-clm --objective clm
 for split in ${SPLITS:-class_to_class}; do
-    job baselines-$split score table2 "$split" --methods zero_shot majority icl icl_budget
+    job baselines-$split in_turn score table2 "$split" --methods zero_shot majority icl icl_budget
 done
 finish
 for split in ${SPLITS:-class_to_class}; do
