@@ -67,7 +67,7 @@ def test_command_parses(command):
         flags = flags.replace(variable, value)
     args = CALLED[called].get_parser().parse_args(shlex.split(flags))
     if "split" in args:
-        assert args.split in (*common.SPLITS, "S")
+        assert args.split in (*common.SPLITS, common.FUNCTIONS, "S")
 
 
 @pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
@@ -151,7 +151,7 @@ def test_the_documents_have_the_figures_of_the_committed_results(file, places):
 
 @pytest.mark.parametrize("name, length", [
     ("ratios-functions", 16), ("ratios-functions", 8), ("ratios-recall", 32), ("ratios-recall", 16),
-    ("ratios-early", 16), ("class_to_class-kv", 64)])
+    ("ratios-early", 16), ("class_to_class-kv", 64), ("bigbench-functions", 64)])
 def test_the_readme_has_the_figures_of_what_the_vectors_carry(name, length):
     made = carried.carried(paper.summary.read_results(common.ROOT / "results" / f"{name}.jsonl"))
     cells = {m: f"{row['mean']:.1f}" for m, row in made["methods"][length].items() if m != "majority"}
