@@ -26,6 +26,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 ROOT = Path(__file__).resolve().parent
 ASSETS = ROOT / "assets"
@@ -357,6 +358,15 @@ class Stop:
         if is_main():
             print(f"{what}; go on with\n{launcher} {shlex.join(words)}", flush=True)
         raise SystemExit(self.asked() or 143)
+
+
+def attention_for(rows: list[dict], device: torch.device):
+    """A context for training on data.collate's rows: on a CPU, plain attention where they are short, as the
+    backward pass of its flash attention in bf16 takes three times as long; the scores of long rows would take
+    gigabytes."""
+    longest = max(len(r["demo"]) + sum(len(x) + sum(map(len, ys)) for x, ys in r["queries"]) for r in rows)
+    plain = device.type == "cpu" and len(rows) * longest ** 2 <= 2 ** 20
+    return sdpa_kernel(SDPBackend.MATH) if plain else contextlib.nullcontext()
 
 
 def trim_heap() -> None:

@@ -354,7 +354,7 @@ def load_all(args: argparse.Namespace, device: torch.device) -> tuple:
     if args.checkpoint:
         distiller, state = load_distiller(args.checkpoint, llm)
         distiller.eval()
-        if "distill_len" not in args.filled_in:
+        if "distill_len" in args and "distill_len" not in args.filled_in:
             set_length(distiller, state, args.distill_len, args.checkpoint)
         args.distill_len = distiller.distill_len
     return llm, distiller, state, make_encoder(args, Tokenizer(args.llm), llm, distiller)

@@ -330,10 +330,6 @@ def run_backbone(backbone: nn.Module, embeds: Tensor, allowed: Tensor, positions
         """What is added to the scores, made here once: torch would make it of a bool mask in every layer."""
         return torch.zeros_like(mask, dtype=embeds.dtype).masked_fill(~mask, torch.finfo(embeds.dtype).min)
 
-    if embeds.device.type == "cpu":
-        # in bf16 its flash attention's backward pass takes three times as long as that of two products and a
-        # softmax, which keep their scores, though: gigabytes for long rows
-        torch.backends.cuda.enable_flash_sdp(not torch.is_grad_enabled() or allowed.numel() > 2 ** 20)
     masks = {kind: bias(mask) for kind, mask in masks.items()} if isinstance(masks, dict) else bias(masks)
     return backbone(inputs_embeds=embeds, attention_mask=masks, position_ids=positions,
                     past_key_values=cache, use_cache=cache is not None)

@@ -204,7 +204,9 @@ class Run:
         for first in range(0, len(rows), size):
             # under DDP, the last backward pass of a step exchanges the gradients of all
             self.ddp.require_backward_grad_sync = first + size >= len(rows)
-            yield rows[first:first + size][self.rank::self.ranks]
+            part = rows[first:first + size][self.rank::self.ranks]
+            with common.attention_for(part, self.device):
+                yield part
 
     def backward(self, loss: Tensor, **losses: Tensor) -> None:
         """Add the gradients of `loss`, a sum over this rank's micro-batch by the counts of the whole step;

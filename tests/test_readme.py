@@ -16,11 +16,11 @@ import evaluate
 import paper.summary
 import train_finetune
 import train_pretrain
-from paper import attention, figures, probe, tables
+from paper import attention, carried, choose, figures, held_out, probe, swaps, tables
 from sources import assets
 
-SCRIPTS = {m.__name__: m for m in (assets, attention, bench, data, distill, evaluate, figures, probe,
-                                   train_finetune, train_pretrain)}
+SCRIPTS = {m.__name__: m for m in (assets, attention, bench, carried, choose, data, distill, evaluate,
+                                   figures, held_out, probe, swaps, train_finetune, train_pretrain)}
 DOCUMENTS = ["README.md", "results/LOG.md", "results/SPEED.md", "checkpoints/README.md",
              *sorted(f"docs/{path.name}" for path in (common.ROOT / "docs").glob("*.md"))]
 PLACES = [*DOCUMENTS, "Makefile", *(f"{name.replace('.', '/')}.py" for name in SCRIPTS)]
@@ -67,7 +67,7 @@ def test_command_parses(command):
         flags = flags.replace(variable, value)
     args = CALLED[called].get_parser().parse_args(shlex.split(flags))
     if "split" in args:
-        assert args.split in (*common.SPLITS, "S")
+        assert args.split in (*common.SPLITS, common.FUNCTIONS, "S")
 
 
 @pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
@@ -134,7 +134,7 @@ def test_the_tests_that_are_named_are_there():
         assert f"def {test}(" in read(f"tests/{file}"), test
 
 
-@pytest.mark.parametrize("file, places", [("table2-gpu.jsonl", ["README.md", "docs/results.md"]),
+@pytest.mark.parametrize("file, places", [("table2-gpu.jsonl", ["docs/results.md"]),
                                           ("table2-pocket.jsonl", ["docs/results.md"])])
 def test_the_documents_have_the_figures_of_the_committed_results(file, places):
     records = paper.summary.read_results(common.ROOT / "results" / file)
@@ -147,6 +147,20 @@ def test_the_documents_have_the_figures_of_the_committed_results(file, places):
             cell = f"| {headline['mean']:.2f}" + (f" ±{headline['std']:.2f}" if headline["std"] else "")
             assert any(cell in row for row in rows), (place, method)
             assert any(f"| {accuracy['mean']:.1f} |" in row for row in rows), (place, method)
+
+
+@pytest.mark.parametrize("name, length", [
+    ("ratios-functions", 16), ("ratios-functions", 8), ("ratios-recall", 32), ("ratios-recall", 16),
+    ("ratios-early", 16), ("class_to_class-kv", 64), ("bigbench-functions", 64)])
+def test_the_readme_has_the_figures_of_what_the_vectors_carry(name, length):
+    made = carried.carried(paper.summary.read_results(common.ROOT / "results" / f"{name}.jsonl"))
+    cells = {m: f"{row['mean']:.1f}" for m, row in made["methods"][length].items() if m != "majority"}
+    tasks = made["methods"][length]["mend"]["tasks"]
+    (row,) = [line for line in read("README.md").splitlines()
+              if f" {tasks} | {made['tokens']:.0f} → {length} |" in line]
+    shown = re.findall(r"\d+\.\d", row)
+    wanted = ("zero_shot", "last_l", "icl_budget", "mend_swapped", "mend_constant", "mend", "icl")
+    assert shown == [cells[m] for m in wanted if m in cells]
 
 
 def test_every_table_2_of_the_results_is_checked():
