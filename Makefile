@@ -13,6 +13,7 @@ BIN := .venv/bin
 DEMO := out/demo
 PUBLISHED := checkpoints/smollm2-135m.safetensors
 MADE := --preset pocket --tasks functions --template newline
+TABLE := --seeds 100 --limit 2 --methods zero_shot last_l icl mend mend_swapped
 SMALL := --distiller kv:32 --distill-len 16 --lr 1e-3 --steps 20 --eval-every 20 --eval-queries 1
 # threads that spin while they wait make a training step ten times slower where other work shares the cores
 export GOMP_SPINCOUNT ?= 100
@@ -31,10 +32,10 @@ assets: setup
 
 # fetches the LLM (93 MB) and a text (4.5 MB) where they are missing; the word functions are made on the spot
 demo: setup
-	$(BIN)/python evaluate.py $(MADE) --checkpoint $(PUBLISHED) --distill-len 16 --seeds 100 --limit 4 --out $(DEMO)/published.jsonl
+	$(BIN)/python evaluate.py $(MADE) --checkpoint $(PUBLISHED) --distill-len 16 $(TABLE) --out $(DEMO)/published.jsonl
 	$(BIN)/python train_pretrain.py $(MADE) $(SMALL) --eval-docs 8 --out-dir $(DEMO)/pretrain --resume
 	$(BIN)/python train_finetune.py $(MADE) $(SMALL) --init-from $(DEMO)/pretrain --out-dir $(DEMO)/finetune --resume
-	$(BIN)/python evaluate.py $(MADE) --checkpoint $(DEMO)/finetune --seeds 100 --limit 1 --out $(DEMO)/results.jsonl
+	$(BIN)/python evaluate.py $(MADE) --checkpoint $(DEMO)/finetune $(TABLE) --out $(DEMO)/results.jsonl
 	$(BIN)/python -m paper.figures curves $(DEMO)/pretrain $(DEMO)/finetune --out $(DEMO)
 
 # the paper's tables and figures: make table2 SCALE=gpu (paper/runs/settings.sh has the other settings)
