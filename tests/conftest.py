@@ -214,8 +214,12 @@ def save_distiller(folder: Path, distiller, llm, spec: str = "layers:2", start: 
 
 @pytest.fixture(scope="session")
 def tasks_dir(tmp_path_factory) -> Path:
+    return write_class_tasks(tmp_path_factory.mktemp("data") / "tasks")
+
+
+def write_class_tasks(folder: Path) -> Path:
     """Five meta-training and two meta-test tasks of class_to_class in MetaICL's layout."""
-    folder, rng = tmp_path_factory.mktemp("data") / "tasks", random.Random(1)
+    rng = random.Random(1)
 
     def example(task: str) -> dict:
         label = rng.choice(list(LABELS.values()))
@@ -240,7 +244,11 @@ def tasks_dir(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def corpus_dir(tmp_path_factory) -> Path:
-    folder, rng = tmp_path_factory.mktemp("data") / "text", random.Random(2)
+    return write_corpus(tmp_path_factory.mktemp("data") / "text")
+
+
+def write_corpus(folder: Path) -> Path:
+    rng = random.Random(2)
     folder.mkdir()
     documents = [{"text": sentence(rng, rng.randint(40, 120))} for _ in range(60)]
     (folder / "part.jsonl").write_text("\n".join(map(json.dumps, documents)) + "\n")
