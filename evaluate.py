@@ -18,12 +18,12 @@ from tqdm import tqdm
 
 import common
 from common import Stop, autocast, check, finish, gather, is_main, naming, parse, run_main, setup, world
-from data import Encoder
+from data import Formatter
 from loading import checkpoint_id, load_all, refuse_seen_tasks, refuse_wrong_method
 from model import vector_prefix
 from paper.demos import PERTURBATIONS, SentenceEncoder, permute_labels, perturb, perturbable, retrieve
 from paper.summary import gains_of, print_summary, read_results, summarise
-from score import CONTROLS, VECTOR_METHODS, majority, one_prefix, predict, predict_each, task_figures
+from score import CONTROLS, VECTOR_METHODS, majority, one_prefix, predict, predict_each, task_metrics
 from sources.files import append, held
 from sources.tasks import SEEDS, Tasks, demonstration_set, load_tasks, require_options
 from sources.text import llm_hash
@@ -53,10 +53,11 @@ def partners(method: str, task: str, evaluated: list[str], tasks: Tasks) -> list
 
 
 @torch.no_grad()
-def task_vectors(task: str, seed: int, llm, distiller, encoder: Encoder, tasks: Tasks, args) -> torch.Tensor:
+def task_vectors(task: str, seed: int, llm, distiller, formatter: Formatter, tasks: Tasks,
+                 args) -> torch.Tensor:
     """(1, l, d): the vectors that `mend` has on a task."""
     demos, files = demonstration_set(tasks, task, seed, args.k)
-    demo = encoder.demonstrations(demos, encoder.limit(demos + files["test"]))
+    demo = formatter.demonstrations(demos, formatter.limit(demos + files["test"]))
     ids = torch.tensor([demo], device=llm.device)                                           # (1, T_d)
     with autocast(llm.device, args.dtype):
         return distiller(ids, torch.ones_like(ids, dtype=torch.bool))
@@ -117,7 +118,7 @@ def main(argv: list[str] | None = None) -> dict:
     for name in args.only or []:
         nearest = common.did_you_mean(name, tasks.test)
         check((name in tasks.test, f"--only {name} is no meta-test task of {args.split} here; {nearest}"))
-    llm, distiller, state, encoder = load_all(args, device)
+    llm, distiller, state, formatter = load_all(args, device)
     trained_on = state.get("trained_on", {}) if args.checkpoint else None
     if args.checkpoint:
         print(f"checkpoint {checkpoint_id(args.checkpoint)}: l = {args.distill_len}")
@@ -128,7 +129,7 @@ def main(argv: list[str] | None = None) -> dict:
     out = Path(args.out or common.OUT / f"eval-{args.split}.jsonl")
     out.parent.mkdir(parents=True, exist_ok=True)
     with held(out, "--out"):
-        records = evaluate(args, llm, distiller, trained_on, encoder, tasks, out)
+        records = evaluate(args, llm, distiller, trained_on, formatter, tasks, out)
     averages = {m: summarise(records, args.methods, m)["average"] for m in ("headline", "accuracy")}
     n_tasks = len({r["task"] for r in records})
     print(f"\n{args.split}: headline (macro-F1 for classification, accuracy otherwise) in percent, mean ± "
@@ -141,7 +142,7 @@ def main(argv: list[str] | None = None) -> dict:
                    "recovered_gain": {m: round(gain["gain"], 3) for m, gain in gains_of(records).items()}})
 
 
-def evaluate(args, llm, distiller, trained_on: dict | None, encoder: Encoder, tasks: Tasks,
+def evaluate(args, llm, distiller, trained_on: dict | None, formatter: Formatter, tasks: Tasks,
              out: Path) -> list[dict]:
     """Fill the results file with every (method, task, seed) that it lacks; return the asked ones."""
     retrieval = f"dense:{Path(args.dense_model).name}" if args.dense_model else args.retrieve
@@ -155,7 +156,7 @@ def evaluate(args, llm, distiller, trained_on: dict | None, encoder: Encoder, ta
     done = {tuple(r.get(f, setting.get(f) if f == "llm_hash" else None) for f in key_fields): r
             for r in read_results(out, "method", "task", "seed", "headline")}
     dense = args.retrieve == "dense"
-    sentence_encoder = SentenceEncoder(args.dense_model, llm, encoder.tokenizer) if dense else None
+    sentence_encoder = SentenceEncoder(args.dense_model, llm, formatter.tokenizer) if dense else None
     same_for_all_seeds: dict[tuple, dict] = {}
     records = []
     names = perturbable(args, tasks)
@@ -166,7 +167,7 @@ def evaluate(args, llm, distiller, trained_on: dict | None, encoder: Encoder, ta
             print(f"note: mend_permuted leaves out what is no classification: {', '.join(left_out)}")
     plan = [(task, seed, m) for task in names for seed in args.seeds for m in args.methods
             if m != "mend_permuted" or task in permutable]
-    distilled = functools.cache(lambda t, seed: task_vectors(t, seed, llm, distiller, encoder, tasks, args))
+    distilled = functools.cache(lambda t, seed: task_vectors(t, seed, llm, distiller, formatter, tasks, args))
     (rank, ranks), stop = world(), Stop(args.max_minutes)
     for first in tqdm(range(0, len(plan), ranks), desc="evaluate", unit="set", disable=not is_main()):
         made = []
@@ -183,11 +184,11 @@ def evaluate(args, llm, distiller, trained_on: dict | None, encoder: Encoder, ta
                 memo = (method, task, queries) if method in SEEDLESS else None
                 vectors = torch.stack([distilled(t, seed) for t in others]).mean(dim=0) if others else None
                 with naming(f"{method} on {task}, seed {seed}"):
-                    figures = same_for_all_seeds.get(memo) or evaluate_one(
-                        args, llm, distiller, encoder, tasks, task, seed, method, sentence_encoder, vectors)
+                    metrics = same_for_all_seeds.get(memo) or evaluate_one(
+                        args, llm, distiller, formatter, tasks, task, seed, method, sentence_encoder, vectors)
                 if memo:
-                    same_for_all_seeds[memo] = figures
-                record |= figures | {"trained_on": trained_on if uses_checkpoint else None,
+                    same_for_all_seeds[memo] = metrics
+                record |= metrics | {"trained_on": trained_on if uses_checkpoint else None,
                                      "commit": common.commit(), "date": common.today()}
             made.append((key, done.get(key, record)))
         for key, record in gather(made):  # of all ranks, in the order of the plan; rank 0 writes
@@ -201,7 +202,7 @@ def evaluate(args, llm, distiller, trained_on: dict | None, encoder: Encoder, ta
 
 
 @torch.no_grad()
-def evaluate_one(args, llm, distiller, encoder: Encoder, tasks: Tasks, task: str, seed: int, method: str,
+def evaluate_one(args, llm, distiller, formatter: Formatter, tasks: Tasks, task: str, seed: int, method: str,
                  sentence_encoder: SentenceEncoder | None = None,
                  vectors: torch.Tensor | None = None) -> dict:
     """One (method, task, seed): n, n_predicted (different answers), demo_tokens (T_d, before what a method
@@ -211,28 +212,29 @@ def evaluate_one(args, llm, distiller, encoder: Encoder, tasks: Tasks, task: str
     """
     files, tokens = tasks.files(task, seed), None
     queries = files["test"][:args.limit or None]
-    require_options(queries, encoder.answer)
+    require_options(queries, formatter.answer)
     if args.retrieve:
         pool = tasks.retrieval_pool(task, seed)
-        limit = encoder.limit(pool + files["test"])
+        limit = formatter.limit(pool + files["test"])
         sets = retrieve(args.retrieve, pool, queries, args.k, sentence_encoder)
-        chosen = predict_each(method, sets, limit, llm, distiller, encoder, queries, args)
+        chosen = predict_each(method, sets, limit, llm, distiller, formatter, queries, args)
     else:
         demos, _ = demonstration_set(tasks, task, seed, args.k)
-        limit = encoder.limit(demos + files["test"])
-        tokens = None if method in SEEDLESS else len(encoder.demonstrations(demos, limit))
+        limit = formatter.limit(demos + files["test"])
+        tokens = None if method in SEEDLESS else len(formatter.demonstrations(demos, limit))
         if method == "majority":
             chosen = majority(demos, queries)
         else:
             # which demonstrations stand there is settled before they change, so that all kinds see the same
             # ones (unless longer labels push out the last)
-            shown = perturb(encoder.fitting(demos, limit), args.perturb, seed) if args.perturb else demos
-            shown = permute_labels(encoder.fitting(demos, limit)) if method == "mend_permuted" else shown
-            prefix = one_prefix(method, shown, limit, llm, distiller, encoder, args) if vectors is None else \
-                vector_prefix(llm, vectors, encoder.tokenizer.bos_id)
-            chosen = predict(llm, prefix, encoder, queries, first=method == "zero_shot")
-    figures = task_figures(chosen, [q["output"] for q in queries], tasks.types[task])
-    return {"n": len(queries), "n_predicted": len(set(chosen)), "demo_tokens": tokens} | figures
+            shown = perturb(formatter.fitting(demos, limit), args.perturb, seed) if args.perturb else demos
+            if method == "mend_permuted":
+                shown = permute_labels(formatter.fitting(demos, limit))
+            prefix = vector_prefix(llm, vectors, formatter.tokenizer.bos_id) if vectors is not None else \
+                one_prefix(method, shown, limit, llm, distiller, formatter, args)
+            chosen = predict(llm, prefix, formatter, queries, first=method == "zero_shot")
+    metrics = task_metrics(chosen, [q["output"] for q in queries], tasks.types[task])
+    return {"n": len(queries), "n_predicted": len(set(chosen)), "demo_tokens": tokens} | metrics
 
 
 if __name__ == "__main__":

@@ -20,10 +20,11 @@ from transformers.activations import NewGELUActivation
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import common
-from common import UserError, check, require_hub, torch_dtype
-from data import Encoder
+from common import UserError, check, torch_dtype
+from data import Formatter
 from model import ENCODER_DECODERS, Distiller, demo_prefix, head_logits, query_states
 from sources import assets, headers
+from sources.hub import require_hub
 from sources.tasks import Tasks
 from sources.text import Tokenizer, check_same_tokens, first_line, model_hashes
 from variants import FreeVectors, KeyValueDistiller
@@ -258,6 +259,8 @@ def load_checkpoint(path: str | Path, weights: bool = True) -> tuple[dict[str, T
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not a whole checkpoint of this project ({error}); take another one, or "
                         "train again") from error
+    if "figures" in state:
+        state["metrics"] = state.pop("figures")  # as checkpoints called them once
     headers.check_state(path, state)
     headers.check_tensors(path, tensors)
     return tensors, state
@@ -336,15 +339,15 @@ def require_input_vectors(distiller: nn.Module, what: str) -> None:
            "--distiller or --checkpoint"))
 
 
-def make_encoder(args: argparse.Namespace, tokenizer: Tokenizer, llm, distiller) -> Encoder:
-    """The encoder of examples with the length limits of this LLM and distiller (None: without vectors)."""
+def make_formatter(args: argparse.Namespace, tokenizer: Tokenizer, llm, distiller) -> Formatter:
+    """The formatter of examples with the length limits of this LLM and distiller (None: without vectors)."""
     backbone = distiller is not None and distiller.backbone
-    return Encoder(tokenizer, args.template, args.context_len, args.distill_len, max_positions(llm.config),
+    return Formatter(tokenizer, args.template, args.context_len, args.distill_len, max_positions(llm.config),
                    max_positions(backbone.config) if backbone else None)
 
 
 def load_all(args: argparse.Namespace, device: torch.device) -> tuple:
-    """The LLM of --llm, the distiller of --checkpoint in eval mode, the checkpoint's state, and the encoder.
+    """The LLM of --llm, the distiller of --checkpoint in eval mode, the latter's state, and the formatter.
 
     Without a checkpoint there is no distiller (None, {}); with one, its l takes the place of --distill-len
     where that is not given.
@@ -357,7 +360,7 @@ def load_all(args: argparse.Namespace, device: torch.device) -> tuple:
         if "distill_len" in args and "distill_len" not in args.filled_in:
             set_length(distiller, state, args.distill_len, args.checkpoint)
         args.distill_len = distiller.distill_len
-    return llm, distiller, state, make_encoder(args, Tokenizer(args.llm), llm, distiller)
+    return llm, distiller, state, make_formatter(args, Tokenizer(args.llm), llm, distiller)
 
 
 def method_of(state: dict) -> str:

@@ -106,7 +106,7 @@ class Run:
 
         while True:
             if run.evaluation_due():            # of the start, and of each step that was just saved
-                run.evaluated(figures, text)
+                run.evaluated(metrics, text)
             if run.done():
                 return run.finish(stage="...")
             run.begin_step()                    # sets the learning rate
@@ -115,7 +115,7 @@ class Run:
             run.end_step(n_tokens)              # unscale, clip, step, log, save
 
     The folder holds last.safetensors (everything to resume), best.safetensors (weights) and metrics.jsonl.
-    `state` is the JSON of both: model, flags, what it was trained on, step, last figures, best value.
+    `state` is the JSON of both: model, flags, what it was trained on, step, last metrics, best value.
 
     Args:
         name: of the folder under out/ where --out-dir is not given. model: what loading.distiller_config
@@ -130,7 +130,7 @@ class Run:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=args.dtype == "fp16")
         self.rank, self.ranks = world()
         self.state = {"model": model, "trained_on": trained_on, "flags": vars(args), "commit": commit(),
-                      "step": 0, "evaluated": -1, "best": None, "bad_evaluations": 0, "figures": {},
+                      "step": 0, "evaluated": -1, "best": None, "bad_evaluations": 0, "metrics": {},
                       "notes": [], "ranks": self.ranks}
         self.out_dir.mkdir(parents=True, exist_ok=True)
         hold(self.out_dir, "--out-dir")
@@ -152,7 +152,7 @@ class Run:
     def knows(self, record: dict) -> bool:
         """Whether the checkpoint to go on from knows of this record of metrics.jsonl."""
         # an evaluation is logged before it is saved: one that was not saved will be made again
-        until, step = self.state["evaluated"] if "val_kl" in record else self.step, record.get("step")
+        until, step = self.state["evaluated"] if "dev_option_ce" in record else self.step, record.get("step")
         return not isinstance(step, int) or step <= until
 
     def restore(self, path: Path) -> None:
@@ -260,13 +260,13 @@ class Run:
         at = self.step % self.args.eval_every == 0 or self.step == self.args.steps
         return at and self.state["evaluated"] < self.step
 
-    def evaluated(self, figures: dict, text: str) -> None:
-        """Log and print an evaluation; val_option_ce decides what is best and when to stop early."""
-        for name, value in figures.items():
+    def evaluated(self, metrics: dict, text: str) -> None:
+        """Log and print an evaluation; dev_option_ce decides what is best and when to stop early."""
+        for name, value in metrics.items():
             self.require_finite(name, value)
-        value = figures["val_option_ce"]
-        self.state |= {"evaluated": self.step, "figures": figures}
-        self.log(**figures)
+        value = metrics["dev_option_ce"]
+        self.state |= {"evaluated": self.step, "metrics": metrics}
+        self.log(**metrics)
         if self.state["best"] is None or not value >= self.state["best"]:
             self.state |= {"best": value, "bad_evaluations": 0}
             if is_main():
@@ -278,10 +278,10 @@ class Run:
             self.bar.write(f"step {self.step:6d} · {text}")
 
     def finish(self, **about: str) -> dict:
-        """Print and return the run's final figures behind what `about` says of it."""
+        """Print and return the run's final metrics behind what `about` says of it."""
         self.bar.close()
         self.stop.listen()
         release(self.out_dir)
         return common.finish({**about, "steps": self.step, "best_option_ce": self.state["best"],
-                              **self.state["figures"], "out_dir": str(self.out_dir),
+                              **self.state["metrics"], "out_dir": str(self.out_dir),
                               **common.peak_memory(self.device)})

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from common import autocast, require_finite
-from data import Encoder, collate
+from data import Formatter, collate
 from model import Prefix, answer_mask, demo_prefix, head_logits, query_states, vector_prefix
 
 
@@ -130,15 +130,15 @@ CONTROLS = ("mend_swapped", "mend_permuted", "mend_constant")  # MEND's vectors 
 VECTOR_METHODS = ("prompt_tuning", "hypertuning", "mend", *CONTROLS)  # the LLM reads vectors of a checkpoint
 
 
-def demo_tokens(method: str, demos: list[dict], limit: int, encoder: Encoder) -> list[int]:
+def demo_tokens(method: str, demos: list[dict], limit: int, formatter: Formatter) -> list[int]:
     """What one method reads of the demonstrations. zero_shot: nothing. icl_budget: those that fit into l
     tokens, the honest baseline of equal length. icl and the methods of vectors: all that fit into `limit`
     tokens. last_l: the last l tokens of these, which is where `--vector-start residual` starts from."""
     if method == "zero_shot":
         return []
     if method == "icl_budget":
-        return encoder.budget(demos, encoder.distill_len)
-    return encoder.demonstrations(demos, limit)[-encoder.distill_len if method == "last_l" else 0:]
+        return formatter.budget(demos, formatter.distill_len)
+    return formatter.demonstrations(demos, limit)[-formatter.distill_len if method == "last_l" else 0:]
 
 
 def make_prefix(method: str, demo_ids: Tensor, demo_mask: Tensor, llm, distiller, bos_id, args) -> Prefix:
@@ -150,12 +150,13 @@ def make_prefix(method: str, demo_ids: Tensor, demo_mask: Tensor, llm, distiller
     return demo_prefix(llm, demo_ids, demo_mask, bos_id)
 
 
-def one_prefix(method: str, demos: list[dict], limit: int, llm, distiller, encoder: Encoder, args) -> Prefix:
+def one_prefix(method: str, demos: list[dict], limit: int, llm, distiller, formatter: Formatter,
+               args) -> Prefix:
     """The prefix, B = 1, of one demonstration set, read once for all queries behind it."""
-    tokens = demo_tokens(method, demos, limit, encoder)
+    tokens = demo_tokens(method, demos, limit, formatter)
     demo_ids = torch.tensor([tokens], dtype=torch.long, device=llm.device)                  # (1, T_d)
     return make_prefix(method, demo_ids, torch.ones_like(demo_ids, dtype=torch.bool), llm, distiller,
-                       encoder.tokenizer.bos_id, args)
+                       formatter.tokenizer.bos_id, args)
 
 
 def passes(queries: list[tuple], device) -> Iterator[dict]:
@@ -171,15 +172,15 @@ def passes(queries: list[tuple], device) -> Iterator[dict]:
 
 
 @torch.no_grad()
-def option_scores(llm, prefix: Prefix, encoder: Encoder, queries: list[dict],
+def option_scores(llm, prefix: Prefix, formatter: Formatter, queries: list[dict],
                   first: bool = False) -> list[Tensor]:
     """score_options of each query behind one prefix of B = 1: (options,) each, perhaps padded with -inf."""
-    encoded = [encoder.scoring_query(q, first=first) for q in queries]
+    encoded = [formatter.scoring_query(q, first=first) for q in queries]
     return [row for batch in passes(encoded, llm.device) for row in score_options(llm, prefix, batch)[0]]
 
 
 @torch.no_grad()
-def predict(llm, prefix: Prefix, encoder: Encoder, queries: list[dict], first: bool = False) -> list[str]:
+def predict(llm, prefix: Prefix, formatter: Formatter, queries: list[dict], first: bool = False) -> list[str]:
     """The chosen option of each query, Eq. (1) and (2); all queries are read behind one prefix of B = 1.
 
     first: no demonstrations or vectors stand before the queries (zero_shot).
@@ -187,21 +188,21 @@ def predict(llm, prefix: Prefix, encoder: Encoder, queries: list[dict], first: b
     DEVIATION: Eq. (1) takes the labels seen among the demonstrations; MetaICL and the original code score the
     task's whole option list, and so does this.
     """
-    scores = option_scores(llm, prefix, encoder, queries, first)
+    scores = option_scores(llm, prefix, formatter, queries, first)
     return [q["options"][int(row.argmax())] for q, row in zip(queries, scores, strict=True)]
 
 
 @torch.no_grad()
-def predict_each(method: str, sets: list[list[dict]], limit: int, llm, distiller, encoder: Encoder,
+def predict_each(method: str, sets: list[list[dict]], limit: int, llm, distiller, formatter: Formatter,
                  queries: list[dict], args) -> list[str]:
     """As `predict`, but with a demonstration set for each query, sets[i] for queries[i]: rows of similar
     length are read together, SET_TOKENS or so at a time."""
-    rows = [{"demo": demo_tokens(method, demos, limit, encoder), "queries": [encoder.scoring_query(q)]}
+    rows = [{"demo": demo_tokens(method, demos, limit, formatter), "queries": [formatter.scoring_query(q)]}
             for demos, q in zip(sets, queries, strict=True)]
     lengths = [len(row["demo"]) + len(x) + sum(map(len, options))
                for row in rows for x, options in row["queries"]]
     order, chosen = sorted(range(len(rows)), key=lambda i: lengths[i]), [""] * len(rows)
-    bos_id = encoder.tokenizer.bos_id
+    bos_id = formatter.tokenizer.bos_id
     while order:
         n = max(1, min(len(order), SET_TOKENS // lengths[order[-1]]))
         group, order = order[-n:], order[:-n]
@@ -236,7 +237,7 @@ def macro_f1(predictions: list[str], golds: list[str]) -> float:
     return float(np.mean(scores))
 
 
-def task_figures(predictions: list[str], golds: list[str], task_type: str) -> dict:
+def task_metrics(predictions: list[str], golds: list[str], task_type: str) -> dict:
     """Both metrics and the headline.
 
     DEVIATION: the paper's text says accuracy for classification and macro-F1 otherwise; its zero-shot figures

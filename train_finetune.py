@@ -22,10 +22,10 @@ from loading import (
     load_checkpoint,
     load_distiller,
     load_llm,
-    make_encoder,
+    make_formatter,
 )
 from model import answer_mask, loss_mask, teacher_and_student
-from paper.held_out import dev_figures, full_precision
+from paper.held_out import dev_metrics, full_precision
 from run import Run, add_training_flags, training_rules
 from score import distill_loss, finetune_loss, pred_loss
 from sources.headers import is_pretraining, same_llm
@@ -72,7 +72,7 @@ def find_pretrained(llm, args) -> Path | None:
             if is_pretraining(path, state) and same_llm(state["model"]["llm"], identity(llm)) \
                     and wanted.items() <= state["model"].items():
                 beta = state["trained_on"]["pretrain"].get("beta")
-                found.append((beta != 0.8, state["figures"]["val_kl"], path))
+                found.append((beta != 0.8, state["metrics"]["heldout_kl"], path))
     return min(found)[-1] if found else None
 
 
@@ -124,29 +124,30 @@ def main(argv: list[str] | None = None) -> dict:
             for t in tasks.train))
     llm = load_llm(args.llm, device, common.torch_dtype(args.dtype), args.llm_weights, args.grad_checkpoint)
     distiller, trained_on = start(args, llm)
-    encoder = make_encoder(args, Tokenizer(args.llm), llm, distiller)
-    return train(args, device, llm, distiller, trained_on, tasks, encoder)
+    formatter = make_formatter(args, Tokenizer(args.llm), llm, distiller)
+    return train(args, device, llm, distiller, trained_on, tasks, formatter)
 
 
-def train(args, device, llm, distiller, trained_on, tasks, encoder) -> dict:
-    """The loop of stage 2, whose steps `Run` describes; returns the final figures."""
+def train(args, device, llm, distiller, trained_on, tasks, formatter) -> dict:
+    """The loop of stage 2, whose steps `Run` describes; returns the final metrics."""
     stage = {"tasks": tasks.collection, "split": args.split, "lam": args.lam, "pred_weight": args.pred_weight,
              "hash": tasks.training_hash(), "dev_hash": tasks.dev_hash(args.seed)}
     run = Run(f"finetune-{Path(args.llm).name}-{args.split}", args, distiller,
               distiller_config(distiller, llm, args), trained_on | {"finetune": stage})
 
     def draw(first: int, count: int) -> list[dict]:
-        return [sample_row(tasks, encoder, args.seed, i, args.k, args.queries_per_demo, args.least_k)
+        return [sample_row(tasks, formatter, args.seed, i, args.k, args.queries_per_demo, args.least_k)
                 for i in range(first, first + count)]
 
     rows_of = step_rows(draw, args.seed, args.batch_size * args.grad_accum)
+    bos_id = formatter.tokenizer.bos_id
     while True:
         if run.evaluation_due():
             with full_precision(llm):
-                figures = dev_figures(llm, distiller, tasks, encoder, args, device)
-            run.evaluated(figures, (
-                f"dev option CE {figures['val_option_ce']:.4f} · answer loss {figures['val_pred']:.4f} · "
-                f"KL {figures['val_kl']:.4f} · headline {figures['dev_headline']:.2%}"))
+                metrics = dev_metrics(llm, distiller, tasks, formatter, args, device)
+            run.evaluated(metrics, (
+                f"dev option CE {metrics['dev_option_ce']:.4f} · answer loss {metrics['dev_pred']:.4f} · "
+                f"KL {metrics['dev_kl']:.4f} · headline {metrics['dev_headline']:.2%}"))
         if run.done():
             return run.finish(stage="finetune", split=args.split)
         run.begin_step()
@@ -156,7 +157,7 @@ def train(args, device, llm, distiller, trained_on, tasks, encoder) -> dict:
         n_tokens = n_answers + (0 if llm.config.is_encoder_decoder else n_x)  # as loss_mask has it
         for part in run.micro_batches(rows):
             batch = collate(part, device)
-            teacher, student = teacher_and_student(llm, run.ddp, batch, encoder.tokenizer.bos_id, args.dtype,
+            teacher, student = teacher_and_student(llm, run.ddp, batch, bos_id, args.dtype,
                                                    with_teacher=args.lam > 0)
             mask, answers, losses = loss_mask(llm, batch), answer_mask(batch), {}
             if args.pred_weight:

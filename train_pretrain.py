@@ -17,9 +17,9 @@ from pathlib import Path
 import common
 from common import check, parse, run_main, setup
 from data import Corpus, collate, step_rows
-from loading import build_distiller, distiller_config, load_llm, make_encoder, max_positions
+from loading import build_distiller, distiller_config, load_llm, make_formatter, max_positions
 from model import loss_mask, teacher_and_student
-from paper.held_out import dev_figures, evaluate_kl, full_precision
+from paper.held_out import dev_metrics, evaluate_kl, full_precision
 from run import Run, add_training_flags, training_rules
 from score import distill_loss, pred_loss, pretrain_loss
 from sources.tasks import load_tasks
@@ -73,37 +73,36 @@ def main(argv: list[str] | None = None) -> dict:
            f"--distill-len is {args.distill_len}, which with {args.window - demo} tokens of x passes the "
            f"{limit} tokens that the LLM reads; give less"))
     corpus = Corpus(args.corpus, tokenizer, args.window, args.min_doc_len)
-    # early stopping looks at the Class->Class meta-test validation data (App. A), as dev_figures says
+    # early stopping looks at the Class->Class meta-test validation data (App. A), as dev_metrics says
     tasks = load_tasks(args.tasks, "class_to_class", args.llm, args.k)
     distiller = build_distiller(args.distiller, llm, args.distill_len, args.vector_start, args.seed)
     limit = max_positions(distiller.backbone.config)
     check((limit is None or demo + args.distill_len <= limit,
            f"--beta {args.beta} of --window {args.window} and --distill-len {args.distill_len} make "
            f"{demo + args.distill_len} tokens, and the distiller reads at most {limit}; give less"))
-    return train(args, device, llm, distiller, corpus, tasks, make_encoder(args, tokenizer, llm, distiller))
+    return train(args, device, llm, distiller, corpus, tasks, make_formatter(args, tokenizer, llm, distiller))
 
 
-def train(args, device, llm, distiller, corpus, tasks, encoder) -> dict:
-    """The loop of stage 1, whose steps `Run` describes; returns the final figures."""
+def train(args, device, llm, distiller, corpus, tasks, formatter) -> dict:
+    """The loop of stage 1, whose steps `Run` describes; returns the final metrics."""
     run = Run(f"pretrain-{Path(args.llm).name}", args, distiller, distiller_config(distiller, llm, args),
               {"pretrain": {"corpus": corpus.name, "hash": corpus.hash, "objective": args.objective,
                             "gamma": args.gamma, "beta": args.beta, "dev_hash": tasks.dev_hash(args.seed)}})
-    bos_id, uses_kl, uses_clm = encoder.tokenizer.bos_id, args.objective != "clm", args.objective != "kl"
+    bos_id, uses_kl, uses_clm = formatter.tokenizer.bos_id, args.objective != "clm", args.objective != "kl"
     rows_of = step_rows(lambda first, count: corpus.training_rows(args.seed, first, count, args.beta),
                         args.seed, args.batch_size * args.grad_accum)
     while True:
         if run.evaluation_due():
             with full_precision(llm):
-                figures = evaluate_kl(llm, distiller, corpus, args, device, bos_id)
-                dev = dev_figures(llm, distiller, tasks, encoder, args, device)
-            figures["val_option_ce"] = dev["val_option_ce"]
-            figures |= {"dev_kl": dev["val_kl"], "dev_clm": dev["val_clm"]}
-            run.evaluated(figures, (
-                f"held-out KL {figures['val_kl']:.4f} · no context {figures['val_kl_no_context']:.4f} · "
-                f"last {args.distill_len} tokens {figures['val_kl_last_l']:.4f} · "
-                f"recovered {figures['recovered']:.1%} · "
-                f"class_to_class dev option CE {dev['val_option_ce']:.4f} · KL {dev['val_kl']:.4f}"
-                + (f" · negative log-likelihood {dev['val_clm']:.4f}" if uses_clm else "")))
+                metrics = evaluate_kl(llm, distiller, corpus, args, device, bos_id)
+                metrics |= dev_metrics(llm, distiller, tasks, formatter, args, device)
+            run.evaluated(metrics, (
+                f"held-out KL {metrics['heldout_kl']:.4f} · "
+                f"no context {metrics['heldout_kl_no_context']:.4f} · "
+                f"last {args.distill_len} tokens {metrics['heldout_kl_last_l']:.4f} · "
+                f"recovered {metrics['recovered']:.1%} · "
+                f"class_to_class dev option CE {metrics['dev_option_ce']:.4f} · KL {metrics['dev_kl']:.4f}"
+                + (f" · negative log-likelihood {metrics['dev_clm']:.4f}" if uses_clm else "")))
         if run.done():
             return run.finish(stage="pretrain")
         run.begin_step()

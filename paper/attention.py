@@ -25,7 +25,7 @@ from loading import (
     checkpoint_id,
     load_distiller,
     load_llm,
-    make_encoder,
+    make_formatter,
     max_positions,
     refuse_seen_tasks,
     refuse_wrong_method,
@@ -129,13 +129,13 @@ def look(args, llm, tokenizer: Tokenizer, heads: list[tuple[int, int]]) -> dict:
     args.only = [task]
     refuse_wrong_method(["mend"], state, args.checkpoint)
     refuse_seen_tasks(state["trained_on"], tasks, args)
-    files, encoder = tasks.files(task, args.seed), make_encoder(args, tokenizer, llm, distiller)
+    files, formatter = tasks.files(task, args.seed), make_formatter(args, tokenizer, llm, distiller)
     demos, queries = files["train"][:args.k], files["test"]
     check((0 <= args.example < len(queries),
            f"--example is {args.example}; {task} has 0 to {len(queries) - 1}"))
-    shown = encoder.demonstrations(demos, encoder.limit(demos + queries))
+    shown = formatter.demonstrations(demos, formatter.limit(demos + queries))
     demo_ids = torch.tensor([shown], device=llm.device)                                 # (1, T_d)
-    query_ids = encoder.query(queries[args.example])
+    query_ids = formatter.query(queries[args.example])
     with torch.no_grad(), autocast(llm.device, args.dtype):
         vectors = distiller(demo_ids, torch.ones_like(demo_ids, dtype=torch.bool))      # (1, l, d)
     prefixes = {"icl": llm.get_input_embeddings()(demo_ids), "mend": vectors}

@@ -15,9 +15,9 @@ from tqdm import tqdm
 
 import common
 from common import check, finish, parse, run_main, setup
-from data import TEMPLATES, Encoder
+from data import TEMPLATES, Formatter
 from loading import load_llm, max_positions
-from score import one_prefix, option_scores, task_figures
+from score import one_prefix, option_scores, task_metrics
 from sources.tasks import SEEDS, demonstration_set, load_tasks, require_options
 from sources.text import Tokenizer
 
@@ -35,22 +35,22 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 @torch.no_grad()
-def gain(llm, encoder: Encoder, tasks, seeds: list[int], k: int, args) -> dict[str, dict[str, float]]:
+def gain(llm, formatter: Formatter, tasks, seeds: list[int], k: int, args) -> dict[str, dict[str, float]]:
     """{method: {headline (percent), option_ce (nats a query)}}, means over the meta-test tasks and seeds."""
     found: dict[str, list] = {"zero_shot": [], "icl": []}
-    for task in tqdm(tasks.test, desc=f"{Path(args.llm).name}, {encoder.template}", unit="task"):
+    for task in tqdm(tasks.test, desc=f"{Path(args.llm).name}, {formatter.template}", unit="task"):
         for seed in seeds:
             demos, files = demonstration_set(tasks, task, seed, k)
             queries = files["dev"]
             require_options(queries)
-            golds, limit = [q["output"] for q in queries], encoder.limit(demos + queries)
+            golds, limit = [q["output"] for q in queries], formatter.limit(demos + queries)
             for method, rows in found.items():
-                prefix = one_prefix(method, demos, limit, llm, None, encoder, args)
-                scores = option_scores(llm, prefix, encoder, queries, first=method == "zero_shot")
+                prefix = one_prefix(method, demos, limit, llm, None, formatter, args)
+                scores = option_scores(llm, prefix, formatter, queries, first=method == "zero_shot")
                 chosen = [q["options"][int(row.argmax())] for q, row in zip(queries, scores, strict=True)]
                 ce = [-row.log_softmax(0)[q["options"].index(q["output"])].item()
                       for q, row in zip(queries, scores, strict=True)]
-                rows.append((100 * task_figures(chosen, golds, tasks.types[task])["headline"], np.mean(ce)))
+                rows.append((100 * task_metrics(chosen, golds, tasks.types[task])["headline"], np.mean(ce)))
     means = {method: np.mean(rows, axis=0) for method, rows in found.items()}
     return {m: {"headline": round(float(h), 2), "option_ce": round(float(c), 3)}
             for m, (h, c) in means.items()}
@@ -65,8 +65,9 @@ def main(argv: list[str] | None = None) -> dict:
         llm, tokenizer = load_llm(name, device, common.torch_dtype(args.dtype)), Tokenizer(name)
         tasks = load_tasks(args.tasks, args.split, name, args.k)
         for template in args.templates:
-            encoder = Encoder(tokenizer, template, args.context_len, llm_positions=max_positions(llm.config))
-            found[f"{Path(name).name}, {template}"] = gain(llm, encoder, tasks, args.seeds, args.k, args)
+            formatter = Formatter(tokenizer, template, args.context_len,
+                                  llm_positions=max_positions(llm.config))
+            found[f"{Path(name).name}, {template}"] = gain(llm, formatter, tasks, args.seeds, args.k, args)
     print("| LLM, template | zero-shot | ICL | gain | option CE, zero-shot | ICL |\n" + "|---" * 6 + "|")
     for name, row in found.items():
         (zero, zero_ce), (icl, icl_ce) = (row[method].values() for method in ("zero_shot", "icl"))

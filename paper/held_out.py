@@ -13,10 +13,10 @@ from transformers import PreTrainedModel
 
 import common
 from common import check, finish, parse, run_main, setup, sum_over_ranks, world
-from data import Corpus, Encoder, collate
+from data import Corpus, Formatter, collate
 from loading import checkpoint_id, load_all
 from model import answer_mask, demo_prefix, loss_mask, query_states, teacher_and_student
-from score import distill_loss, one_prefix, option_scores, passes, pred_loss, task_figures
+from score import distill_loss, one_prefix, option_scores, passes, pred_loss, task_metrics
 from sources.tasks import SEEDS, Tasks, demonstration_set, require_options
 
 
@@ -36,17 +36,17 @@ def full_precision(llm: PreTrainedModel) -> Iterator[None]:
 
 
 @torch.no_grad()
-def dev_figures(llm, distiller, tasks: Tasks, encoder: Encoder, args, device) -> dict:
+def dev_metrics(llm, distiller, tasks: Tasks, formatter: Formatter, args, device) -> dict:
     """Both terms of Eq. (4), choice and headline on the meta-test tasks' dev examples, tasks shared out over
     the ranks; the distiller in fp32, the LLM as it is (see `full_precision`).
 
     DEVIATION: the paper names the dev data that select a checkpoint, not the quantity. Here it is
-    val_option_ce, what evaluation looks at in a form that moves smoothly: the cross-entropy of the right
+    dev_option_ce, what evaluation looks at in a form that moves smoothly: the cross-entropy of the right
     option under a softmax over the scores of a query's options.
 
     Returns:
-        val_option_ce (nats a query, mean over each task's queries, then over tasks), val_pred (nats per
-        answer token), val_kl and val_clm (negative log-likelihood; nats per token), dev_headline.
+        dev_option_ce (nats a query, mean over each task's queries, then over tasks), dev_pred (nats per
+        answer token), dev_kl and dev_clm (negative log-likelihood; nats per token), dev_headline.
     """
     rank, ranks = world()
     seed = args.seed if args.seed in SEEDS else SEEDS[0]
@@ -56,11 +56,11 @@ def dev_figures(llm, distiller, tasks: Tasks, encoder: Encoder, args, device) ->
     for task in tasks.test[rank::ranks]:
         demos, files = demonstration_set(tasks, task, seed, args.k)
         queries = files["dev"][:args.eval_queries]
-        require_options(queries, encoder.answer)
-        limit = encoder.limit(demos + queries)
-        teacher_prefix = one_prefix("icl", demos, limit, llm, distiller, encoder, exact)
-        student_prefix = one_prefix("mend", demos, limit, llm, distiller, encoder, exact)
-        for batch in passes([encoder.training_query(q) for q in queries], device):
+        require_options(queries, formatter.answer)
+        limit = formatter.limit(demos + queries)
+        teacher_prefix = one_prefix("icl", demos, limit, llm, distiller, formatter, exact)
+        student_prefix = one_prefix("mend", demos, limit, llm, distiller, formatter, exact)
+        for batch in passes([formatter.training_query(q) for q in queries], device):
             student = query_states(llm, student_prefix, batch)                              # (1, T, d)
             teacher = query_states(llm, teacher_prefix, batch)                              # (1, T, d)
             mask, answers = loss_mask(llm, batch), answer_mask(batch)
@@ -69,17 +69,17 @@ def dev_figures(llm, distiller, tasks: Tasks, encoder: Encoder, args, device) ->
             sums["clm"] += pred_loss(llm, student[mask], batch["query_ids"][mask], 1).item()
             sums["tokens"] += int(mask.sum())
             sums["answers"] += int(answers.sum())
-        scores = option_scores(llm, student_prefix, encoder, queries)
+        scores = option_scores(llm, student_prefix, formatter, queries)
         chosen = [q["options"][int(row.argmax())] for q, row in zip(queries, scores, strict=True)]
         golds = [q["output"] for q in queries]
-        sums["headline"] += task_figures(chosen, golds, tasks.types[task])["headline"]
+        sums["headline"] += task_metrics(chosen, golds, tasks.types[task])["headline"]
         sums["option_ce"] += float(np.mean([-row.log_softmax(dim=0)[q["options"].index(q["output"])].item()
                                             for q, row in zip(queries, scores, strict=True)]))
         sums["tasks"] += 1
     distiller.train()
     pred, answers, kl, clm, tokens, headline, option_ce, n_tasks = sum_over_ranks(list(sums.values()), device)
-    return {"val_option_ce": option_ce / n_tasks, "val_pred": pred / answers, "val_kl": kl / tokens,
-            "val_clm": clm / tokens, "dev_headline": headline / n_tasks}
+    return {"dev_option_ce": option_ce / n_tasks, "dev_pred": pred / answers, "dev_kl": kl / tokens,
+            "dev_clm": clm / tokens, "dev_headline": headline / n_tasks}
 
 
 @torch.no_grad()
@@ -108,7 +108,7 @@ def evaluate_kl(llm, distiller, corpus: Corpus, args, device, bos_id) -> dict:
     distiller.train()
     tokens, *kl = sum_over_ranks(list(sums.values()), device)
     vectors, no_context, last_l = (value / tokens for value in kl)
-    return {"val_kl": vectors, "val_kl_no_context": no_context, "val_kl_last_l": last_l,
+    return {"heldout_kl": vectors, "heldout_kl_no_context": no_context, "heldout_kl_last_l": last_l,
             "recovered": 1 - vectors / no_context if no_context else 0.0}
 
 
@@ -129,11 +129,11 @@ def main(argv: list[str] | None = None) -> dict:
           *common.at_least(args, 1, "eval_docs"), (0 < args.beta < 1, f"--beta is {args.beta}; give a share"))
     vars(args).update(dtype="fp32", template="space", context_len=args.window, batch_size=8)
     device = setup(args, training=False)
-    llm, distiller, _, encoder = load_all(args, device)
-    corpus = Corpus(args.corpus, encoder.tokenizer, args.window, args.min_doc_len)
-    figures = evaluate_kl(llm, distiller, corpus, args, device, encoder.tokenizer.bos_id)
+    llm, distiller, _, formatter = load_all(args, device)
+    corpus = Corpus(args.corpus, formatter.tokenizer, args.window, args.min_doc_len)
+    metrics = evaluate_kl(llm, distiller, corpus, args, device, formatter.tokenizer.bos_id)
     return finish({"corpus": corpus.name, "hash": corpus.hash, "windows": args.eval_docs,
-                   "distill_len": args.distill_len, "checkpoint": checkpoint_id(args.checkpoint), **figures})
+                   "distill_len": args.distill_len, "checkpoint": checkpoint_id(args.checkpoint), **metrics})
 
 
 if __name__ == "__main__":

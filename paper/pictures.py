@@ -162,13 +162,13 @@ def draw_run(ax: Axes, share_ax: Axes, run: Path) -> tuple[dict, str]:
     Returns what is drawn, {"training": [[step, running mean], ...], "evaluations": records}, and a note.
     """
     records = read_results(run / "metrics.jsonl")
-    steps, evaluations = ([r for r in records if ("val_kl" in r) == wanted] for wanted in (False, True))
+    steps, evaluations = ([r for r in records if ("dev_option_ce" in r) == are] for are in (False, True))
     check((steps, f"{run / 'metrics.jsonl'} has no training step; give the folder of a training run"))
     _, state = load_checkpoint(run, weights=False)
     pretraining = "finetune" not in state["trained_on"]
     loss, held_out, share, name, share_name = (
-        ("kl", "val_kl", "recovered", "KL, nats a token", "recovered, %") if pretraining else
-        ("pred", "val_pred", "dev_headline", "answer loss, nats a token", "dev headline, %"))
+        ("kl", "heldout_kl", "recovered", "KL, nats a token", "recovered, %") if pretraining else
+        ("pred", "dev_pred", "dev_headline", "answer loss, nats a token", "dev headline, %"))
     width, colour, at = max(1, len(steps) // 40), METHODS["mend"][0], [r["step"] for r in evaluations]
     training = []  # stays empty where the run minimises something else
     if loss in steps[0]:
@@ -181,8 +181,8 @@ def draw_run(ax: Axes, share_ax: Axes, run: Path) -> tuple[dict, str]:
         share_ax.plot(at, [100 * r[share] for r in evaluations], color=colour, marker="o")
         low, high = share_ax.get_ylim()
         share_ax.set_ylim(min(low, high - 5), max(high, low + 5))  # a hundredth shall not look like much
-        for reference, method in (("val_kl_no_context", "zero_shot"), ("val_kl_last_l", "icl_budget")):
-            if reference in evaluations[-1]:
+        for end, method in (("no_context", "zero_shot"), ("last_l", "icl_budget")):
+            if (reference := f"heldout_kl_{end}") in evaluations[-1]:
                 c, _, label = METHODS[method]
                 ax.axhline(evaluations[-1][reference], color=c, linestyle="--", label=label)
     else:

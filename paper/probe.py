@@ -75,11 +75,11 @@ def main(argv: list[str] | None = None) -> dict:
     tasks = load_tasks(args.tasks, args.split, args.llm, args.k)
     check((len(tasks.test) > 1, f"--tasks {' '.join(args.tasks)} has one meta-test task of {args.split}, and "
                                 "tasks are compared"))
-    _, distiller, _, encoder = load_all(args, device)
+    _, distiller, _, formatter = load_all(args, device)
     demos = {}
     for task in tasks.test:
         examples, files = demonstration_set(tasks, task, args.seed, args.k)
-        demos[task] = encoder.demonstrations(examples, encoder.limit(examples + files["test"]))
+        demos[task] = formatter.demonstrations(examples, formatter.limit(examples + files["test"]))
     found = []
     for task in tqdm(tasks.test, desc="probe", unit="task"):
         other, = partners("mend_swapped", task, tasks.test, tasks)

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 import plain
 from common import UserError, autocast, torch_dtype
-from data import Encoder, collate, sample_row, step_rows
-from loading import make_encoder
+from data import Formatter, collate, sample_row, step_rows
+from loading import make_formatter
 from model import Prefix, demo_prefix, loss_mask, query_states, vector_prefix
 from paper.measure import (
     PAIRS,
@@ -110,19 +110,20 @@ def training_speed(llm, distiller, rows: list[dict], dtype: str, repeats: int) -
             "times": times}
 
 
-def typical_rows(tasks: Tasks, encoder: Encoder, seed: int, k: int, sets: int, queries: int) -> list[dict]:
+def typical_rows(tasks: Tasks, formatter: Formatter, seed: int, k: int, sets: int,
+                 queries: int) -> list[dict]:
     """The rows of that one of the first 64 training steps whose size is the median."""
-    rows_of = step_rows(lambda first, count: [sample_row(tasks, encoder, seed, i, k, queries)
+    rows_of = step_rows(lambda first, count: [sample_row(tasks, formatter, seed, i, k, queries)
                                               for i in range(first, first + count)], seed, sets)
     steps = sorted((rows_of(step) for step in range(64)),
                    key=lambda rows: sum(len(row["demo"]) for row in rows))
     return steps[32]
 
 
-def padding(tasks: Tasks, encoder: Encoder, seed: int, k: int, queries: int, batch_size: int = 8) -> dict:
+def padding(tasks: Tasks, formatter: Formatter, seed: int, k: int, queries: int, batch_size: int = 8) -> dict:
     """Share of padding in the batches of 64 steps, by length as in training, and as the samples are drawn."""
     def draw(first: int, count: int) -> list[dict]:
-        return [sample_row(tasks, encoder, seed, i, k, queries) for i in range(first, first + count)]
+        return [sample_row(tasks, formatter, seed, i, k, queries) for i in range(first, first + count)]
 
     def share(batches) -> float:
         masks = [batch[name] for batch in map(collate, batches) for name in ("demo_mask", "query_mask")]
@@ -192,7 +193,7 @@ def scoring_task(tasks: Tasks, seed: int, n: int, options: int) -> tuple[str, di
 
 
 @torch.no_grad()
-def scoring_speed(llm, distiller, tasks: Tasks, encoder: Encoder, args, n: int = 400, n_plain: int = 4,
+def scoring_speed(llm, distiller, tasks: Tasks, formatter: Formatter, args, n: int = 400, n_plain: int = 4,
                   options: int = 4, repeats: int = 3) -> dict:
     """Seconds for one (task, seed) of n queries: evaluate.py's way and re-reading everything per option.
 
@@ -200,13 +201,13 @@ def scoring_speed(llm, distiller, tasks: Tasks, encoder: Encoder, args, n: int =
     option, as the prompt is read anew for each. Scores of the same queries must agree.
     """
     task, files = scoring_task(tasks, args.seed, n, options)
-    demos, queries = files["train"][:args.k], [encoder.scoring_query(q) for q in files["test"][:n]]
-    limit = encoder.limit(demos + files["test"])
-    demo, some = encoder.demonstrations(demos, limit), queries[::n // n_plain][:n_plain]
+    demos, queries = files["train"][:args.k], [formatter.scoring_query(q) for q in files["test"][:n]]
+    limit = formatter.limit(demos + files["test"])
+    demo, some = formatter.demonstrations(demos, limit), queries[::n // n_plain][:n_plain]
     distiller.eval()
 
     def fast(method: str, queries: list) -> list[Tensor]:
-        prefix = one_prefix(method, demos, limit, llm, distiller, encoder, args)
+        prefix = one_prefix(method, demos, limit, llm, distiller, formatter, args)
         return [scores for batch in passes(queries, llm.device)
                 for scores in score_options(llm, prefix, batch)[0]]
 
@@ -272,9 +273,9 @@ def load_step(args: argparse.Namespace, dtype: str, random_llm: str | None = Non
         llm, distiller = load(with_flags(args, dtype=dtype), torch.device(args.device))
     else:
         llm, distiller = build_random(random_llm, PAIRS[random_llm], 100, torch_dtype(dtype), args.device)
-    encoder = make_encoder(with_flags(args, distill_len=distiller.distill_len), Tokenizer(args.llm), llm,
+    formatter = make_formatter(with_flags(args, distill_len=distiller.distill_len), Tokenizer(args.llm), llm,
                            distiller)
-    rows = typical_rows(tasks, encoder, args.seed, args.k, 2, 4)
+    rows = typical_rows(tasks, formatter, args.seed, args.k, 2, 4)
     return llm, distiller, rows if random_llm is None else rows[:1], dtype
 
 
@@ -300,11 +301,11 @@ def suite(args: argparse.Namespace, device: torch.device, methods: dict[str, dic
          f"{r['tokens']:,} tokens, gradients {r['gradient_difference']:.0e} apart")
     tasks = load_tasks(args.tasks, args.split)
     llm, distiller = load(args, device)
-    encoder = make_encoder(args, Tokenizer(args.llm), llm, distiller)
-    r = results["padding"] = padding(tasks, encoder, args.seed, args.k, 1)
+    formatter = make_formatter(args, Tokenizer(args.llm), llm, distiller)
+    r = results["padding"] = padding(tasks, formatter, args.seed, args.k, 1)
     line("padding_as_drawn_over_by_length", r["as_drawn"] / r["by_length"], r["as_drawn"] / 0.1,
          f"{r['as_drawn']:.1%} against {r['by_length']:.1%} of a batch of 8")
-    r = results["scoring"] = scoring_speed(llm, distiller, tasks, encoder, args, repeats=args.repeats)
+    r = results["scoring"] = scoring_speed(llm, distiller, tasks, formatter, args, repeats=args.repeats)
     for m in ("icl", "mend"):
         s = r[m]["seconds"]
         line(f"scoring_cached_over_plain_{m}", r[m]["ratio"], 10,

@@ -61,17 +61,17 @@ def main(argv: list[str] | None = None) -> dict:
     device = setup(args, training=False)
     tasks = load_tasks(args.tasks, args.split, args.llm, args.k)
     check((len(tasks.test) > 1, f"--tasks {' '.join(args.tasks)} has one meta-test task; two are compared"))
-    llm, distiller, _, encoder = load_all(args, device)
+    llm, distiller, _, formatter = load_all(args, device)
     sets = {task: demonstration_set(tasks, task, args.seed, args.k) for task in tasks.test}
     asked = [query for _, files in sets.values() for query in files["test"][:args.limit]]
     require_options(asked)
     columns = np.repeat(range(len(sets)), [len(files["test"][:args.limit]) for _, files in sets.values()])
     right = {method: np.zeros((len(sets), len(sets))) for method in args.methods}
     for i, (demos, files) in enumerate(tqdm(sets.values(), desc="swaps", unit="task")):
-        limit = encoder.limit(demos + files["test"])
+        limit = formatter.limit(demos + files["test"])
         for method, matrix in right.items():
-            prefix = one_prefix(method, demos, limit, llm, distiller, encoder, args)
-            chosen = predict(llm, prefix, encoder, asked)
+            prefix = one_prefix(method, demos, limit, llm, distiller, formatter, args)
+            chosen = predict(llm, prefix, formatter, asked)
             hits = [p == q["output"] for p, q in zip(chosen, asked, strict=True)]
             matrix[i] = np.bincount(columns, hits) / np.bincount(columns)
     families = [task.partition(":")[0] for task in sets]  # made tasks carry their domain before a colon

@@ -1,6 +1,6 @@
 """Results files, and the paper's tables made from them.
 
-    python evaluate.py --table 2 results/table2-gpu.jsonl
+    python evaluate.py --table 2 results/table2-pocket-gpu.jsonl
 
 A results file holds one JSON line a (method, task, seed), as evaluate.py writes them. The paper's own
 figures, for its own LLMs, stand in results/paper.json.

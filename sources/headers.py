@@ -15,7 +15,7 @@ STARTS = ("plain", "matched", "residual")
 TEMPLATES = ("space", "newline", "input-output")
 WHOLE, NUMBER, OPTIONAL = "a whole number of 0 or more", "a number", "a number or nothing"
 KINDS = {  # what a field must be: a type, WHOLE, NUMBER, or the values it can have
-    "state": {"model": dict, "trained_on": dict, "flags": dict, "figures": dict, "notes": list,
+    "state": {"model": dict, "trained_on": dict, "flags": dict, "metrics": dict, "notes": list,
               "scaler": dict, "step": WHOLE, "bad_evaluations": WHOLE, "ranks": WHOLE, "evaluated": NUMBER,
               "best": OPTIONAL},
     "model": {"llm": dict, "distiller": str, "distill_len": WHOLE, "vector_start": STARTS,
@@ -87,8 +87,8 @@ def check_state(path: Path, state: dict) -> None:
         check((name in ("pretrain", "finetune") and isinstance(about, dict),
                f"{path} has a header that this project has not written: stage {name[:60]!r}; take another"))
         check_fields(path, name, about, *(["split"] * ("tasks" in about)))
-    wrong = [name for name, value in state.get("figures", {}).items() if not fits(value, NUMBER)]
-    check((not wrong, f"{path} has figures that are no numbers: {', '.join(wrong)[:60]}; take another file"))
+    wrong = [name for name, value in state.get("metrics", {}).items() if not fits(value, NUMBER)]
+    check((not wrong, f"{path} has metrics that are no numbers: {', '.join(wrong)[:60]}; take another file"))
 
 
 def check_resumable(path: Path, saved: dict, now: dict, flags: tuple[str, ...]) -> None:
@@ -96,7 +96,7 @@ def check_resumable(path: Path, saved: dict, now: dict, flags: tuple[str, ...]) 
     data, ranks and `flags` as the run's own state now. What an older one lacks, hashes above all, is taken
     for the same."""
     check_fields(path, "state", saved, "model", "trained_on", "flags", "step", "evaluated", "best",
-                 "bad_evaluations", "figures", "scaler")
+                 "bad_evaluations", "metrics", "scaler")
     check_fields(path, "model", saved["model"], "llm")
     saved["model"]["llm"] = now["model"]["llm"] | saved["model"]["llm"]
     old, new = ({**state["model"], "ranks": state.get("ranks", now["ranks"]),
@@ -124,9 +124,9 @@ def is_pretraining(path: str | Path, state: dict) -> bool:
     stages = state.get("trained_on", {})
     if stages.keys() != {"pretrain"} or stages["pretrain"].get("objective", "kl") != "kl":
         return False
-    check_fields(path, "state", state, "model", "figures")
+    check_fields(path, "state", state, "model", "metrics")
     check_fields(path, "model", state["model"], "llm", "distiller", "distill_len", "vector_start", "template")
-    check(("val_kl" in state["figures"], f"{path} has no held-out KL; take another file"))
+    check(("heldout_kl" in state["metrics"], f"{path} has no held-out KL; take another file"))
     return True
 
 

@@ -70,7 +70,7 @@ class Tasks:
         return among[(among.index(task) + len(among) // 2) % len(among)]
 
     def limit(self, task: str, limit_of: Callable[[list[dict]], int]) -> int:
-        """Encoder.limit of a meta-training task's examples."""
+        """Formatter.limit of a meta-training task's examples."""
         if task not in self.limits:
             self.limits[task] = limit_of(self.pool(task))
         return self.limits[task]

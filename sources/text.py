@@ -16,9 +16,10 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 import common
-from common import UserError, check, require_hub
+from common import UserError, check
 from sources import assets
 from sources.files import content_hash, held, whole, write_whole
+from sources.hub import require_hub
 
 HUB_TASKS, HUB_TEXT = "bigheiniuJ/EvalMetaICLAll", "allenai/c4"
 HUB_REVISIONS = {  # of the data sets' repositories, so that a run reads what another one read

@@ -15,7 +15,7 @@ import torch
 from sizes import TINY
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import nn
-from training import FIGURES
+from training import METRICS
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import common
@@ -23,7 +23,7 @@ import plain
 import sources.tasks
 import train_finetune
 import train_pretrain
-from data import Encoder, collate
+from data import Formatter, collate
 from loading import build_distiller, distiller_config, load_llm
 from model import demo_prefix, loss_mask, query_states, vector_prefix
 from paper import measure
@@ -303,10 +303,10 @@ class LogitsAreStates(nn.Module):
 
 @pytest.fixture(scope="session")
 def setting(llama, llama_llm):
-    """An LLM, a distiller with l = 4, an encoder, and flags with a budget of 24."""
+    """An LLM, a distiller with l = 4, a formatter, and flags with a budget of 24."""
     tokenizer = OurTokenizer(str(llama))
     return SimpleNamespace(llm=llama_llm, distiller=make_distiller(llama_llm), tokenizer=tokenizer,
-                           encoder=Encoder(tokenizer, "space", context_len=900, distill_len=24),
+                           formatter=Formatter(tokenizer, "space", context_len=900, distill_len=24),
                            args=SimpleNamespace(distill_len=24, dtype="fp32"))
 
 
@@ -438,4 +438,4 @@ def argv(script, pretraining, finetuning) -> list[str]:
 def quick_dev(monkeypatch):
     """The tasks' dev data costs the most time; most tests here are not about it."""
     for script in (train_pretrain, train_finetune):
-        monkeypatch.setattr(script, "dev_figures", lambda *_: dict.fromkeys(FIGURES, 1.0))
+        monkeypatch.setattr(script, "dev_metrics", lambda *_: dict.fromkeys(METRICS, 1.0))

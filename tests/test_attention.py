@@ -12,7 +12,7 @@ from conftest import load, make_distiller, save_distiller
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from common import UserError
-from data import Encoder
+from data import Formatter
 from paper import attention
 from paper.attention import answer_attention, attend, induction_score, induction_scores, main, max_pool
 from sources.text import Tokenizer
@@ -162,8 +162,8 @@ def test_command(argv, checkpoint, tasks_dir, tiny_tasks, tmp_path, monkeypatch)
     assert '--tasks "$METAICL_DIR"' in induction["command"] and str(tasks_dir) not in induction["command"]
     # the same from the pieces: what stands before the query, read by transformers itself
     tokenizer = Tokenizer(str(checkpoint.llm))
-    encoder, files = Encoder(tokenizer, "space", 900), tiny_tasks.files("emo", 100)
-    demos, query = encoder.demonstrations(files["train"], 900), encoder.query(files["test"][2])
+    formatter, files = Formatter(tokenizer, "space", 900), tiny_tasks.files("emo", 100)
+    demos, query = formatter.demonstrations(files["train"], 900), formatter.query(files["test"][2])
     assert (record["demo_tokens"], record["distill_len"], record["step"]) == (len(demos), 24, 7)
     assert "".join(record["query_tokens"]) == tokenizer.hf.decode(query).replace(" ", "")
     eager = AutoModelForCausalLM.from_pretrained(checkpoint.llm, attn_implementation="eager").eval()

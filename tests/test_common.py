@@ -14,6 +14,7 @@ import evaluate
 import train_finetune
 import train_pretrain
 from common import UserError, did_you_mean, run_main
+from sources import hub
 
 SCRIPTS = [data, evaluate, train_pretrain, train_finetune]
 
@@ -122,23 +123,23 @@ def test_run_main_hides_no_other_error():
 
 @pytest.fixture
 def fresh_probe():
-    common.hub_reachable.cache_clear()
+    hub.hub_reachable.cache_clear()
     yield
-    common.hub_reachable.cache_clear()
+    hub.hub_reachable.cache_clear()
 
 
 def test_hub_is_not_asked_when_offline(fresh_probe, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr(requests, "head",
                         lambda *_, **__: pytest.fail("asked the hub although HF_HUB_OFFLINE is set"))
-    assert common.hub_reachable() is False
+    assert hub.hub_reachable() is False
 
 
 def test_hub_probe_says_yes_when_the_hub_answers(fresh_probe, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr(requests, "head", lambda *_, **__: SimpleNamespace(status_code=200))
-    assert common.hub_reachable() is True
-    common.require_hub("--llm gpt2")
+    assert hub.hub_reachable() is True
+    hub.require_hub("--llm gpt2")
 
 
 @pytest.mark.parametrize("fault", ["hangs", "refuses"])
@@ -151,7 +152,7 @@ def test_require_hub_gives_up_within_three_seconds(fresh_probe, monkeypatch, fau
     monkeypatch.setattr(requests, "head", head)
     started = time.time()
     with pytest.raises(UserError, match="--llm x would come from the model hub.*--preset pocket"):
-        common.require_hub("--llm x")
+        hub.require_hub("--llm x")
     assert time.time() - started < 3
 
 

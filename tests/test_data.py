@@ -14,23 +14,23 @@ from conftest import example, sentencepiece, texts_of, write_tasks
 import common
 import data
 from common import UserError
-from data import MAX_INPUT, Corpus, Encoder, collate, sample_row, step_rows
+from data import MAX_INPUT, Corpus, Formatter, collate, sample_row, step_rows
 from sources.tasks import SEEDS, load_tasks
 from sources.text import Tokenizer
 
 
-def encoder(folder, template="space", **kw) -> Encoder:
-    return Encoder(Tokenizer(str(folder)), template, **({"context_len": 900} | kw))
+def formatter(folder, template="space", **kw) -> Formatter:
+    return Formatter(Tokenizer(str(folder)), template, **({"context_len": 900} | kw))
 
 
-def text_of(enc: Encoder, ids: list[int]) -> str:
+def text_of(enc: Formatter, ids: list[int]) -> str:
     return enc.tokenizer.hf.backend_tokenizer.decode(ids, skip_special_tokens=False)
 
 
 @pytest.mark.parametrize("template, expected", [
     ("space", "the river happy cold boat 12 sad"), ("newline", "the river\nhappy\n\n\ncold boat 12\nsad")])
 def test_template_text(llm_folder, template, expected):
-    enc = encoder(llm_folder, template)
+    enc = formatter(llm_folder, template)
     demos = [example("the river"), example("cold boat 12", "sad")]
     ids = enc.demonstrations(demos, 900)
     x, (y,) = enc.training_query(example("late ships", "sad"))
@@ -43,7 +43,7 @@ def test_template_text(llm_folder, template, expected):
 
 
 def test_input_is_cut_at_its_end_and_a_label_never(llm_folder):
-    enc = encoder(llm_folder)
+    enc = formatter(llm_folder)
     long = " ".join(str(i) for i in range(1000))
     whole = enc.tokenizer.encode(" " + long)
     assert enc.query(example(long)) == whole[:MAX_INPUT] and len(whole) > MAX_INPUT == 256
@@ -52,7 +52,7 @@ def test_input_is_cut_at_its_end_and_a_label_never(llm_folder):
     assert (x, y) == (enc.tokenizer.encode(" short"), whole)
 
 
-def pieces(enc: Encoder, demos: list[dict]) -> list[list[int]]:
+def pieces(enc: Formatter, demos: list[dict]) -> list[list[int]]:
     """Token ids of each demonstration, the first one without separator, from the template's text."""
     before_answer, between = data.TEMPLATES[enc.template]
     return [enc.tokenizer.encode((between if i else "") + e["input"])
@@ -60,7 +60,7 @@ def pieces(enc: Encoder, demos: list[dict]) -> list[list[int]]:
 
 
 def test_demonstrations_stop_at_the_first_that_would_pass_the_limit_and_never_split(llama):
-    enc = encoder(llama)
+    enc = formatter(llama)
     demos = [example("boat " * n, "sad") for n in (3, 5, 40, 1, 2)]
     parts = pieces(enc, demos)
     ends = np.cumsum([len(part) for part in parts])
@@ -71,7 +71,7 @@ def test_demonstrations_stop_at_the_first_that_would_pass_the_limit_and_never_sp
 
 
 def test_one_demonstration_too_long_alone_is_skipped(llama):
-    enc = encoder(llama)
+    enc = formatter(llama)
     demos = [example("boat " * 60), example("the river", "sad"), example("cold")]
     rest = enc.demonstrations(demos[1:], 900)
     assert enc.demonstrations(demos, len(rest)) == rest
@@ -80,7 +80,7 @@ def test_one_demonstration_too_long_alone_is_skipped(llama):
 
 
 def test_budget_holds_at_most_l_tokens_and_keeps_a_label(llm_folder):
-    enc = encoder(llm_folder)
+    enc = formatter(llm_folder)
     demos = [example("boat " * n + "green", "sad") for n in (9, 4, 30, 6)]
     label = enc.answer("sad")
     everything = [*chain(*pieces(enc, demos))]
@@ -99,7 +99,7 @@ def test_budget_holds_at_most_l_tokens_and_keeps_a_label(llm_folder):
     ("newline", "happy\n\n\nsad\n\n\nok\n\n\nhappy",
      "the river\n\n\ncold boat 12\n\n\nlate ships\n\n\nbread")])
 def test_demonstrations_without_input_or_label(llm_folder, template, no_input, no_label):
-    enc = encoder(llm_folder, template)
+    enc = formatter(llm_folder, template)
     demos = [example("the river"), example("cold boat 12", "sad"), example("late ships", "ok"),
              example("bread")]
     assert text_of(enc, enc.demonstrations([e | {"input": ""} for e in demos], 900)) == no_input
@@ -122,7 +122,7 @@ LABELS = ["ok", "a much longer label of many tokens", "sad"]
     (900, 8, None, None), (900, 8, None, 512), (900, 100, 512, None)])
 def test_limit_is_the_formula_of_appendix_a(llama, context_len, distill_len, llm_positions,
                                             distiller_positions):
-    enc = encoder(llama, context_len=context_len, distill_len=distill_len, llm_positions=llm_positions,
+    enc = formatter(llama, context_len=context_len, distill_len=distill_len, llm_positions=llm_positions,
                   distiller_positions=distiller_positions)
     examples = [example("boat", "ok", LABELS), example("river", "sad", ["sad"])]
     longest = max(len(enc.tokenizer.reference(" " + label)) for label in LABELS)
@@ -132,12 +132,12 @@ def test_limit_is_the_formula_of_appendix_a(llama, context_len, distill_len, llm
 
 
 def test_limit_leaves_room_for_bos(word_tokenizer):
-    enc = Encoder(word_tokenizer, "space", context_len=900, llm_positions=300)
+    enc = Formatter(word_tokenizer, "space", context_len=900, llm_positions=300)
     assert enc.limit([example("a", "sad boat", ["sad boat"])]) == 300 - 256 - 2 - 1
 
 
 def test_limit_is_fixed_per_task_and_every_query_fits(llm_folder, tasks_dir):
-    enc = encoder(llm_folder, distill_len=4, llm_positions=400, distiller_positions=200)
+    enc = formatter(llm_folder, distill_len=4, llm_positions=400, distiller_positions=200)
     tasks = load_tasks(str(tasks_dir), "class_to_class")
     for task in tasks.train:
         limit = tasks.limit(task, enc.limit)
@@ -199,7 +199,7 @@ def test_collate_against_a_slow_reference(seed):
 
 
 class Named:
-    """Stands in for Encoder: rows hold the examples themselves."""
+    """Stands in for Formatter: rows hold the examples themselves."""
 
     @staticmethod
     def limit(examples):
@@ -328,19 +328,19 @@ def test_pieces_of_text_have_the_tokens_of_the_whole(tmp_path, corpus_dir, kind)
     text = texts_of(corpus_dir)[0]
     for cut in [i for i, c in enumerate(text) if c == " "][:20]:
         assert tokenizer.encode(text[:cut]) + tokenizer.encode(text[cut:]) == tokenizer.reference(text)
-    encoder = Encoder(tokenizer, "space", 900)
+    formatter = Formatter(tokenizer, "space", 900)
     demos = [example("the river is cold", "happy"), example("a small boat", "sad")]
-    assert encoder.demonstrations(demos,
+    assert formatter.demonstrations(demos,
                                   900) == tokenizer.reference("the river is cold happy a small boat sad")
 
 
 def test_newlines_that_a_tokenizer_drops_are_an_error_and_others_are_kept(tmp_path, corpus_dir, tokenizer):
     message = "--template newline, but the tokenizer of .*t5 drops newlines.*--template space"
     with pytest.raises(UserError, match=message):
-        Encoder(sentencepiece(tmp_path, corpus_dir, "t5"), "newline", 900)
+        Formatter(sentencepiece(tmp_path, corpus_dir, "t5"), "newline", 900)
     llama2 = sentencepiece(tmp_path, corpus_dir, "llama2")
     for kept in (llama2, tokenizer):
-        ids = Encoder(kept, "newline", 900).demonstrations([example("the river", "happy"),
+        ids = Formatter(kept, "newline", 900).demonstrations([example("the river", "happy"),
                                                             example("a boat", "sad")], 900)
         assert ids == kept.reference("the river\nhappy\n\n\na boat\nsad")
 
@@ -369,7 +369,7 @@ def test_table_1_against_a_direct_count(llama, tasks_dir, capsys):
 def test_show_prints_one_examples_way(llama, tasks_dir, capsys):
     figures = data.main(["--preset", "pocket", "--llm", str(llama), "--tasks", str(tasks_dir), "--show", "1"])
     out = capsys.readouterr().out
-    tasks, enc = load_tasks(str(tasks_dir), "class_to_class"), encoder(llama)
+    tasks, enc = load_tasks(str(tasks_dir), "class_to_class"), formatter(llama)
     demo, query = tasks.pool(tasks.train[0])[:2]
     assert figures == {"split": "class_to_class", "task": tasks.train[0]} == json.loads(out.splitlines()[-1])
     assert f"line of the file:\n  {json.dumps(query)}\n" in out

@@ -15,7 +15,7 @@ import common
 import distill
 import loading
 import plain
-from data import Encoder
+from data import Formatter
 from evaluate import main as evaluate_main
 from loading import build_distiller, load_distiller
 from sources.text import Tokenizer
@@ -32,7 +32,7 @@ def llm_name(llm_folder) -> str:
     return str(llm_folder)
 
 
-STATE = {"trained_on": {}, "step": 3, "figures": {}, "commit": "abc", "flags": {"out_dir": "/home/me/run"}}
+STATE = {"trained_on": {}, "step": 3, "metrics": {}, "commit": "abc", "flags": {"out_dir": "/home/me/run"}}
 
 
 @pytest.fixture
@@ -55,8 +55,8 @@ def demos(tmp_path):
 
 @pytest.fixture
 def parts(llm, llm_name, checkpoint):
-    """The distiller of the checkpoint, and an encoder."""
-    return load_distiller(checkpoint, llm)[0].eval(), Encoder(Tokenizer(llm_name), "space", 900)
+    """The distiller of the checkpoint, and a formatter."""
+    return load_distiller(checkpoint, llm)[0].eval(), Formatter(Tokenizer(llm_name), "space", 900)
 
 
 def examples(pairs) -> list[dict]:
@@ -65,8 +65,8 @@ def examples(pairs) -> list[dict]:
 
 def test_labels_answers_and_vectors_equal_plain_ones(argv, llm, llm_name, parts, demos, tmp_path):
     made = ["--out", str(tmp_path / "v.safetensors"), "--ask", *ASKED]
-    result, (distiller, encoder) = distill.main([*argv, "--demos", demos(DEMOS), *made]), parts
-    ids = encoder.demonstrations(examples(DEMOS), 900)
+    result, (distiller, formatter) = distill.main([*argv, "--demos", demos(DEMOS), *made]), parts
+    ids = formatter.demonstrations(examples(DEMOS), 900)
     with torch.no_grad():
         vectors = plain.Distiller.forward(distiller, ids)
         torch.testing.assert_close(load_file(tmp_path / "v.safetensors")["vectors"], vectors, atol=1e-5,
@@ -74,8 +74,9 @@ def test_labels_answers_and_vectors_equal_plain_ones(argv, llm, llm_name, parts,
         prefixes = {"zero_shot": plain.embed(llm, []), "icl": plain.embed(llm, ids), "mend": vectors}
         for way, prefix in prefixes.items():
             for text, found in zip(ASKED, result["answers"][way], strict=True):
-                x = encoder.query({"input": text}, first=way == "zero_shot")
-                scores = plain.score_options(llm, prefix, x, [encoder.answer("happy"), encoder.answer("sad")])
+                x = formatter.query({"input": text}, first=way == "zero_shot")
+                options = [formatter.answer(o) for o in ("happy", "sad")]
+                scores = plain.score_options(llm, prefix, x, options)
                 assert found == ("happy", "sad")[scores.argmax()]
     assert (result["demonstrations"], result["tokens"], result["vectors"]) == (4, len(ids), 4)
     again = distill.main(["--llm", llm_name, "--vectors", str(tmp_path / "v.safetensors"), *argv[4:], "--ask",
@@ -100,27 +101,27 @@ def test_snippet_of_the_readme(argv, llm, llm_name, parts, demos, tmp_path, monk
                             re.DOTALL)
     monkeypatch.chdir(tmp_path)
     distill.main([*argv, "--demos", demos(DEMOS), "--out", "vectors.safetensors"])
-    distiller, encoder = parts
+    distiller, formatter = parts
     (tmp_path / "snippet.py").write_text(snippet)
     (tmp_path / "assets").mkdir()
     (tmp_path / "assets" / "SmolLM2-135M-Instruct").symlink_to(llm_name)
     with torch.no_grad():
         scope = runpy.run_path(str(tmp_path / "snippet.py"))
-        vectors = plain.Distiller.forward(distiller, encoder.demonstrations(examples(DEMOS), 900))
+        vectors = plain.Distiller.forward(distiller, formatter.demonstrations(examples(DEMOS), 900))
         expected = plain.read(llm, vectors, scope["query_ids"].tolist(), [])
     torch.testing.assert_close(scope["logits"][0, :-1], expected[1:], atol=1e-4, rtol=1e-4)
 
 
 def test_written_answers_equal_a_greedy_loop(argv, llm, parts, demos):
     result = distill.main([*argv, "--demos", demos(FREE), "--answer-tokens", "5", "--ask", *ASKED])
-    distiller, encoder = parts
-    ids, steps = encoder.demonstrations(examples(FREE), 900), 5
+    distiller, formatter = parts
+    ids, steps = formatter.demonstrations(examples(FREE), 900), 5
     with torch.no_grad():
         prefixes = {"zero_shot": plain.embed(llm, []), "icl": plain.embed(llm, ids),
                     "mend": plain.Distiller.forward(distiller, ids)}
         for way, prefix in prefixes.items():
             for text, found in zip(ASKED, result["answers"][way], strict=True):
-                x = encoder.query({"input": text}, first=way == "zero_shot")
+                x = formatter.query({"input": text}, first=way == "zero_shot")
                 written = []
                 while len(written) < steps:
                     # read gives the logits that predict each of the ids it is given: the last one's place is
@@ -129,7 +130,7 @@ def test_written_answers_equal_a_greedy_loop(argv, llm, parts, demos):
                     written.append(best)
                     if best == llm.config.eos_token_id:
                         break
-                expected = encoder.tokenizer.hf.decode(written,
+                expected = formatter.tokenizer.hf.decode(written,
                                                        skip_special_tokens=True).strip().split("\n")[0]
                 assert found == expected
 

@@ -20,7 +20,7 @@ import paper.summary
 import score
 import sources.tasks
 from common import UserError
-from data import TEMPLATES, Encoder
+from data import TEMPLATES, Formatter
 from model import demo_prefix
 from paper.demos import PERTURBATIONS, bm25_neighbours, perturb
 from sources.tasks import SEEDS, Tasks, load_tasks
@@ -75,7 +75,7 @@ def test_only_zero_shot_ignores_the_demonstrations(setting, own_tasks, monkeypat
     scores, scoring = [], score.score_options
     monkeypatch.setattr(score, "score_options", lambda *a: scores.append(scoring(*a)) or scores[-1])
     monkeypatch.setattr(score, "PASS_TOKENS", {"cpu": 100_000, "cuda": 100_000})
-    parts = setting.llm, setting.distiller, setting.encoder, tasks
+    parts = setting.llm, setting.distiller, setting.formatter, tasks
     figures = [evaluate.evaluate_one(args, *parts, "emo", seed, method) for seed in (13, 21)]
     assert torch.equal(*scores) == (method == "zero_shot")
     assert method != "zero_shot" or figures[0] == figures[1]
@@ -113,7 +113,7 @@ def test_one_line_for_each_method_task_and_seed(argv, tmp_path, llama, tiny_task
 
 def vectors_of(distiller, tokenizer, files: dict) -> torch.Tensor:
     """What `distiller` makes of four demonstrations."""
-    ids = Encoder(tokenizer, "space", 900).demonstrations(files["train"][:4], 900)
+    ids = Formatter(tokenizer, "space", 900).demonstrations(files["train"][:4], 900)
     return distiller(torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.bool))
 
 
@@ -353,13 +353,13 @@ def test_both_read_the_same_perturbed_demonstrations(scored, tokenizer, tiny_tas
 def test_a_cut_example_keeps_its_perturbed_label(scored, tokenizer, tiny_tasks, monkeypatch):
     by_llm, _ = read_by(monkeypatch)
     scored("--methods", "icl_budget", "--perturb", "wrong_label", "--only", "emo")
-    encoder = Encoder(tokenizer, "space", 900)
+    formatter = Formatter(tokenizer, "space", 900)
     for seed, ids in zip((13, 42), by_llm, strict=True):
         clean = tiny_tasks.files("emo", seed)["train"][:4]
         spoiled = perturb(clean, "wrong_label", seed)
-        shortest = min(range(4), key=lambda i: len(encoder.demonstration(spoiled[i], True)))  # noqa: B023
-        wrong = encoder.answer(spoiled[shortest]["output"])
-        assert wrong != encoder.answer(clean[shortest]["output"]) and ids[-len(wrong):] == wrong[:4]
+        shortest = min(range(4), key=lambda i: len(formatter.demonstration(spoiled[i], True)))  # noqa: B023
+        wrong = formatter.answer(spoiled[shortest]["output"])
+        assert wrong != formatter.answer(clean[shortest]["output"]) and ids[-len(wrong):] == wrong[:4]
 
 
 def test_tasks_without_options_are_left_out_where_labels_are_changed(argv, own_tasks, tmp_path, capsys):

@@ -70,7 +70,7 @@ def test_an_llm_that_overflows_is_refused(llama, tmp_path):
 
 @pytest.fixture
 def checkpoint(tmp_path, setting) -> Path:
-    state = {"trained_on": {}, "step": 3, "figures": {}}
+    state = {"trained_on": {}, "step": 3, "metrics": {}}
     return save_distiller(tmp_path / "run", setting.distiller, setting.llm, **state) / "best.safetensors"
 
 
@@ -140,7 +140,7 @@ def test_a_gradient_that_is_no_number_changes_nothing_and_a_lower_rate_goes_on(s
 
 def test_an_evaluation_that_is_no_number_is_never_best(script, argv, tmp_path, monkeypatch):
     stub_dev(monkeypatch, script, [float("nan")])
-    with pytest.raises(UserError, match="the val_option_ce at step 0 is nan"):
+    with pytest.raises(UserError, match="the dev_option_ce at step 0 is nan"):
         train(script, argv, tmp_path / "run")
     assert not list((tmp_path / "run").glob("*.safetensors"))
 
@@ -646,7 +646,7 @@ def test_mutated_headers_of_checkpoints_are_errors_or_load(checkpoint, setting):
     tensors, state = load_checkpoint(checkpoint)
     state |= {"trained_on": {"pretrain": {"corpus": "c", "objective": "kl", "beta": 0.8},
                              "finetune": {"tasks": "metaicl", "split": "qa_to_qa", "lam": 1.0}},
-              "figures": {"val_kl": 0.5}, "flags": {"steps": 3}}
+              "metrics": {"heldout_kl": 0.5}, "flags": {"steps": 3}}
     refused = 0
     for header in mutants(state, 300):
         save_file(tensors, checkpoint, metadata={"state": json.dumps(header)})
@@ -695,9 +695,9 @@ def test_a_broken_last_checkpoint_is_an_error_of_resume(finetuning, quick_dev, t
 
 def test_broken_neighbours_are_left_out_with_a_note(finetuning, setting, tmp_path, capsys):
     flags = {"distiller": "layers:2", "distill_len": 4, "vector_start": "matched", "template": "space"}
-    stage = {"trained_on": {"pretrain": {"objective": "kl", "beta": 0.8}}, "figures": {"val_kl": 0.5}}
+    stage = {"trained_on": {"pretrain": {"objective": "kl", "beta": 0.8}}, "metrics": {"heldout_kl": 0.5}}
     save_distiller(common.OUT / "good", setting.distiller, setting.llm, **stage)
-    for name, change in {"nan": {"figures": {"val_kl": "x"}}, "less": {"figures": {}},
+    for name, change in {"nan": {"metrics": {"heldout_kl": "x"}}, "less": {"metrics": {}},
                          "list": {"trained_on": {"pretrain": []}}}.items():
         save_distiller(common.OUT / name, setting.distiller, setting.llm, **stage | change)
     (common.OUT / "cut").mkdir()

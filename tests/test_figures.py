@@ -238,11 +238,12 @@ def write_run(folder, trained_on: dict, lines: list[dict]) -> str:
 def test_curves(tmp_path):
     steps = range(1, 81)  # so the mean is over two steps
     pretraining = [{"step": s, "kl": float(s), "grad_norm": 1.0}
-                   for s in steps] + [{"step": s, "val_kl": 2 / s, "val_kl_no_context": 1.5,
-                                       "val_kl_last_l": 0.5, "recovered": 1 - 2 / s / 1.5, "dev_kl": 1.0}
+                   for s in steps] + [{"step": s, "dev_option_ce": 1.0, "heldout_kl": 2 / s,
+                                       "heldout_kl_no_context": 1.5,
+                                       "heldout_kl_last_l": 0.5, "recovered": 1 - 2 / s / 1.5, "dev_kl": 1.0}
                                       for s in (40, 80)]
     finetuning = [{"step": s, "pred": 2.0 * s, "kl": 1.0} for s in steps] + [
-        {"step": s, "val_pred": 3 / s, "val_kl": 1.0, "dev_headline": 0.01 * s} for s in (40, 80)]
+        {"step": s, "dev_pred": 3 / s, "dev_option_ce": 1.0, "dev_headline": 0.01 * s} for s in (40, 80)]
     clm = [{"step": s, "clm": 1.0} for s in steps]
     runs = [write_run(tmp_path / "pre", {"pretrain": {}}, pretraining),
             write_run(tmp_path / "fine", {"pretrain": {}, "finetune": {}}, finetuning),

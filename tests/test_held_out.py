@@ -13,6 +13,6 @@ def test_held_out_text_of_a_checkpoint_is_what_training_saw(flags, corpus_dir, t
                                    "--out-dir", str(tmp_path)])
     given = [*flags[:flags.index("--distiller")], "--checkpoint", str(tmp_path), "--device", "cpu"]
     found = paper.held_out.main([*given, *text])
-    assert found["distill_len"] == 4 and found["val_kl"] == pytest.approx(trained["val_kl"], rel=1e-4)
+    assert found["distill_len"] == 4 and found["heldout_kl"] == pytest.approx(trained["heldout_kl"], rel=1e-4)
     with pytest.raises(UserError, match="--beta is 2.0"):
         paper.held_out.main([*given, *text, "--beta", "2"])

@@ -28,10 +28,12 @@ from loading import (
     build_distiller,
     first_layers,
     fuse_gelu,
+    load_checkpoint,
     load_distiller,
     load_llm,
     max_positions,
 )
+from run import save_checkpoint
 
 
 def test_the_fused_gelu_is_gpt2s(gpt2):
@@ -273,3 +275,9 @@ def test_tasks_that_the_checkpoint_was_finetuned_on_are_refused(tiny_tasks):
     refuse("bigbench", "hr_to_lr")
     with pytest.raises(UserError, match="training tasks include ag_news, emo"):
         refuse("metaicl", "hr_to_lr")
+
+
+def test_metrics_under_their_former_name(tmp_path):
+    save_checkpoint(tmp_path / "old.safetensors", torch.nn.Linear(1, 1), {"figures": {"dev_kl": 0.5}})
+    _, state = load_checkpoint(tmp_path / "old.safetensors")
+    assert state["metrics"] == {"dev_kl": 0.5} and "figures" not in state

@@ -7,7 +7,7 @@ import torch
 from conftest import save_distiller
 
 from common import UserError
-from data import Encoder
+from data import Formatter
 from loading import build_distiller
 from paper import probe
 
@@ -41,9 +41,10 @@ def test_a_distiller_without_gain_has_no_correction(probed, tokenizer, llama_llm
     found = probed("layers:2", "residual", lambda distiller: distiller.gain.fill_(0))
     assert (found["rms_correction"], found["shared_energy"], found["most_change"]) == (0, None, None)
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == found and found["tasks"] == 2
-    tasks, encoder = tiny_tasks, Encoder(tokenizer, "space", 900)
+    tasks, formatter = tiny_tasks, Formatter(tokenizer, "space", 900)
     embed = llama_llm.get_input_embeddings().weight
-    last = [i for t in tasks.test for i in encoder.demonstrations(tasks.files(t, 100)["train"][:4], 900)[-4:]]
+    last = [i for t in tasks.test
+            for i in formatter.demonstrations(tasks.files(t, 100)["train"][:4], 900)[-4:]]
     assert found["rms_start"] == pytest.approx(embed[last].pow(2).mean().sqrt().item(), rel=1e-5)
 
 

@@ -135,7 +135,7 @@ def test_an_interrupted_run_equals_a_whole_one(script, argv, request, tmp_path, 
     least = 4 if more else 21  # of free vectors, these and Adam's two moments and step
     assert_same(whole, cut, "last", least)
     assert_same(whole, cut, "best", least // 4)
-    for key in ("kl", "pred", "grad_norm", "val_kl", "dev_kl", "val_pred", "dev_headline"):
+    for key in ("kl", "pred", "grad_norm", "heldout_kl", "dev_kl", "dev_pred", "dev_headline"):
         assert metrics(cut, key) == metrics(whole, key)
     assert train(script, argv, cut, "--resume") == final  # nothing is left to do
     assert_same(whole, cut, "last", least)
@@ -155,7 +155,7 @@ def test_an_evaluation_cut_off_is_logged_once(pretraining, tmp_path, monkeypatch
         with pytest.raises(KeyboardInterrupt):
             train(train_pretrain, argv, tmp_path / "run")
     train(train_pretrain, argv, tmp_path / "run", "--resume")
-    assert list(metrics(tmp_path / "run", "val_kl")) == [0, 2, 4]
+    assert list(metrics(tmp_path / "run", "heldout_kl")) == [0, 2, 4]
 
 
 @pytest.mark.parametrize("script, more, values, best_step", [
@@ -172,7 +172,7 @@ def test_best_is_the_one_with_the_lowest_option_ce(script, argv, tmp_path, monke
     train(script, argv, tmp_path / "run", "--eval-every", "1", *more)
     best, state = load_checkpoint(tmp_path / "run")
     assert (state["step"], state["best"]) == (best_step, min(values))
-    assert state["figures"]["val_option_ce"] == min(values)
+    assert state["metrics"]["dev_option_ce"] == min(values)
     assert all(torch.equal(best[f"distiller.{name}"], t) for name, t in seen[best_step].items())
     assert not all(torch.equal(best[f"distiller.{name}"], t) for name, t in seen[best_step + 1].items())
     assert state_of(tmp_path / "run")["bad_evaluations"] == 4 - best_step
@@ -267,7 +267,7 @@ def test_dropout_is_drawn_in_training_alone(pretraining, quick_dev, tmp_path, gp
         monkeypatch.setattr(torch, "manual_seed", lambda s, shift=shift: seed(s + shift * (s > 1_000_000)))
         finals.append(train(train_pretrain, pretraining, tmp_path / str(shift), "--llm", str(gpt2), "--steps",
                             "1", "--lr", "1e-30"))
-    assert finals[0]["val_kl"] == pytest.approx(finals[1]["val_kl"], rel=1e-6)
+    assert finals[0]["heldout_kl"] == pytest.approx(finals[1]["heldout_kl"], rel=1e-6)
     assert metrics(tmp_path / "0", "kl")[1] != pytest.approx(metrics(tmp_path / "1", "kl")[1], rel=1e-6)
 
 
@@ -308,7 +308,7 @@ def test_two_processes_train_like_one(pretraining, tmp_path):
                     "127.0.0.1", "--master_port", "29517", driver(tmp_path), *argv, "--out-dir", str(two)],
                    check=True, env=ENVIRONMENT, timeout=300, stdout=subprocess.PIPE)
     assert furthest(one, two, "distiller.") < 1e-5 and furthest(one, two, ".exp_avg") < 1e-6
-    assert state_of(two)["figures"] == pytest.approx(state_of(one)["figures"], rel=1e-4)
+    assert state_of(two)["metrics"] == pytest.approx(state_of(one)["metrics"], rel=1e-4)
     assert list(metrics(two, "kl").values()) == pytest.approx(list(metrics(one, "kl").values()), rel=1e-4)
 
 
@@ -328,5 +328,5 @@ def test_a_killed_process_goes_on_as_if_nothing_had_been(pretraining, tmp_path):
     assert 12 <= state_of(last.parent)["step"] < 30
     train(train_pretrain, argv, last.parent, "--resume")
     assert_same(tmp_path / "whole", last.parent)
-    for key in ("kl", "grad_norm", "val_kl"):
+    for key in ("kl", "grad_norm", "heldout_kl"):
         assert metrics(last.parent, key) == metrics(tmp_path / "whole", key)

@@ -148,5 +148,5 @@ def test_gpu(scripts, tmp_path):
     with pytest.raises(AssertionError, match="give a whole number"):
         scripts("gpu.sh", RUNS=str(tmp_path), MINUTES="0.5")
     folder = scripts("gpu.sh", RUNS=str(tmp_path))
-    assert_all_of_table_2(results(folder, "table2-gpu"))
-    assert "mend" in (folder / "results" / "table2-gpu.md").read_text()
+    assert_all_of_table_2(results(folder, "table2-pocket-gpu"))
+    assert "mend" in (folder / "results" / "table2-pocket-gpu.md").read_text()

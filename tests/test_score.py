@@ -28,7 +28,7 @@ from torch.distributions import Categorical, kl_divergence
 import paper.held_out
 import plain
 import score
-from data import Encoder, collate
+from data import Formatter, collate
 from loading import build_distiller, load_llm
 from model import Prefix, demo_prefix, query_states
 from paper.held_out import full_precision
@@ -44,7 +44,7 @@ from score import (
     pretrain_loss,
     score_options,
     sum_in_chunks,
-    task_figures,
+    task_metrics,
 )
 from sources.text import Tokenizer
 
@@ -217,7 +217,7 @@ def test_metrics_against_scikit_learn(seed):
     assert macro_f1(predictions, golds) == pytest.approx(f1)
     assert score.accuracy(predictions, golds) == pytest.approx(acc)
     for task_type, headline in (("classification", f1), ("multi-choice", acc), ("QA", acc)):
-        assert task_figures(predictions, golds, task_type) == pytest.approx(
+        assert task_metrics(predictions, golds, task_type) == pytest.approx(
             {"macro_f1": f1, "accuracy": acc, "headline": headline})
 
 
@@ -256,17 +256,17 @@ def sizes_of_passes(monkeypatch, size) -> list[int]:
 @pytest.mark.parametrize("pass_tokens", [1, 60, 100_000])
 def test_packed_queries_are_answered_like_single_ones(setting, files, monkeypatch, method, pass_tokens):
     queries = [q | {"options": q["options"][:2 + i % 2]} for i, q in enumerate(files["test"])]
-    prefix = one_prefix(method, files["train"], 400, setting.llm, setting.distiller, setting.encoder,
+    prefix = one_prefix(method, files["train"], 400, setting.llm, setting.distiller, setting.formatter,
                         setting.args)
-    one_by_one = [predict(setting.llm, prefix, setting.encoder, [q], prefix.state is None)[0]
+    one_by_one = [predict(setting.llm, prefix, setting.formatter, [q], prefix.state is None)[0]
                   for q in queries]
     sizes = sizes_of_passes(monkeypatch, torch.sum)
     monkeypatch.setattr(score, "PASS_TOKENS", {"cpu": pass_tokens, "cuda": pass_tokens})
-    assert predict(setting.llm, prefix, setting.encoder, queries, prefix.state is None) == one_by_one
+    assert predict(setting.llm, prefix, setting.formatter, queries, prefix.state is None) == one_by_one
     assert len(set(one_by_one)) > 1  # else an LLM that always says the same would pass
     assert {1: len(sizes) == 24, 60: max(sizes) <= 60 and 1 < len(sizes) < 24,
             100_000: len(sizes) == 1}[pass_tokens]
-    encoded = [setting.encoder.scoring_query(q, first=prefix.state is None) for q in queries]
+    encoded = [setting.formatter.scoring_query(q, first=prefix.state is None) for q in queries]
     assert sum(sizes) == sum(len(x) + sum(map(len, options)) for x, options in encoded)
 
 
@@ -276,23 +276,23 @@ def test_a_set_for_each_query_is_read_like_that_set_alone(setting, files, monkey
     rng = random.Random(4)
     queries = [q | {"options": q["options"][:2 + i % 2]} for i, q in enumerate(files["test"])]
     sets = [rng.sample(files["train"], rng.randint(1, 12)) for _ in queries]
-    llm, encoder, alone = setting.llm, setting.encoder, []
+    llm, formatter, alone = setting.llm, setting.formatter, []
     for shown, query in zip(sets, queries, strict=True):
-        prefix = one_prefix(method, shown, 200, llm, setting.distiller, encoder, setting.args)
-        alone += predict(llm, prefix, encoder, [query])
+        prefix = one_prefix(method, shown, 200, llm, setting.distiller, formatter, setting.args)
+        alone += predict(llm, prefix, formatter, [query])
     sizes = sizes_of_passes(monkeypatch, len)
     monkeypatch.setattr(score, "SET_TOKENS", set_tokens)
-    assert predict_each(method, sets, 200, llm, setting.distiller, encoder, queries, setting.args) == alone
+    assert predict_each(method, sets, 200, llm, setting.distiller, formatter, queries, setting.args) == alone
     assert len(set(alone)) > 1 and sum(sizes) == 24
     assert {1: len(sizes) == 24, 700: 24 > len(sizes) > 1, 100_000: len(sizes) == 1}[set_tokens]
 
 
 def test_what_each_method_puts_before_the_query(setting, files):
-    demos, encoder = files["train"], setting.encoder
-    prefix = {m: one_prefix(m, demos, 200, setting.llm, setting.distiller, encoder, setting.args)
+    demos, formatter = files["train"], setting.formatter
+    prefix = {m: one_prefix(m, demos, 200, setting.llm, setting.distiller, formatter, setting.args)
               for m in METHODS}
-    whole = encoder.demonstrations(demos, 200)
-    for method, ids in (("zero_shot", []), ("icl", whole), ("icl_budget", encoder.budget(demos, 24)),
+    whole = formatter.demonstrations(demos, 200)
+    for method, ids in (("zero_shot", []), ("icl", whole), ("icl_budget", formatter.budget(demos, 24)),
                         ("last_l", whole[-24:])):
         expected = demo_prefix(setting.llm, torch.tensor([ids], dtype=torch.long),
                                torch.ones(1, len(ids), dtype=torch.bool))
@@ -308,25 +308,25 @@ DEV = SimpleNamespace(seed=13, k=3, distill_len=4, dtype="fp32", eval_queries=No
 
 
 def test_dev_figures_against_one_query_at_a_time(setting, tiny_tasks):
-    llm, encoder, distiller = setting.llm, setting.encoder, make_distiller(setting.llm).train()
-    whole = paper.held_out.dev_figures(llm, distiller, tiny_tasks, encoder, DEV, CPU)
+    llm, formatter, distiller = setting.llm, setting.formatter, make_distiller(setting.llm).train()
+    whole = paper.held_out.dev_metrics(llm, distiller, tiny_tasks, formatter, DEV, CPU)
     assert distiller.training  # left as the training loop needs it
     distiller.eval()
     kl, clm, pred, headlines, option_ce = [], [], [], [], []
     with torch.no_grad():
         for task in tiny_tasks.test:
             files = tiny_tasks.files(task, 13)
-            demo = torch.tensor([encoder.demonstrations(files["train"][:3], 900)])
+            demo = torch.tensor([formatter.demonstrations(files["train"][:3], 900)])
             embedded = llm.get_input_embeddings()(demo)
             vectors = distiller(demo, torch.ones_like(demo, dtype=torch.bool))
             chosen, ce = [], []
             for query in files["dev"]:
-                x, (y,) = encoder.training_query(query)
+                x, (y,) = formatter.training_query(query)
                 student, teacher = (log_softmaxes(llm, context, x + y) for context in (vectors, embedded))
                 kl += (teacher.exp() * (teacher - student)).sum(dim=1).tolist()
                 clm += [-student[i, token].item() for i, token in enumerate(x + y)]
                 pred += [-student[len(x) + i, token].item() for i, token in enumerate(y)]
-                options = [encoder.answer(option) for option in query["options"]]
+                options = [formatter.answer(option) for option in query["options"]]
                 scores = [log_softmaxes(llm, vectors, x + o)[range(len(x), len(x + o)), o].mean().item()
                           for o in options]
                 chosen.append(query["options"][int(np.argmax(scores))])
@@ -336,16 +336,16 @@ def test_dev_figures_against_one_query_at_a_time(setting, tiny_tasks):
             golds = [q["output"] for q in files["dev"]]
             headlines.append(f1_score(golds, chosen, labels=sorted(set(golds)), average="macro",
                                       zero_division=0))
-    assert whole == pytest.approx({"val_pred": np.mean(pred), "val_kl": np.mean(kl), "val_clm": np.mean(clm),
+    assert whole == pytest.approx({"dev_pred": np.mean(pred), "dev_kl": np.mean(kl), "dev_clm": np.mean(clm),
                                    "dev_headline": np.mean(headlines),
-                                   "val_option_ce": np.mean(option_ce)}, rel=1e-4)
+                                   "dev_option_ce": np.mean(option_ce)}, rel=1e-4)
 
 
 def test_dev_figures_are_taken_without_dropout(gpt2, tiny_tasks):
     llm = load(gpt2)
     distiller = build_distiller("layers:2", llm, 4, "matched", 0).train()
     assert distiller.backbone.config.resid_pdrop > 0
-    encoder = Encoder(Tokenizer(str(gpt2)), "space", 300, 4, 640, 640)
-    first, second = (paper.held_out.dev_figures(llm, distiller, tiny_tasks, encoder, DEV, CPU)
+    formatter = Formatter(Tokenizer(str(gpt2)), "space", 300, 4, 640, 640)
+    first, second = (paper.held_out.dev_metrics(llm, distiller, tiny_tasks, formatter, DEV, CPU)
                      for _ in range(2))
     assert first == second and distiller.training

@@ -10,7 +10,7 @@ import plain
 import score
 from common import UserError
 from data import collate
-from loading import build_distiller, make_encoder
+from loading import build_distiller, make_formatter
 from paper import measure, speed
 
 
@@ -18,7 +18,7 @@ from paper import measure, speed
 def parts(llama_llm, tokenizer, tiny_tasks):
     args = argparse.Namespace(template="space", context_len=900, distill_len=4, dtype="fp32", seed=100, k=4)
     distiller = build_distiller("layers:2", llama_llm, 4, "matched", 0)
-    return args, llama_llm, distiller, tiny_tasks, make_encoder(args, tokenizer, llama_llm, distiller)
+    return args, llama_llm, distiller, tiny_tasks, make_formatter(args, tokenizer, llama_llm, distiller)
 
 
 def plain_loss(llm, distiller, demo, query):
@@ -30,8 +30,8 @@ def plain_loss(llm, distiller, demo, query):
 
 
 def test_the_step_that_is_timed_is_eq_4(parts):
-    args, llm, distiller, tasks, encoder = parts
-    (row,) = speed.typical_rows(tasks, encoder, args.seed, args.k, 1, 1)
+    args, llm, distiller, tasks, formatter = parts
+    (row,) = speed.typical_rows(tasks, formatter, args.seed, args.k, 1, 1)
     batch = collate([row])
     loss = speed.training_step(llm, distiller, batch, speed.counted_positions(llm, batch), "fp32")
     gradient = {n: p.grad.clone() for n, p in distiller.named_parameters() if p.grad is not None}
@@ -45,8 +45,8 @@ def test_the_step_that_is_timed_is_eq_4(parts):
 
 
 def test_plain_step_is_the_mean_over_queries(parts):
-    args, llm, distiller, tasks, encoder = parts
-    rows = speed.typical_rows(tasks, encoder, args.seed, args.k, 2, 2)
+    args, llm, distiller, tasks, formatter = parts
+    rows = speed.typical_rows(tasks, formatter, args.seed, args.k, 2, 2)
     speed.plain_step(llm, distiller, rows, "fp32")
     found = distiller.placeholders.grad.clone()
     distiller.zero_grad()
@@ -58,8 +58,8 @@ def test_plain_step_is_the_mean_over_queries(parts):
 
 def test_training_speed(parts, monkeypatch):
     """From made-up times: ours 2 s, plain 7 s, a product of 4,096 in 1 s."""
-    args, llm, distiller, tasks, encoder = parts
-    rows = speed.typical_rows(tasks, encoder, args.seed, args.k, 2, 2)
+    args, llm, distiller, tasks, formatter = parts
+    rows = speed.typical_rows(tasks, formatter, args.seed, args.k, 2, 2)
     times = {"matmul": [1.0, 1.0], "matmul again": [1.0, 1.0], "ours": [2.0, 2.0], "plain": [7.0, 7.0]}
     monkeypatch.setattr(speed, "interleaved", lambda functions, *_: (functions["ours"](), times)[1])
     found = speed.training_speed(llm, distiller, rows, "fp32", 2)
@@ -71,18 +71,18 @@ def test_training_speed(parts, monkeypatch):
 
 
 def test_the_typical_step_is_of_middle_size(parts):
-    *_, tasks, encoder = parts
-    rows_of = data.step_rows(lambda first, n: [data.sample_row(tasks, encoder, 100, i, 4, 1)
+    *_, tasks, formatter = parts
+    rows_of = data.step_rows(lambda first, n: [data.sample_row(tasks, formatter, 100, i, 4, 1)
                                                 for i in range(first, first + n)], 100, 2)
     sizes = sorted(sum(len(r["demo"]) for r in rows_of(step)) for step in range(64))
-    assert sum(len(r["demo"]) for r in speed.typical_rows(tasks, encoder, 100, 4, 2, 1)) == sizes[32]
+    assert sum(len(r["demo"]) for r in speed.typical_rows(tasks, formatter, 100, 4, 2, 1)) == sizes[32]
 
 
 def test_padding_by_hand(monkeypatch):
     """Two lengths alternate: as drawn half of the short rows is padding, by length none is."""
     def row(i):
         return {"demo": [0] * (10 if i % 2 else 20), "queries": [([0], [[0]])]}
-    monkeypatch.setattr(speed, "sample_row", lambda tasks, encoder, seed, i, k, queries: row(i))
+    monkeypatch.setattr(speed, "sample_row", lambda tasks, formatter, seed, i, k, queries: row(i))
     found = speed.padding(None, None, 0, 16, 1, batch_size=4)
     assert found == {"by_length": 0, "as_drawn": pytest.approx(20 / (4 * 22))}
 
@@ -106,15 +106,15 @@ def test_the_losses_memory_in_processes_of_their_own():
 
 
 def test_scoring_speed_compares_equal_scores(parts, monkeypatch):
-    args, llm, distiller, tasks, encoder = parts
+    args, llm, distiller, tasks, formatter = parts
     monkeypatch.setattr(speed, "interleaved", lambda *_, **__: {"plain": [2.0, 2.0], "cached": [4.0, 4.0]})
-    found = speed.scoring_speed(llm, distiller, tasks, encoder, args, n=20, n_plain=2, options=3)
+    found = speed.scoring_speed(llm, distiller, tasks, formatter, args, n=20, n_plain=2, options=3)
     for method in ("icl", "mend"):
         assert found[method]["score_difference"] < 1e-4
         assert found[method]["seconds"] == {"plain": 20.0, "cached": 4.0} and found[method]["ratio"] == 5.0
     real = score.score_options
     monkeypatch.setattr(speed, "score_options", lambda *a: real(*a) + torch.tensor([0.0, 0.1, 0.0]))
-    found = speed.scoring_speed(llm, distiller, tasks, encoder, args, n=20, n_plain=2, options=3)
+    found = speed.scoring_speed(llm, distiller, tasks, formatter, args, n=20, n_plain=2, options=3)
     assert found["icl"]["score_difference"] > 0.09
 
 

@@ -90,9 +90,9 @@ def test_early_evidence_is_trained_on_pairs_of_functions_that_are_not_held_out()
 @pytest.mark.parametrize("name", ["functions", "recall"])
 def test_k_is_drawn_where_a_least_is_given(llama, name):
     tasks, drawn = sources.tasks.load_tasks(name, "x", str(llama), 2 if name == "recall" else 8), []
-    encoder = data.Encoder(sources.text.Tokenizer(str(llama)), "space", 900)
+    formatter = data.Formatter(sources.text.Tokenizer(str(llama)), "space", 900)
     tasks.draw = lambda rng, k, queries: drawn.append(k) or type(tasks).draw(tasks, rng, k, queries)
-    rows = [data.sample_row(tasks, encoder, 1, i, 8, 2, least_k=3) for i in range(60)]
+    rows = [data.sample_row(tasks, formatter, 1, i, 8, 2, least_k=3) for i in range(60)]
     assert {*drawn} == {3, 4, 5, 6, 7, 8} and all(len(row["queries"]) == 2 for row in rows)
 
 
@@ -130,8 +130,8 @@ def test_recall_says_when_the_vocabulary_is_too_small():
 
 
 def test_a_training_row_of_functions_has_k_demonstrations_of_the_query_s_function(llama):
-    tasks, encoder = Functions(), data.Encoder(sources.text.Tokenizer(str(llama)), "newline", 900)
-    rows, again = ([data.sample_row(tasks, encoder, 1, i, k=4, queries=2) for i in range(3)]
+    tasks, formatter = Functions(), data.Formatter(sources.text.Tokenizer(str(llama)), "newline", 900)
+    rows, again = ([data.sample_row(tasks, formatter, 1, i, k=4, queries=2) for i in range(3)]
                    for _ in range(2))
     assert rows == again and rows[0] != rows[1]
     assert all(len(row["queries"]) == 2 and row["demo"] for row in rows)
@@ -141,7 +141,7 @@ def test_finetuning_on_recall_reads_no_file_and_builds_no_pool_before_it_draws(f
     argv = ["--tasks", "recall", "--template", "newline", "--k", "2", "--init-from", "none", "--steps", "2",
             "--batch-size", "2", "--out-dir", str(tmp_path / "run")]
     final = train_finetune.main([*flags, *argv])
-    assert final["steps"] == 2 and np.isfinite(final["val_option_ce"])
+    assert final["steps"] == 2 and np.isfinite(final["dev_option_ce"])
     with pytest.raises(UserError,
                        match=r"recall has 18 different examples, and --k 2 with --queries-per-demo 17"):
         train_finetune.main([*flags, *argv, "--queries-per-demo", "17"])

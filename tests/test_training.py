@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import load, log_softmaxes, make_distiller, model_of
-from training import FIGURES, PROMPT_TUNING, furthest, metrics, state_of, stub_dev, train
+from training import METRICS, PROMPT_TUNING, furthest, metrics, state_of, stub_dev, train
 
 import common
 import data
@@ -24,7 +24,7 @@ import run
 import train_finetune
 import train_pretrain
 from common import UserError
-from data import Corpus, Encoder, sample_row, step_rows
+from data import Corpus, Formatter, sample_row, step_rows
 from loading import build_distiller, load_checkpoint
 from run import save_checkpoint
 from sources.text import Tokenizer
@@ -47,9 +47,9 @@ def norm_of_gradients(distiller) -> float:
 
 # Both stages
 
-EVERY = {"stage", "steps", "val_kl", "val_option_ce", "best_option_ce", "out_dir"}
-KEYS = {train_pretrain: EVERY | {"val_kl_no_context", "val_kl_last_l", "recovered", "dev_kl", "dev_clm"},
-        train_finetune: EVERY | {"split", "val_pred", "val_clm", "dev_headline"}}
+EVERY = {"stage", "steps", *METRICS, "best_option_ce", "out_dir"}
+KEYS = {train_pretrain: EVERY | {"heldout_kl", "heldout_kl_no_context", "heldout_kl_last_l", "recovered"},
+        train_finetune: EVERY | {"split"}}
 
 
 def test_end_to_end(script, argv, tmp_path, capsys, llama_llm, corpus_dir):
@@ -60,10 +60,10 @@ def test_end_to_end(script, argv, tmp_path, capsys, llama_llm, corpus_dir):
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == final
     for key in ["kl", "pred"] if finetune else ["kl"]:
         assert list(metrics(tmp_path / "run", key)) == [1, 2, 3, 4]
-    for key in ["val_kl", "val_pred"] if finetune else ["val_kl"]:
+    for key in ["dev_kl", "dev_pred"] if finetune else ["dev_kl", "heldout_kl"]:
         assert list(metrics(tmp_path / "run", key)) == [0, 2, 4]
-    state, option_ce = state_of(tmp_path / "run"), metrics(tmp_path / "run", "val_option_ce")
-    assert (state["step"], state["evaluated"], state["figures"]["val_kl"]) == (4, 4, final["val_kl"])
+    state, option_ce = state_of(tmp_path / "run"), metrics(tmp_path / "run", "dev_option_ce")
+    assert (state["step"], state["evaluated"], state["metrics"]["dev_kl"]) == (4, 4, final["dev_kl"])
     assert state["best"] == final["best_option_ce"] == min(option_ce.values()) and len(option_ce) == 3
     assert state["model"]["llm"]["hidden_size"] == llama_llm.config.hidden_size
     if finetune:
@@ -71,7 +71,7 @@ def test_end_to_end(script, argv, tmp_path, capsys, llama_llm, corpus_dir):
         assert without_hashes(state["trained_on"]) == {"finetune": FINETUNED | {"lam": 0.1}}
     else:
         assert final["stage"] == "pretrain"
-        assert final["recovered"] == pytest.approx(1 - final["val_kl"] / final["val_kl_no_context"])
+        assert final["recovered"] == pytest.approx(1 - final["heldout_kl"] / final["heldout_kl_no_context"])
         assert state["trained_on"]["pretrain"]["corpus"] == corpus_dir.name and state["flags"]["window"] == 96
 
 
@@ -90,7 +90,7 @@ def test_the_teacher_runs_only_for_its_loss(script, argv, quick_dev, tmp_path, m
     calls, prefix = [], model.demo_prefix
     monkeypatch.setattr(model, "demo_prefix", lambda *a: calls.append(1) or prefix(*a))
     monkeypatch.setattr(train_pretrain, "evaluate_kl", lambda *_: dict.fromkeys(
-        ("val_kl", "val_kl_no_context", "val_kl_last_l", "recovered"), 1.0))
+        ("heldout_kl", "heldout_kl_no_context", "heldout_kl_last_l", "recovered"), 1.0))
     train(script, argv, tmp_path / "run", *more)
     assert len(calls) == passes  # four steps of two micro-batches
 
@@ -98,16 +98,16 @@ def test_the_teacher_runs_only_for_its_loss(script, argv, quick_dev, tmp_path, m
 def test_the_start_is_evaluated_once(script, argv, quick_dev, monkeypatch, tmp_path):
     """Before the first step, with the distiller as it starts, and not again in a run that goes on."""
     calls = []
-    monkeypatch.setattr(script, "dev_figures", lambda llm, distiller, *_: (
-        calls.append(sum(p.sum().item() for p in distiller.parameters())), dict.fromkeys(FIGURES, 1.0))[1])
+    monkeypatch.setattr(script, "dev_metrics", lambda llm, distiller, *_: (
+        calls.append(sum(p.sum().item() for p in distiller.parameters())), dict.fromkeys(METRICS, 1.0))[1])
     argv = [*argv, "--eval-every", "9", "--steps", "2"]
     with monkeypatch.context() as patch:
         patch.setattr(run.Run, "begin_step", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             train(script, argv, tmp_path / "run")
-    assert len(calls) == 1 and list(metrics(tmp_path / "run", "val_kl")) == [0]
+    assert len(calls) == 1 and list(metrics(tmp_path / "run", "dev_kl")) == [0]
     train(script, argv, tmp_path / "run", "--resume")
-    assert len(calls) == 2 and calls[0] != calls[1] and list(metrics(tmp_path / "run", "val_kl")) == [0, 2]
+    assert len(calls) == 2 and calls[0] != calls[1] and list(metrics(tmp_path / "run", "dev_kl")) == [0, 2]
 
 
 def test_a_bf16_run_is_evaluated_in_fp32(script, argv, llama, monkeypatch, tmp_path):
@@ -120,7 +120,7 @@ def test_a_bf16_run_is_evaluated_in_fp32(script, argv, llama, monkeypatch, tmp_p
             monkeypatch.setattr(script, "full_precision", lambda llm: contextlib.nullcontext())
         at = tmp_path / f"{dtype}-{exact}"
         train(script, argv, at, "--llm", str(folder), "--steps", "1", "--dtype", dtype)
-        start[dtype, exact] = {key: metrics(at, key)[0] for key in ("val_kl", "val_option_ce")}
+        start[dtype, exact] = {key: metrics(at, key)[0] for key in ("dev_kl", "dev_option_ce")}
     assert start["bf16", True] == pytest.approx(start["fp32", True], rel=1e-5)
     assert start["bf16", False] != pytest.approx(start["fp32", True], rel=1e-4)
 
@@ -207,15 +207,15 @@ def test_held_out_kl_against_one_window_at_a_time(pretraining, quick_dev, tmp_pa
     distiller.load_state_dict({k[len("distiller."):]: t for k, t in tensors.items()
                                if k.startswith("distiller.")})
     corpus = Corpus([str(corpus_dir)], Tokenizer(str(llama)), 96, 8)
-    kl = {"val_kl": [], "val_kl_no_context": [], "val_kl_last_l": []}
+    kl = {"heldout_kl": [], "heldout_kl_no_context": [], "heldout_kl_last_l": []}
     with torch.no_grad():
         for d in corpus.held_out[:5]:
             row = corpus.row(d, 0.8)
             demo, ((_, (x,)),) = torch.tensor([row["demo"]]), row["queries"]
             embedded = llama_llm.get_input_embeddings()(demo)
             teacher = log_softmaxes(llama_llm, embedded, x)[1:]
-            contexts = {"val_kl": vectors_of(distiller, demo), "val_kl_no_context": embedded[:, :0],
-                        "val_kl_last_l": embedded[:, -4:]}
+            contexts = {"heldout_kl": vectors_of(distiller, demo), "heldout_kl_no_context": embedded[:, :0],
+                        "heldout_kl_last_l": embedded[:, -4:]}
             for name, context in contexts.items():
                 student = log_softmaxes(llama_llm, context, x)[-(len(x) - 1):]
                 kl[name] += F.kl_div(student, teacher, reduction="none", log_target=True).sum(dim=1).tolist()
@@ -264,9 +264,9 @@ def test_the_first_step_is_eq_4(finetuning, quick_dev, tmp_path, llama, llama_ll
     train(train_finetune, finetuning, tmp_path / "run", "--steps", "1", "--lam", str(lam), "--pred-weight",
           str(pred_weight), "--template", template)
     distiller = build_distiller("layers:2", llama_llm, 4, "matched", 100)
-    encoder = Encoder(Tokenizer(str(llama)), template, 450, 4, 2048, 2048)
+    formatter = Formatter(Tokenizer(str(llama)), template, 450, 4, 2048, 2048)
     pred, kl, answers, tokens = 0, 0, 0, 0
-    rows = step_rows(lambda _, n: [sample_row(tiny_tasks, encoder, 100, i, 4, 2) for i in range(n)], 100,
+    rows = step_rows(lambda _, n: [sample_row(tiny_tasks, formatter, 100, i, 4, 2) for i in range(n)], 100,
                      4)(0)
     for row in rows:
         demo = torch.tensor([row["demo"]])
@@ -308,20 +308,20 @@ def test_identical_prefixes_have_no_kl_in_a_bf16_run(finetuning, monkeypatch, tm
     """The student reads the demonstrations too, as embeddings in a padded prefix."""
     prefix = paper.held_out.one_prefix
 
-    def padded(method, demos, limit, llm, distiller, encoder, args):
+    def padded(method, demos, limit, llm, distiller, formatter, args):
         if method == "icl":
-            return prefix(method, demos, limit, llm, distiller, encoder, args)
-        ids = torch.tensor([[0] * 7 + encoder.demonstrations(demos, limit)])
+            return prefix(method, demos, limit, llm, distiller, formatter, args)
+        ids = torch.tensor([[0] * 7 + formatter.demonstrations(demos, limit)])
         return model.demo_prefix(llm, ids, torch.arange(ids.shape[1])[None] >= 7)
     monkeypatch.setattr(paper.held_out, "one_prefix", padded)
     train(train_finetune, finetuning, tmp_path / "run", "--steps", "1", "--dtype", "bf16")
-    assert max(map(abs, metrics(tmp_path / "run", "val_kl").values())) < 1e-6
+    assert max(map(abs, metrics(tmp_path / "run", "dev_kl").values())) < 1e-6
 
 
 def test_every_step_draws_new_samples(finetuning, quick_dev, tmp_path, monkeypatch):
     drawn, sample = [], data.sample_row
-    monkeypatch.setattr(train_finetune, "sample_row", lambda tasks, encoder, seed, number, k, queries, _: (
-        drawn.append((seed, number, k, queries)), sample(tasks, encoder, seed, number, k, queries))[1])
+    monkeypatch.setattr(train_finetune, "sample_row", lambda tasks, formatter, seed, number, k, queries, _: (
+        drawn.append((seed, number, k, queries)), sample(tasks, formatter, seed, number, k, queries))[1])
     read = rows_collated(train_finetune, monkeypatch)
     train(train_finetune, finetuning, tmp_path / "run")
     assert drawn == [(100, number, 4, 2) for number in range(256)]  # of 64 steps, sorted by length together
@@ -337,7 +337,7 @@ def test_prompt_tuning_lowers_the_answer_loss(finetuning, tmp_path, flags):
     tensors, state = load_checkpoint(tmp_path / "run")
     assert [(name, t.shape) for name, t in tensors.items()] == [("distiller.vectors", (4, 32))]
     assert without_hashes(state["trained_on"]) == {"finetune": FINETUNED | {"lam": 0.0}}
-    assert state["best"] == min(metrics(tmp_path / "run", "val_option_ce").values())
+    assert state["best"] == min(metrics(tmp_path / "run", "dev_option_ce").values())
     flags = [flag for flag in flags if flag not in ("--distiller", "layers:2")]
     final = evaluate.main([*flags, "--methods", "prompt_tuning", "--checkpoint", str(tmp_path / "run"),
                            "--limit", "8", "--k", "4", "--out", str(tmp_path / "results.jsonl")])
@@ -356,13 +356,14 @@ def test_there_is_nothing_to_train_on_among_the_functions(finetuning, tmp_path):
 @pytest.fixture
 def pretrained(llama, llama_llm):
     """Writes a pretraining run of an untrained distiller under out/: (name, ...) -> folder."""
-    def write(name: str, val_kl: float, seed: int, spec: str = "layers:2", distill_len: int = 4,
+    def write(name: str, heldout_kl: float, seed: int, spec: str = "layers:2", distill_len: int = 4,
               start: str = "matched", stages=("pretrain",), llm_name: str = llama.name,
               objective: str | None = "kl", beta: float = 0.8) -> Path:
         module = build_distiller(spec, llama_llm, distill_len, start, seed)
         config = model_of(module, llama_llm, spec, start)
         about = {"run": name, "beta": beta} | ({"objective": objective} if objective else {})
-        state = {"model": config | {"llm": config["llm"] | {"name": llm_name}}, "figures": {"val_kl": val_kl},
+        state = {"model": config | {"llm": config["llm"] | {"name": llm_name}},
+                 "metrics": {"heldout_kl": heldout_kl},
                  "trained_on": dict.fromkeys(stages, about)}
         save_checkpoint(common.OUT / name / "best.safetensors", module, state)
         return common.OUT / name

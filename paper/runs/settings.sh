@@ -3,7 +3,7 @@
 #
 #   SCALE=paper  gpt2-large + gpt2, C4 and MetaICL from the hub, the paper's Table 5; the default where a GPU is there
 #   SCALE=pocket SmolLM2-135M-Instruct on two CPU cores; the default elsewhere
-#   SCALE=gpu    SmolLM2-135M-Instruct at the paper's lengths (windows of 1,024, l = 100, 900 tokens of demonstrations), with
+#   SCALE=pocket-gpu  the same at the paper's lengths (windows of 1,024, l = 100, 900 tokens of demonstrations), with
 #                steps for minutes on one GPU; paper/runs/gpu.sh does all of it, side by side
 # Optional, for any scale (relative paths count from the repository's root):
 #   METAICL_DIR, C4_DIR  a folder in MetaICL's layout and a folder or file in C4's form, in place of the preset's data
@@ -29,13 +29,13 @@ PRESET=$SCALE COMMON="" PRETRAIN="" MEND="" HYPERTUNING="" PROMPT_TUNING=""
 if [ "$SCALE" = pocket ]; then  # what was tried on dev data is in results/LOG.md
     PRETRAIN="--steps 300 --eval-every 150 --patience 0"
     MEND="--steps 300 --batch-size 4 --lr 1e-3 --eval-every 50 --patience 0" HYPERTUNING=$MEND PROMPT_TUNING=$MEND
-elif [ "$SCALE" = gpu ]; then
+elif [ "$SCALE" = pocket-gpu ]; then
     PRESET=pocket COMMON="--distill-len 100"
     PRETRAIN="--window 1024 --context-len 900 --batch-size 16 --steps 3000 --lr 5e-4 --eval-every 500 --patience 0 --save-every 250"
     MEND="--context-len 900 --batch-size 8 --steps 4000 --lr 1e-3 --eval-every 250 --patience 0 --save-every 250"
     HYPERTUNING=$MEND PROMPT_TUNING="$MEND --lr 1e-2"
 elif [ "$SCALE" != paper ]; then
-    echo "SCALE is $SCALE; give paper, pocket or gpu" >&2
+    echo "SCALE is $SCALE; give paper, pocket or pocket-gpu" >&2
     exit 2
 fi
 mkdir -p "$RESULTS"
