@@ -11,11 +11,13 @@ import argparse
 import json
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 import conftest
@@ -26,6 +28,7 @@ from common import ROOT
 from loading import load_checkpoint
 
 SIGNALS = {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGHUP: 129}  # exit codes
+SECONDS = 0.6  # a signal comes within these behind the first line that a process writes
 FULL = 20_000  # bytes of a file where the disk is full: below any checkpoint's
 
 
@@ -89,34 +92,42 @@ def differences(whole: dict, cut: dict) -> list[str]:
                   if name not in whole or name not in cut or not same(whole[name], cut[name]))
 
 
-def disturb(command: list[str], place: Path, kills: int, rng: random.Random,
-            bar: tqdm) -> list[tuple[str, int]]:
-    """Run a part again and again, each time with a signal or on a full disk, and at last to its end."""
-    happened, full = [], kills // 2  # the disk is full once in the middle
-    for i in range(kills):
-        process = start(command, full=i == full)
-        size, began = place.stat().st_size if place.exists() else 0, time.time()
-        wait = rng.random()
-        while process.poll() is None and i != full and time.time() - began < 120:
-            if (place.stat().st_size if place.exists() else 0) != size:
-                time.sleep(wait)
-                break
-            time.sleep(0.02)
-        number = rng.choice(list(SIGNALS))
-        if process.poll() is None and i != full:
-            process.send_signal(number)
+def disturb(command: list[str], places: dict[str, Path], watched: Path, kills: int, rng: random.Random,
+            bar: tqdm) -> tuple[list[str], list[str]]:
+    """Run a part with a signal or on a full disk again and again until that has stopped it `kills` times; a
+    run that comes to its end is compared with the uninterrupted one and begun anew, and so is the last.
+
+    Returns:
+        What stopped it and with which exit code, and the names of what differed at any end.
+    """
+    happened, differ = [], []
+    full = kills // 2  # the disk is full once, in the middle
+    while True:
+        disk, number = len(happened) == full, rng.choice(list(SIGNALS))
+        process = start(command, full=disk)
+        if len(happened) < kills and not disk:
+            wait_for_growth(process, watched, rng.uniform(0, SECONDS))
+            process.send_signal(number)  # nothing happens to one that has ended
         out, _ = process.communicate()
-        name = "full disk" if i == full else number.name
-        expected = (0, 2) if i == full else (0, SIGNALS[number])
-        if process.returncode not in expected:
+        name, expected = ("full disk", [2]) if disk else (number.name, [SIGNALS[number], -number])
+        if process.returncode in expected and len(happened) < kills:  # -number: before or behind our handlers
+            happened.append(f"{name}, exit code {process.returncode}")
+            bar.update()
+        elif process.returncode:
             raise AssertionError(f"{name}: exit code {process.returncode}\n{out[-2000:]}")
-        happened.append((name, process.returncode))
-        bar.update()
-    process = start(command)
-    out, _ = process.communicate()
-    if process.returncode:
-        raise AssertionError(f"the last run ended with {process.returncode}\n{out[-2000:]}")
-    return happened
+        else:
+            differ += differences(contents(places["whole"]), contents(places["cut"]))
+            if len(happened) == kills:
+                return happened, differ
+            shutil.rmtree(places["cut"]) if places["cut"].is_dir() else places["cut"].unlink()
+
+
+def wait_for_growth(process: subprocess.Popen, watched: Path, seconds: float) -> None:
+    """Until a line is written to `watched`, and so many seconds more; no longer than the process runs."""
+    size = watched.stat().st_size if watched.exists() else 0
+    while process.poll() is None and (watched.stat().st_size if watched.exists() else 0) == size:
+        time.sleep(0.01)
+    time.sleep(seconds)
 
 
 def main() -> int:
@@ -125,8 +136,9 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=50, help="disturbances in all, over three parts")
     parser.add_argument("--seed", type=int, default=0, help="of moments and signals")
     args = parser.parse_args()
-    rng, happened, differ = random.Random(args.seed), [], {}
-    with tempfile.TemporaryDirectory() as name, tqdm(total=args.kills // 3 * 3, unit="kill") as bar:
+    rng, stopped, differ, began = random.Random(args.seed), {}, {}, time.time()
+    kills = -(-args.kills // 3)
+    with tempfile.TemporaryDirectory() as name, tqdm(total=3 * kills, unit="kill") as bar:
         folder = Path(name)
         growth = {}
         for part, (command, option) in commands(folder).items():
@@ -139,11 +151,12 @@ def main() -> int:
             if process.returncode:
                 raise AssertionError(f"{part} ended with {process.returncode}\n{out[-2000:]}")
             watched = places["cut"] if part == "evaluate" else places["cut"] / "metrics.jsonl"
-            happened += disturb([*command, option, str(places["cut"])], watched, args.kills // 3, rng, bar)
-            differ[part] = differences(contents(places["whole"]), contents(places["cut"]))
-    counts = {f"{name}, exit {code}": happened.count((name, code)) for name, code in sorted(set(happened))}
+            stopped[part], differ[part] = disturb([*command, option, str(places["cut"])], places, watched,
+                                                  kills, rng, bar)
     failed = any(differ.values()) or max(growth.values()) > 0.03
-    print(json.dumps({"disturbed": counts, "differ": differ, "memory_growth": growth}))
+    stopped = {part: Counter(sorted(found)) for part, found in stopped.items()}
+    print(json.dumps({"stopped": stopped, "differ": differ, "memory_growth": growth,
+                      "minutes": round((time.time() - began) / 60)}))
     return int(failed)
 
 
