@@ -83,9 +83,10 @@ FLAGS = {  # those that more than one script takes; a default of None is filled 
     "split": dict(default="class_to_class", help="task partition, meta-train to meta-test: "
                   f"{', '.join(SPLITS)}; or {FUNCTIONS}: what only demonstrations define (BIG-bench)"),
     "k": dict(type=int, help="K, demonstrations in a set"),
-    "template": dict(choices=("space", "newline", "input-output"), default="space",
+    "template": dict(choices=("space", "newline", "input-output", "chat"), default="space",
                      help="what separates input, answer and demonstrations (the paper: space; Tab. 7: "
-                          "newline); input-output writes 'Input: ' and 'Output: ' before them"),
+                          "newline); input-output writes 'Input: ' and 'Output: ' before them; chat: the "
+                          "tokenizer's own chat template, with newlines in the user's turn"),
     "seed": dict(type=int, default=100, help="seed of sampling and initialisation"),
     "max-minutes": dict(type=float, help="stop after these minutes as SIGTERM does, with exit code 124; "
                         "default: no limit"),

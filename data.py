@@ -36,13 +36,11 @@ import common
 import sources.text
 from common import UserError, at_least, check, finish, parse, run_main, shared_rules
 from sources.tasks import SEEDS, Tasks, load_tasks
+from sources.template import make_turns
 from sources.text import Tokenizer, cached_tokens, corpus_files, hub_documents, read_documents
 
 MAX_INPUT = 256          # tokens of an input x; longer ones are cut at the end (App. A)
 TOGETHER = 64            # steps whose samples are dealt out by length
-TEMPLATES = {  # before an answer; between demonstrations (before the first, without leading white space)
-    "space": (" ", " "), "newline": ("\n", "\n\n\n"),
-    "input-output": ("\nOutput: ", "\nInput: ")}
 
 
 class Corpus:
@@ -110,10 +108,7 @@ class Formatter:
     distiller_positions: int | None = None
 
     def __post_init__(self):
-        newline = "\n" in TEMPLATES[self.template][0]
-        if newline and self.tokenizer.encode("a\nb") in map(self.tokenizer.encode, ("a b", "ab")):
-            raise UserError(f"--template {self.template}, but the tokenizer of {self.tokenizer.name} drops "
-                            "newlines, as T5's do; use --template space")
+        self.turns = make_turns(self.template, self.tokenizer)
 
     def limit(self, examples: list[dict]) -> int:
         """Tokens that a task's demonstrations may take: `context_len`, but never so many that a query would
@@ -130,27 +125,34 @@ class Formatter:
         if self.llm_positions is not None:
             labels = {label for e in examples for label in [e["output"], *e["options"]]}
             longest = max(len(self.answer(label)) for label in labels)
-            limits.append(self.llm_positions - MAX_INPUT - longest - (self.tokenizer.bos_id is not None))
+            limits.append(self.llm_positions - MAX_INPUT - longest - len(self.turns.head + self.turns.tail))
             check((self.distill_len <= limits[-1], f"--distill-len is {self.distill_len}, and the LLM's "
                    f"{self.llm_positions} positions leave {limits[-1]} beside a query; give less"))
         check((min(limits) >= 1, f"--distill-len {self.distill_len} leaves no position for D; give less"))
         return min(limits)
 
-    def query(self, example: dict, first: bool = False) -> list[int]:
+    def shown(self, example: dict, first: bool = False) -> list[int]:
         """x, with the separator that joins it to what stands before (unless `first`); its first MAX_INPUT."""
-        separator = TEMPLATES[self.template][1]
-        text = (separator.lstrip() if first else separator) + example["input"]
-        return self.tokenizer.encode(text)[:MAX_INPUT]
+        before = self.turns.opening if first else self.turns.between
+        return self.turns.encode(before + example["input"])[:MAX_INPUT]
+
+    def query(self, example: dict, first: bool = False) -> list[int]:
+        """x that is asked: with the tail behind it, in a chat the end of the user's turn."""
+        return self.shown(example, first) + self.turns.tail
 
     def answer(self, text: str) -> list[int]:
-        """y, with the separator before it; never cut. Nothing at all for a label that was taken away."""
-        return self.tokenizer.encode(TEMPLATES[self.template][0] + text) if text else []
+        """y behind a query, with the separator before it; never cut."""
+        return self.turns.encode(self.turns.reply + text) if text else []
+
+    def label(self, text: str) -> list[int]:
+        """y_i in a demonstration, likewise. Nothing at all for a label that was taken away."""
+        return self.turns.encode(self.turns.before_answer + text) if text else []
 
     def demonstration(self, example: dict, first: bool) -> list[int]:
         """(x_i, y_i); without an input its answer alone, behind what separates demonstrations."""
         if example["input"]:
-            return self.query(example, first) + self.answer(example["output"])
-        return self.tokenizer.encode(("" if first else TEMPLATES[self.template][1]) + example["output"])
+            return self.shown(example, first) + self.label(example["output"])
+        return self.turns.encode((self.turns.alone if first else self.turns.between) + example["output"])
 
     def pieces(self, examples: list[dict], limit: int) -> list[tuple[dict, list[int]]]:
         """Whole demonstrations with their ids, up to the first that would pass `limit` tokens (one that is
@@ -187,8 +189,8 @@ class Formatter:
         if ids:
             return ids
         shortest = min(examples, key=lambda e: len(self.demonstration(e, first=True)))
-        answer = self.answer(shortest["output"])[:limit]
-        return self.query(shortest, first=True)[:limit - len(answer)] + answer
+        y = self.label(shortest["output"])[:limit]
+        return self.shown(shortest, first=True)[:limit - len(y)] + y
 
     def training_query(self, query: dict) -> tuple[list[int], list[list[int]]]:
         """A query and its answer, for `collate`."""

@@ -34,7 +34,7 @@ from loading import (
     method_of,
     set_length,
 )
-from model import vector_prefix, with_bos
+from model import vector_prefix, with_head
 from score import predict
 from sources.files import write_tensors
 from sources.headers import check_tensors, read_vectors_header, require_same_llm, sealed
@@ -157,7 +157,7 @@ def write_answer(llm, prefix: Tensor, formatter: Formatter, query: dict, tokens:
     embed, end = llm.get_input_embeddings(), llm.config.eos_token_id or 0
     mask = torch.ones((1, len(prefix)), dtype=torch.bool, device=llm.device)
     if prefix.shape[1] == embed.embedding_dim:
-        embeds, _ = with_bos(llm, prefix[None].to(llm.dtype), mask, formatter.tokenizer.bos_id)
+        embeds, _ = with_head(llm, prefix[None].to(llm.dtype), mask, formatter.turns.head)
         given = {"inputs_embeds": torch.cat([embeds, embed(ids)], dim=1)}               # (1, P + T, d)
     else:  # generate() wants an id for each position that is in the cache, and does not look at it
         given = {"input_ids": torch.cat([mask.long(), ids], dim=1),                     # (1, P + T)
@@ -178,7 +178,7 @@ def answer(llm, formatter: Formatter, prefix: Tensor, queries: list[dict], token
     choosing = [query for query in queries if query["options"]]
     require_options([query | {"output": query["output"] or query["options"][0]} for query in choosing],
                     formatter.answer)
-    read = vector_prefix(llm, prefix[None], formatter.tokenizer.bos_id) if choosing else None
+    read = vector_prefix(llm, prefix[None], formatter.turns.head) if choosing else None
     chosen = iter(predict(llm, read, formatter, choosing, first=len(prefix) == 0) if choosing else [])
     return [next(chosen) if query["options"] else write_answer(llm, prefix, formatter, query, tokens)
             for query in queries]
@@ -189,7 +189,8 @@ def room(formatter: Formatter, examples: list[dict], args: argparse.Namespace) -
     limit = formatter.limit(examples)
     if formatter.llm_positions is None:
         return limit
-    left = formatter.llm_positions - MAX_INPUT - args.answer_tokens - (formatter.tokenizer.bos_id is not None)
+    fixed = len(formatter.turns.head + formatter.turns.tail)
+    left = formatter.llm_positions - MAX_INPUT - args.answer_tokens - fixed
     check((left >= max(1, formatter.distill_len), f"--answer-tokens {args.answer_tokens}: the LLM's "
            f"{formatter.llm_positions} positions leave {left} for demonstrations or vectors; give less"))
     return min(limit, left)

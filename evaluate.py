@@ -230,7 +230,7 @@ def evaluate_one(args, llm, distiller, formatter: Formatter, tasks: Tasks, task:
             shown = perturb(formatter.fitting(demos, limit), args.perturb, seed) if args.perturb else demos
             if method == "mend_permuted":
                 shown = permute_labels(formatter.fitting(demos, limit))
-            prefix = vector_prefix(llm, vectors, formatter.tokenizer.bos_id) if vectors is not None else \
+            prefix = vector_prefix(llm, vectors, formatter.turns.head) if vectors is not None else \
                 one_prefix(method, shown, limit, llm, distiller, formatter, args)
             chosen = predict(llm, prefix, formatter, queries, first=method == "zero_shot")
     metrics = task_metrics(chosen, [q["output"] for q in queries], tasks.types[task])

@@ -20,6 +20,7 @@ prefix, query and answer in a row. An encoder-decoder (T5) encodes [prefix ; que
 its encoder looks both ways, so there the prefix is read again for each query, shared by its options only.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -140,17 +141,18 @@ class Prefix:
 
 
 def demo_prefix(llm: PreTrainedModel, demo_ids: Tensor, demo_mask: Tensor,
-                bos_id: int | None = None) -> Prefix:
-    """The LLM reads the demonstrations themselves: [BOS ; E_D], Eq. (1). demo_ids, demo_mask: (B, T_d)."""
-    return prefill(llm, *with_bos(llm, llm.get_input_embeddings()(demo_ids), demo_mask, bos_id))
+                head: Sequence[int] = ()) -> Prefix:
+    """The LLM reads the demonstrations themselves: [head ; E_D], Eq. (1). demo_ids, demo_mask: (B, T_d).
+    head: the fixed ids before them, a BOS or the start of a chat (sources/template.py)."""
+    return prefill(llm, *with_head(llm, llm.get_input_embeddings()(demo_ids), demo_mask, head))
 
 
-def vector_prefix(llm: PreTrainedModel, vectors: Tensor, bos_id: int | None = None) -> Prefix:
-    """The LLM reads distilled vectors: [BOS ; S_D], Eq. (2). vectors: (B, l, d), or, of other width, the keys
+def vector_prefix(llm: PreTrainedModel, vectors: Tensor, head: Sequence[int] = ()) -> Prefix:
+    """The LLM reads distilled vectors: [head ; S_D], Eq. (2). vectors: (B, l, d), or, of other width, keys
     and values of variants.py, among them those of D's first token in BOS's place."""
     mask = torch.ones(vectors.shape[:2], dtype=torch.bool, device=vectors.device)
     if (d := llm.get_input_embeddings().embedding_dim) == vectors.shape[2]:
-        return prefill(llm, *with_bos(llm, vectors, mask, bos_id))
+        return prefill(llm, *with_head(llm, vectors, mask, head))
     config, vectors = llm.config, vectors.to(llm.dtype)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     layers = vectors[:, :, :-d].unflatten(2, (config.num_hidden_layers, 2, heads, -1))
@@ -159,7 +161,7 @@ def vector_prefix(llm: PreTrainedModel, vectors: Tensor, bos_id: int | None = No
 
 
 def teacher_and_student(llm: PreTrainedModel, distiller: nn.Module, batch: dict[str, Tensor],
-                        bos_id: int | None, dtype: str,
+                        head: Sequence[int], dtype: str,
                         with_teacher: bool = True) -> tuple[Tensor | None, Tensor]:
     """The states that predict the queries of data.collate's batch: P_LLM(x | E_D), Eq. (1), and P_LLM(x |
     S_D) with S_D = MEND(E^_D), Eq. (2). Eq. (3) compares them, Eq. (4) reads answers off the student's.
@@ -172,24 +174,23 @@ def teacher_and_student(llm: PreTrainedModel, distiller: nn.Module, batch: dict[
     teacher, demo_ids, demo_mask = None, batch["demo_ids"], batch["demo_mask"]              # (B, T_d)
     if with_teacher:
         with torch.no_grad():
-            teacher = query_states(llm, demo_prefix(llm, demo_ids, demo_mask, bos_id), batch)
+            teacher = query_states(llm, demo_prefix(llm, demo_ids, demo_mask, head), batch)
     with autocast(demo_ids.device, dtype):
         vectors = distiller(demo_ids, demo_mask)                                            # (B, l, d)
     # not under no_grad: the LLM is frozen, but the gradient flows through it to the vectors
-    return teacher, query_states(llm, vector_prefix(llm, vectors, bos_id), batch)
+    return teacher, query_states(llm, vector_prefix(llm, vectors, head), batch)
 
 
-def with_bos(llm: PreTrainedModel, embeds: Tensor, mask: Tensor, bos_id: int | None) -> tuple[Tensor, Tensor]:
-    """The tokenizer's BOS, where it has one, before each row's first token: (B, P, d) -> (B, 1 + P, d)."""
-    if bos_id is None:
+def with_head(llm: PreTrainedModel, embeds: Tensor, mask: Tensor,
+              head: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """The ids of `head` behind each row's padding, before its first token: (B, P, d) -> (B, h + P, d)."""
+    if not head:
         return embeds, mask
-    B, P, d = embeds.shape
-    bos = llm.get_input_embeddings()(torch.tensor([[bos_id]], device=embeds.device)).to(embeds.dtype)
-    n_pad = (~mask).sum(dim=1)                                                              # (B,)
-    at_bos = torch.arange(P + 1, device=embeds.device)[None] == n_pad[:, None]              # (B, 1 + P)
-    embeds = torch.cat([embeds[:, :1], embeds], dim=1) if P else bos.expand(B, 1, d)
-    mask = torch.cat([torch.zeros_like(at_bos[:, :1]), mask], dim=1) | at_bos
-    return torch.where(at_bos[:, :, None], bos, embeds), mask
+    fixed = llm.get_input_embeddings()(torch.tensor(head, device=embeds.device)).to(embeds.dtype)   # (h, d)
+    embeds = torch.cat([fixed.expand(len(embeds), -1, -1), embeds], dim=1)                  # (B, h + P, d)
+    # 0 in the padding, 1 in the head, 2 in the row's own: in this order, which keeps that of equals
+    kind, order = F.pad(2 * mask.long(), (len(head), 0), value=1).sort(dim=1, stable=True)  # (B, h + P)
+    return embeds.gather(1, order[:, :, None].expand_as(embeds)), kind > 0
 
 
 def prefill(llm: PreTrainedModel, embeds: Tensor, mask: Tensor) -> Prefix:

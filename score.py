@@ -141,13 +141,13 @@ def demo_tokens(method: str, demos: list[dict], limit: int, formatter: Formatter
     return formatter.demonstrations(demos, limit)[-formatter.distill_len if method == "last_l" else 0:]
 
 
-def make_prefix(method: str, demo_ids: Tensor, demo_mask: Tensor, llm, distiller, bos_id, args) -> Prefix:
+def make_prefix(method: str, demo_ids: Tensor, demo_mask: Tensor, llm, distiller, formatter, args) -> Prefix:
     """What the LLM reads before the queries: demonstrations, (B, T_d), Eq. (1), or their vectors, Eq. (2)."""
     if method in VECTOR_METHODS:
         with autocast(llm.device, args.dtype):
             vectors = distiller(demo_ids, demo_mask)                                        # (B, l, d)
-        return vector_prefix(llm, vectors, bos_id)
-    return demo_prefix(llm, demo_ids, demo_mask, bos_id)
+        return vector_prefix(llm, vectors, formatter.turns.head)
+    return demo_prefix(llm, demo_ids, demo_mask, formatter.turns.head)
 
 
 def one_prefix(method: str, demos: list[dict], limit: int, llm, distiller, formatter: Formatter,
@@ -156,7 +156,7 @@ def one_prefix(method: str, demos: list[dict], limit: int, llm, distiller, forma
     tokens = demo_tokens(method, demos, limit, formatter)
     demo_ids = torch.tensor([tokens], dtype=torch.long, device=llm.device)                  # (1, T_d)
     return make_prefix(method, demo_ids, torch.ones_like(demo_ids, dtype=torch.bool), llm, distiller,
-                       formatter.tokenizer.bos_id, args)
+                       formatter, args)
 
 
 def passes(queries: list[tuple], device) -> Iterator[dict]:
@@ -202,12 +202,11 @@ def predict_each(method: str, sets: list[list[dict]], limit: int, llm, distiller
     lengths = [len(row["demo"]) + len(x) + sum(map(len, options))
                for row in rows for x, options in row["queries"]]
     order, chosen = sorted(range(len(rows)), key=lambda i: lengths[i]), [""] * len(rows)
-    bos_id = formatter.tokenizer.bos_id
     while order:
         n = max(1, min(len(order), SET_TOKENS // lengths[order[-1]]))
         group, order = order[-n:], order[:-n]
         batch = collate([rows[i] for i in group], llm.device)
-        prefix = make_prefix(method, batch["demo_ids"], batch["demo_mask"], llm, distiller, bos_id, args)
+        prefix = make_prefix(method, batch["demo_ids"], batch["demo_mask"], llm, distiller, formatter, args)
         best = score_options(llm, prefix, batch)[:, 0].argmax(dim=1).tolist()               # (B,)
         for i, option in zip(group, best, strict=True):
             chosen[i] = queries[i]["options"][option]

@@ -140,7 +140,6 @@ def train(args, device, llm, distiller, trained_on, tasks, formatter) -> dict:
                 for i in range(first, first + count)]
 
     rows_of = step_rows(draw, args.seed, args.batch_size * args.grad_accum)
-    bos_id = formatter.tokenizer.bos_id
     while True:
         if run.evaluation_due():
             with full_precision(llm):
@@ -157,7 +156,7 @@ def train(args, device, llm, distiller, trained_on, tasks, formatter) -> dict:
         n_tokens = n_answers + (0 if llm.config.is_encoder_decoder else n_x)  # as loss_mask has it
         for part in run.micro_batches(rows):
             batch = collate(part, device)
-            teacher, student = teacher_and_student(llm, run.ddp, batch, bos_id, args.dtype,
+            teacher, student = teacher_and_student(llm, run.ddp, batch, formatter.turns.head, args.dtype,
                                                    with_teacher=args.lam > 0)
             mask, answers, losses = loss_mask(llm, batch), answer_mask(batch), {}
             if args.pred_weight:

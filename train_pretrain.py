@@ -8,7 +8,7 @@
 Each window of text is cut at beta: its first part is D, the rest x. At each evaluation the held-out KL stands
 next to three references on the same windows: the LLM without any context, the LLM with the last l tokens of D
 (as many positions as the vectors take), and the share of D's information that the vectors recover, 1 - KL /
-KL(no context).
+KL(no context). A text has no turns: with --template chat, too, it is read behind the BOS alone.
 """
 
 import argparse
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> dict:
     device = setup(args, training=True)
     llm = load_llm(args.llm, device, common.torch_dtype(args.dtype), args.llm_weights, args.grad_checkpoint)
     limit, tokenizer = max_positions(llm.config), Tokenizer(args.llm)
-    bos, demo = tokenizer.bos_id is not None, round(args.beta * args.window)
+    bos, demo = len(tokenizer.bos), round(args.beta * args.window)
     check((limit is None or args.window + bos <= limit,
            f"--window is {args.window}, and the LLM reads at most {limit} tokens; give less"),
           (limit is None or args.window - demo + args.distill_len + bos <= limit,
@@ -88,13 +88,13 @@ def train(args, device, llm, distiller, corpus, tasks, formatter) -> dict:
     run = Run(f"pretrain-{Path(args.llm).name}", args, distiller, distiller_config(distiller, llm, args),
               {"pretrain": {"corpus": corpus.name, "hash": corpus.hash, "objective": args.objective,
                             "gamma": args.gamma, "beta": args.beta, "dev_hash": tasks.dev_hash(args.seed)}})
-    bos_id, uses_kl, uses_clm = formatter.tokenizer.bos_id, args.objective != "clm", args.objective != "kl"
+    bos, uses_kl, uses_clm = formatter.tokenizer.bos, args.objective != "clm", args.objective != "kl"
     rows_of = step_rows(lambda first, count: corpus.training_rows(args.seed, first, count, args.beta),
                         args.seed, args.batch_size * args.grad_accum)
     while True:
         if run.evaluation_due():
             with full_precision(llm):
-                metrics = evaluate_kl(llm, distiller, corpus, args, device, bos_id)
+                metrics = evaluate_kl(llm, distiller, corpus, args, device, bos)
                 metrics |= dev_metrics(llm, distiller, tasks, formatter, args, device)
             run.evaluated(metrics, (
                 f"held-out KL {metrics['heldout_kl']:.4f} · "
@@ -110,7 +110,7 @@ def train(args, device, llm, distiller, corpus, tasks, formatter) -> dict:
         n_tokens = sum(len(x) for row in rows for _, (x,) in row["queries"])  # of all ranks' rows
         for part in run.micro_batches(rows):
             batch = collate(part, device)
-            teacher, student = teacher_and_student(llm, run.ddp, batch, bos_id, args.dtype, uses_kl)
+            teacher, student = teacher_and_student(llm, run.ddp, batch, bos, args.dtype, uses_kl)
             mask, losses = loss_mask(llm, batch), {}
             if uses_kl:
                 losses["kl"] = distill_loss(llm, student[mask], teacher[mask], n_tokens)            # Eq. (3)

@@ -31,7 +31,7 @@ from loading import (
     refuse_wrong_method,
     require_input_vectors,
 )
-from model import causal_mask, positions_of, run_backbone, with_bos
+from model import causal_mask, positions_of, run_backbone, with_head
 from sources.files import write_whole
 from sources.tasks import load_tasks
 from sources.text import Tokenizer
@@ -41,19 +41,20 @@ TOP, COLUMNS = 4, 20  # heads looked at; columns that demonstrations or vectors 
 
 
 @torch.no_grad()
-def attend(llm, embeds: Tensor, bos_id: int | None, keep: Callable[[Tensor], Tensor]) -> Tensor:
-    """Read one sequence, behind the tokenizer's BOS if any; keep a part of each layer's attention weights.
+def attend(llm, embeds: Tensor, head: list[int], keep: Callable[[Tensor], Tensor]) -> Tensor:
+    """Read one sequence, behind the fixed ids of `head`; keep a part of each layer's attention weights.
 
     Args:
-        embeds: (1, T, d). keep: takes a layer's weights, (heads, T, T) or with BOS (heads, 1 + T, 1 + T),
-            destination before source, while they exist: no two layers' weights are held at once.
+        embeds: (1, T, d). keep: takes a layer's weights, (heads, T, T) or with h ids of `head`
+            (heads, h + T, h + T), destination before source, while they exist: no two layers' weights are
+            held at once.
     Returns:
         (layers, ...), what `keep` returned for each layer, fp32, on the CPU.
     Raises:
         UserError where the LLM is built in another way.
     """
-    embeds, mask = with_bos(llm, embeds, torch.ones(embeds.shape[:2], dtype=torch.bool, device=llm.device),
-                            bos_id)
+    embeds, mask = with_head(llm, embeds, torch.ones(embeds.shape[:2], dtype=torch.bool, device=llm.device),
+                             head)
     layers = [m for m in llm.base_model.modules() if type(m).__name__.endswith("Attention")]
     check((len(layers) == llm.config.num_hidden_layers, (
         f"{type(llm).__name__} has {len(layers)} modules named ...Attention in "
@@ -85,11 +86,11 @@ def induction_score(weights: Tensor, n: int) -> Tensor:
     return weights.diagonal(offset=1 - n, dim1=-2, dim2=-1)[..., -n:].mean(dim=-1)
 
 
-def induction_scores(llm, ids: Tensor, bos_id: int | None) -> Tensor:
+def induction_scores(llm, ids: Tensor, head: list[int]) -> Tensor:
     """`induction_score` of every head, averaged over the random sequences ids (N, n): (layers, heads)."""
     n = ids.shape[1]
     embeds = llm.get_input_embeddings()(ids.repeat(1, 2))                               # (N, 2n, d)
-    return torch.stack([attend(llm, one[None], bos_id, lambda w: induction_score(w, n))
+    return torch.stack([attend(llm, one[None], head, lambda w: induction_score(w, n))
                         for one in embeds]).mean(dim=0)
 
 
@@ -101,7 +102,7 @@ def max_pool(weights: np.ndarray, columns: int = COLUMNS) -> np.ndarray:
 
 
 def answer_attention(llm, prefix: Tensor, query_ids: list[int], heads: list[tuple[int, int]],
-                     bos_id: int | None) -> dict[str, np.ndarray]:
+                     head: list[int]) -> dict[str, np.ndarray]:
     """How each of `heads`, (layer, head), attends where the first answer token is predicted: Fig. 5.
 
     The paper says "the first token of the output word". The query's last position is what puts it out.
@@ -109,11 +110,11 @@ def answer_attention(llm, prefix: Tensor, query_ids: list[int], heads: list[tupl
     Args:
         prefix: (1, P, d), E_D for ICL or S_D for MEND.
     Returns:
-        prefix: (heads, min(P, COLUMNS)), max-pooled. query: (heads, T_x). A BOS is left out.
+        prefix: (heads, min(P, COLUMNS)), max-pooled. query: (heads, T_x). The head is left out.
     """
     query = llm.get_input_embeddings()(torch.tensor([query_ids], device=llm.device))    # (1, T_x, d)
     embeds = torch.cat([prefix.to(query.dtype), query], dim=1)                          # (1, P + T_x, d)
-    last = attend(llm, embeds, bos_id, lambda w: w[:, -1])                    # (layers, heads, [1 +] P + T_x)
+    last = attend(llm, embeds, head, lambda w: w[:, -1])                      # (layers, heads, h + P + T_x)
     rows = torch.stack([last[head] for head in heads])[:, -embeds.shape[1]:].numpy()
     return {"prefix": max_pool(rows[:, :prefix.shape[1]]), "query": rows[:, prefix.shape[1]:]}
 
@@ -140,7 +141,7 @@ def look(args, llm, tokenizer: Tokenizer, heads: list[tuple[int, int]]) -> dict:
         vectors = distiller(demo_ids, torch.ones_like(demo_ids, dtype=torch.bool))      # (1, l, d)
     prefixes = {"icl": llm.get_input_embeddings()(demo_ids), "mend": vectors}
     rows = {method: {part: values.round(4).tolist() for part, values in
-                     answer_attention(llm, prefix, query_ids, heads, tokenizer.bos_id).items()}
+                     answer_attention(llm, prefix, query_ids, heads, formatter.turns.head).items()}
             for method, prefix in prefixes.items()}
     return {"checkpoint": checkpoint_id(args.checkpoint), "trained_on": state["trained_on"],
             "step": state["step"],
@@ -168,13 +169,13 @@ def main(argv: list[str] | None = None) -> dict:
     device = setup(args, training=False)
     llm = load_llm(args.llm, device, common.torch_dtype(args.dtype), args.llm_weights)
     tokenizer = Tokenizer(args.llm)
-    limit, length = max_positions(llm.config), 2 * COPY_LEN + (tokenizer.bos_id is not None)
+    limit, length = max_positions(llm.config), 2 * COPY_LEN + len(tokenizer.bos)
     check((limit is None or length <= limit,
            (f"--llm {Path(args.llm).name} reads {limit} tokens, and the induction test needs {length}; "
             "take another LLM")))
     ids = torch.randint(llm.config.vocab_size, (SEQUENCES, COPY_LEN),
                         generator=torch.Generator().manual_seed(args.seed))
-    scores = induction_scores(llm, ids.to(device), tokenizer.bos_id)                    # (layers, heads)
+    scores = induction_scores(llm, ids.to(device), tokenizer.bos)                       # (layers, heads)
     top = scores.flatten().topk(min(TOP, scores.numel())).indices.tolist()
     heads = [divmod(i, scores.shape[1]) for i in top]
     folder = "$METAICL_DIR" if Path(args.tasks[0]).is_dir() else args.tasks[0]  # no machine's path

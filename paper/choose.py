@@ -15,10 +15,11 @@ from tqdm import tqdm
 
 import common
 from common import check, finish, parse, run_main, setup
-from data import TEMPLATES, Formatter
+from data import Formatter
 from loading import load_llm, max_positions
 from score import one_prefix, option_scores, task_metrics
 from sources.tasks import SEEDS, demonstration_set, load_tasks, require_options
+from sources.template import TEMPLATES
 from sources.text import Tokenizer
 
 
@@ -26,8 +27,8 @@ def get_parser() -> argparse.ArgumentParser:
     parser = common.make_parser(__doc__, "preset", "llm", "tasks", "split", "k", "device", "dtype")
     group = parser.add_argument_group("choice")
     group.add_argument("--llms", nargs="+", help="LLMs to compare; default: --llm alone")
-    group.add_argument("--templates", nargs="+", choices=sorted(TEMPLATES), default=sorted(TEMPLATES),
-                       help="templates to compare")
+    group.add_argument("--templates", nargs="+", choices=sorted(TEMPLATES),
+                       default=sorted(TEMPLATES.keys() - {"chat"}), help="templates to compare")
     group.add_argument("--seeds", nargs="+", type=int, choices=SEEDS, default=[SEEDS[0]],
                        help="demonstration sets")
     group.add_argument("--context-len", type=int, default=900, help="demonstration tokens at most")

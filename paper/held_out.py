@@ -83,7 +83,7 @@ def dev_metrics(llm, distiller, tasks: Tasks, formatter: Formatter, args, device
 
 
 @torch.no_grad()
-def evaluate_kl(llm, distiller, corpus: Corpus, args, device, bos_id) -> dict:
+def evaluate_kl(llm, distiller, corpus: Corpus, args, device, bos: list[int]) -> dict:
     """Held-out KL(full D || what stands in its place), nats per token, for the vectors and for two
     references; the distiller in fp32.
 
@@ -97,9 +97,9 @@ def evaluate_kl(llm, distiller, corpus: Corpus, args, device, bos_id) -> dict:
         batch = collate([corpus.row(d, args.beta) for d in documents[i:i + args.batch_size]], device)
         mask = loss_mask(llm, batch) & (batch["position"] > 0)
         demo_ids, demo_mask, last = batch["demo_ids"], batch["demo_mask"], slice(-args.distill_len, None)
-        teacher, student = teacher_and_student(llm, distiller, batch, bos_id, "fp32")
-        no_context = demo_prefix(llm, demo_ids[:, :0], demo_mask[:, :0], bos_id)
-        last_l = demo_prefix(llm, demo_ids[:, last], demo_mask[:, last], bos_id)
+        teacher, student = teacher_and_student(llm, distiller, batch, bos, "fp32")
+        no_context = demo_prefix(llm, demo_ids[:, :0], demo_mask[:, :0], bos)
+        last_l = demo_prefix(llm, demo_ids[:, last], demo_mask[:, last], bos)
         states = {"vectors": student, "no_context": query_states(llm, no_context, batch),
                   "last_l": query_states(llm, last_l, batch)}
         sums["tokens"] += int(mask.sum())
@@ -131,7 +131,7 @@ def main(argv: list[str] | None = None) -> dict:
     device = setup(args, training=False)
     llm, distiller, _, formatter = load_all(args, device)
     corpus = Corpus(args.corpus, formatter.tokenizer, args.window, args.min_doc_len)
-    metrics = evaluate_kl(llm, distiller, corpus, args, device, formatter.tokenizer.bos_id)
+    metrics = evaluate_kl(llm, distiller, corpus, args, device, formatter.tokenizer.bos)
     return finish({"corpus": corpus.name, "hash": corpus.hash, "windows": args.eval_docs,
                    "distill_len": args.distill_len, "checkpoint": checkpoint_id(args.checkpoint), **metrics})
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from common import UserError, check, is_main
 
 STARTS = ("plain", "matched", "residual")
-TEMPLATES = ("space", "newline", "input-output")
+TEMPLATES = ("space", "newline", "input-output", "chat")
 WHOLE, NUMBER, OPTIONAL = "a whole number of 0 or more", "a number", "a number or nothing"
 KINDS = {  # what a field must be: a type, WHOLE, NUMBER, or the values it can have
     "state": {"model": dict, "trained_on": dict, "flags": dict, "metrics": dict, "notes": list,

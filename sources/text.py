@@ -49,7 +49,7 @@ class Tokenizer:
                             "the packages sentencepiece and protobuf") from error
         self.name = name
         first = self.hf("a")["input_ids"][:1]
-        self.bos_id = first[0] if first and first[0] == self.hf.bos_token_id else None
+        self.bos = first if first and first[0] == self.hf.bos_token_id else []
         self.hf.backend_tokenizer.encode_special_tokens = True
         self.fingerprint = hashlib.sha256(self.hf.backend_tokenizer.to_str().encode()).hexdigest()[:12]
         self.encoding, self.to_id = tiktoken_encoding(self.hf.backend_tokenizer.to_str())
@@ -58,11 +58,14 @@ class Tokenizer:
     def reference(self, text: str) -> list[int]:
         return self.hf.backend_tokenizer.encode(text, add_special_tokens=False).ids
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text, without special tokens; one that starts with white space goes on another."""
+    def encode(self, text: str, behind: bool = False) -> list[int]:
+        """Token ids of a text, without special tokens; one that starts with white space goes on another, and
+        so does any that stands `behind` one."""
         if self.encoding is None and text[:1].isspace():
             # behind a letter, where SentencePiece does not put a space of its own before the text's
             return self.reference("a" + text)[len(self.lead):]
+        if self.encoding is None and behind:  # a letter would join a letter; the end of a line does not
+            return self.reference("\n" + text)[len(self.reference("\n")):]
         if self.encoding is None:
             return self.reference(text)
         ids = self.to_id[self.encoding.encode_ordinary(text)] if text else ()

@@ -370,12 +370,12 @@ def where(batch: dict, b: int, s: int, o: int) -> torch.Tensor:
     return batch["query_mask"][b] & (batch["segment"][b] == s) & (batch["branch"][b] == o)
 
 
-def losses(llm, distiller, rows: list[dict], bos_id: int | None = None):
+def losses(llm, distiller, rows: list[dict], head=()):
     """(pred, distill) of rows, the way a training step does it."""
     batch = collate(rows)
     with torch.no_grad():
-        teacher = query_states(llm, demo_prefix(llm, *demos(batch), bos_id), batch)
-    student = query_states(llm, vector_prefix(llm, distiller(*demos(batch)), bos_id), batch)
+        teacher = query_states(llm, demo_prefix(llm, *demos(batch), head), batch)
+    student = query_states(llm, vector_prefix(llm, distiller(*demos(batch)), head), batch)
     mask, answers = loss_mask(llm, batch), batch["query_mask"] & (batch["branch"] > 0)
     pred = pred_loss(llm, student[answers], batch["query_ids"][answers])
     return pred, distill_loss(llm, student[mask], teacher[mask])

@@ -50,7 +50,7 @@ def test_score_against_a_plain_loop(bos):
 def test_weights_are_those_of_transformers(llm, llm_folder):
     ids = torch.randint(llm.config.vocab_size, (1, 20), generator=torch.Generator().manual_seed(0))
     before = llm.config._attn_implementation
-    ours = attend(llm, llm.get_input_embeddings()(ids), None, lambda w: w)
+    ours = attend(llm, llm.get_input_embeddings()(ids), [], lambda w: w)
     assert llm.config._attn_implementation == before
     eager = AutoModelForCausalLM.from_pretrained(llm_folder, attn_implementation="eager").eval()
     with torch.no_grad():
@@ -64,14 +64,14 @@ def test_an_llm_of_another_build_is_refused(llama):
     llm = load(llama)
     llm.base_model.layers[1].self_attn = torch.nn.Identity()
     with pytest.raises(UserError, match="has 2 modules named ...Attention in 3 layers"):
-        attend(llm, torch.zeros(1, 3, 32), None, lambda w: w)
+        attend(llm, torch.zeros(1, 3, 32), [], lambda w: w)
 
 
 def test_bos_stands_first(llama_llm):
     llm = llama_llm
     embed, ids = llm.get_input_embeddings(), torch.tensor([[5, 9, 17]])
-    with_bos = attend(llm, embed(ids), 3, lambda w: w)
-    torch.testing.assert_close(with_bos, attend(llm, embed(torch.tensor([[3, 5, 9, 17]])), None, lambda w: w))
+    with_head = attend(llm, embed(ids), [3], lambda w: w)
+    torch.testing.assert_close(with_head, attend(llm, embed(torch.tensor([[3, 5, 9, 17]])), [], lambda w: w))
 
 
 def test_an_induction_circuit_built_by_hand():
@@ -121,16 +121,15 @@ def test_max_pool(n):
     assert len(sizes) == min(n, 20) and max(sizes) - min(sizes) <= 1
 
 
-@pytest.mark.parametrize("bos_id", [None, 3])
-def test_answer_attention_is_the_last_query_tokens(llama, llama_llm, bos_id):
+@pytest.mark.parametrize("head", [[], [3], [3, 11, 4]])
+def test_answer_attention_is_the_last_query_tokens(llama, llama_llm, head):
     demo, query, heads = [7, 30, 2, 99, 41], [8, 14, 3], [(2, 1), (0, 3)]
     embedded = llama_llm.get_input_embeddings()(torch.tensor([demo]))
-    found = answer_attention(llama_llm, embedded, query, heads, bos_id)
+    found = answer_attention(llama_llm, embedded, query, heads, head)
     eager = AutoModelForCausalLM.from_pretrained(llama, attn_implementation="eager").eval()
-    before = [] if bos_id is None else [bos_id]
     with torch.no_grad():
-        weights = eager(torch.tensor([before + demo + query]), output_attentions=True).attentions
-    rows = np.stack([weights[layer][0, head, -1, len(before):].numpy() for layer, head in heads])
+        weights = eager(torch.tensor([head + demo + query]), output_attentions=True).attentions
+    rows = np.stack([weights[layer][0, h, -1, len(head):].numpy() for layer, h in heads])
     np.testing.assert_allclose(found["prefix"], rows[:, :5], atol=1e-6)
     np.testing.assert_allclose(found["query"], rows[:, 5:], atol=1e-6)
 
@@ -173,7 +172,7 @@ def test_command(argv, checkpoint, tasks_dir, tiny_tasks, tmp_path, monkeypatch)
         for method, prefix in (("icl", embed(torch.tensor([demos]))), ("mend", vectors)):
             embeds = torch.cat([prefix, embed(torch.tensor([query]))], dim=1)
             weights = eager(inputs_embeds=embeds, output_attentions=True).attentions
-            rows = np.stack([weights[layer][0, head, -1].numpy() for layer, head in order])
+            rows = np.stack([weights[layer][0, h, -1].numpy() for layer, h in order])
             np.testing.assert_allclose(record[method]["query"], rows[:, prefix.shape[1]:], atol=1e-4)
             np.testing.assert_allclose(record[method]["prefix"], max_pool(rows[:, :prefix.shape[1]]),
                                        atol=1e-4)

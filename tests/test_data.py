@@ -16,6 +16,7 @@ import data
 from common import UserError
 from data import MAX_INPUT, Corpus, Formatter, collate, sample_row, step_rows
 from sources.tasks import SEEDS, load_tasks
+from sources.template import TEMPLATES
 from sources.text import Tokenizer
 
 
@@ -54,7 +55,7 @@ def test_input_is_cut_at_its_end_and_a_label_never(llm_folder):
 
 def pieces(enc: Formatter, demos: list[dict]) -> list[list[int]]:
     """Token ids of each demonstration, the first one without separator, from the template's text."""
-    before_answer, between = data.TEMPLATES[enc.template]
+    before_answer, between = TEMPLATES[enc.template]
     return [enc.tokenizer.encode((between if i else "") + e["input"])
             + enc.tokenizer.encode(before_answer + e["output"]) for i, e in enumerate(demos)]
 

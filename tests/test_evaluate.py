@@ -20,10 +20,11 @@ import paper.summary
 import score
 import sources.tasks
 from common import UserError
-from data import TEMPLATES, Formatter
+from data import Formatter
 from model import demo_prefix
 from paper.demos import PERTURBATIONS, bm25_neighbours, perturb
 from sources.tasks import SEEDS, Tasks, load_tasks
+from sources.template import TEMPLATES
 from sources.text import Tokenizer
 
 CPU = torch.device("cpu")

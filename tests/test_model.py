@@ -24,14 +24,14 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2Model
 import plain
 from data import collate
 from loading import build_distiller, embedding_rms
-from model import Distiller, attention_mask, demo_prefix, head_logits, query_states, vector_prefix, with_bos
+from model import Distiller, attention_mask, demo_prefix, head_logits, query_states, vector_prefix, with_head
 from score import finetune_loss, score_options
 
 BOS = 7
 
 
-def plain_losses(llm, distiller, rows, bos_id=None):
-    bos = plain.embed(llm, [] if bos_id is None else [bos_id])
+def plain_losses(llm, distiller, rows, head=()):
+    bos = plain.embed(llm, list(head))
     students = [torch.cat([bos, plain.Distiller.forward(distiller, row["demo"])]) for row in rows]
     teachers = [torch.cat([bos, plain.embed(llm, row["demo"])]) for row in rows]
     return losses_of_prefixes(llm, rows, students, teachers)
@@ -57,18 +57,18 @@ def test_head_logits_feel_the_cap():
 
 
 @pytest.mark.parametrize("kind", ["demonstrations", "vectors"])
-@pytest.mark.parametrize("bos_id", [None, BOS])
-def test_query_states_equal_plain_states_and_logits(llm, kind, bos_id):
+@pytest.mark.parametrize("head", [[], [BOS], [BOS, 9, 4]])
+def test_query_states_equal_plain_states_and_logits(llm, kind, head):
     rows = scoring_rows()
     batch, distiller = collate(rows), make_distiller(llm)
-    bos = plain.embed(llm, [] if bos_id is None else [bos_id])
+    bos = plain.embed(llm, list(head))
     with torch.no_grad():
         if kind == "vectors":
-            prefix = vector_prefix(llm, distiller(*demos(batch)), bos_id)
+            prefix = vector_prefix(llm, distiller(*demos(batch)), head)
             plain_prefixes = [torch.cat([bos, plain.Distiller.forward(distiller, row["demo"])])
                               for row in rows]
         else:
-            prefix = demo_prefix(llm, *demos(batch), bos_id)
+            prefix = demo_prefix(llm, *demos(batch), head)
             plain_prefixes = [torch.cat([bos, plain.embed(llm, row["demo"])]) for row in rows]
         states = query_states(llm, prefix, batch)
         checked = torch.zeros_like(batch["query_mask"])
@@ -89,7 +89,7 @@ def test_query_states_equal_plain_states_and_logits(llm, kind, bos_id):
 def test_losses_behind_a_bos_equal_plain_losses(llm):
     distiller = make_distiller(llm)
     with torch.no_grad():
-        found, expected = (way(llm, distiller, training_rows(), BOS) for way in (losses, plain_losses))
+        found, expected = (way(llm, distiller, training_rows(), [BOS]) for way in (losses, plain_losses))
     close(torch.stack(found), torch.stack(expected))
     assert expected[1] > 0.01
 
@@ -172,17 +172,16 @@ def test_eager_attention_gives_the_same_as_sdpa(llm, llm_folder):
             close(*(query_states(m, prefix(m), batch)[batch["query_mask"]] for m in (eager, llm)))
 
 
-def test_bos_stands_before_the_first_real_token(llm):
+def test_a_head_stands_before_the_first_real_token(llm):
     torch.manual_seed(0)
     embeds, mask = torch.randn(3, 4, 32), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1], [0, 0, 0, 1]]).bool()
-    out, out_mask = with_bos(llm, embeds, mask, BOS)
-    bos = llm.get_input_embeddings().weight[BOS]
-    assert out_mask.tolist() == [[False, False, True, True, True], [True] * 5,
-                                 [False, False, False, True, True]]
+    out, out_mask = with_head(llm, embeds, mask, [BOS, 5])
+    head = llm.get_input_embeddings().weight[[BOS, 5]]
+    assert out_mask.long().tolist() == [[0, 0, 1, 1, 1, 1], [1] * 6, [0, 0, 0, 1, 1, 1]]
     for b in range(3):
         real = embeds[b][mask[b]]
-        assert torch.equal(out[b][out_mask[b]], torch.cat([bos[None], real]))
-    same, same_mask = with_bos(llm, embeds, mask, None)
+        assert torch.equal(out[b][out_mask[b]], torch.cat([head, real]))
+    same, same_mask = with_head(llm, embeds, mask, [])
     assert same is embeds and same_mask is mask
 
 

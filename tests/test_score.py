@@ -174,16 +174,16 @@ def test_score_options_of_more_than_one_chunk_of_answer_tokens(llm):
     close(scores[0], plain_scores(llm, rows, [plain.embed(llm, rows[0]["demo"])])[0])
 
 
-@pytest.mark.parametrize("bos_id", [None, BOS])
-def test_score_options_without_demonstrations_equal_plain_scores(llm, bos_id):
+@pytest.mark.parametrize("head", [[], [BOS], [BOS, 9, 4]])
+def test_score_options_without_demonstrations_equal_plain_scores(llm, head):
     """Zero-shot: without a BOS, the first token of x has no predictor; every answer token has one."""
     rows = [{"demo": [], "queries": scoring_rows()[1]["queries"]}]
     batch = collate(rows)
-    prefix = demo_prefix(llm, *demos(batch), bos_id)
-    if bos_id is None:
+    prefix = demo_prefix(llm, *demos(batch), head)
+    if not head:
         assert prefix == Prefix([], None, prefix.mask) and prefix.mask.shape == (1, 0)
         assert not query_states(llm, prefix, batch)[0, 0].any()
-    bos = plain.embed(llm, [] if bos_id is None else [bos_id])
+    bos = plain.embed(llm, head)
     close(score_options(llm, prefix, batch)[0], plain_scores(llm, rows, [bos])[0])
 
 

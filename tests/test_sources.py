@@ -84,7 +84,7 @@ def test_tiktoken_gives_transformers_ids_where_white_space_and_digits_merge(tmp_
 def test_special_tokens_in_a_text_are_plain_text(llm_folder):
     tokenizer = Tokenizer(str(llm_folder))
     ids = tokenizer.encode("a<|endoftext|>b")
-    assert tokenizer.hf.eos_token_id not in ids and tokenizer.bos_id is None
+    assert tokenizer.hf.eos_token_id not in ids and tokenizer.bos == []
     assert tokenizer.hf.backend_tokenizer.decode(ids, skip_special_tokens=False) == "a<|endoftext|>b"
 
 
@@ -111,7 +111,7 @@ def test_a_byte_that_the_vocabulary_lacks_is_dropped(tmp_path, digits):
 def test_another_kind_of_tokenizer_takes_transformers_way(word_tokenizer):
     assert word_tokenizer.encoding is None
     assert word_tokenizer.encode("a boat zz sad") == [2, 3, 0, 4]
-    assert word_tokenizer.bos_id == 1
+    assert word_tokenizer.bos == [1]
 
 
 @pytest.mark.parametrize("pre, understood", [
@@ -468,9 +468,9 @@ def test_a_data_set_that_is_not_there_names_the_offline_way(local_hub):
 
 
 def test_a_bos_is_taken_where_the_tokenizer_adds_one(tmp_path, corpus_dir, tokenizer):
-    assert sentencepiece(tmp_path, corpus_dir, "llama2").bos_id == 1
-    assert sentencepiece(tmp_path, corpus_dir, "t5").bos_id is None  # it adds an end, no beginning
-    assert tokenizer.bos_id is None
+    assert sentencepiece(tmp_path, corpus_dir, "llama2").bos == [1]
+    assert sentencepiece(tmp_path, corpus_dir, "t5").bos == []  # it adds an end, no beginning
+    assert tokenizer.bos == []
     backend = json.loads(tokenizer.hf.backend_tokenizer.to_str())
     opt = tmp_path / "opt"
     opt.mkdir()
@@ -479,7 +479,7 @@ def test_a_bos_is_taken_where_the_tokenizer_adds_one(tmp_path, corpus_dir, token
     (opt / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer",
                                                            "add_bos_token": True, "bos_token": "</s>",
                                                            "eos_token": "</s>", "unk_token": "</s>"}))
-    assert Tokenizer(str(opt)).bos_id == 500
+    assert Tokenizer(str(opt)).bos == [500]
 
 
 def test_a_mixture_passes_on_to_its_collections():
