@@ -77,6 +77,9 @@ FLAGS = {  # those that more than one script takes; a default of None is filled 
                            "(variants.py; R: the adapters' rank), or free for free vectors "
                            "(PromptTuning)"),
     "distill-len": dict(type=int, help="l, number of distilled vectors; a checkpoint brings its own"),
+    "segments": dict(type=lambda text: text if text == "auto" else int(text), default=1, metavar="N|auto",
+                     help="distil D in so many segments and join their vectors; auto: as many as its "
+                          "demonstrations fill at --context-len tokens each"),
     "tasks": dict(nargs="+", help="one or more of metaicl (hub), bigbench (assets), functions, early, recall "
                   "(made on the spot), folders in MetaICL's layout; training draws from each as often"),
     "corpus": dict(nargs="+", help="c4 (hub), sotu (assets), or folders / .jsonl[.gz] / .txt files"),
@@ -193,7 +196,9 @@ def shared_rules(args: argparse.Namespace) -> list[tuple[bool, str]]:
     eight_bit, cuda = getattr(args, "llm_weights", None) == "8bit", torch.cuda.is_available()
     return [
         (split in known, f"--split {split} is unknown; {did_you_mean(split, known)}"),
-        *at_least(args, 1, "distill_len", "k"), *at_least(args, 0, "seed"), *device_rules(args),
+        *at_least(args, 1, "distill_len", "k", "max_segments"),
+        (getattr(args, "segments", 1) == "auto" or getattr(args, "segments", 1) >= 1,
+         "--segments is below 1; give a number or auto"), *at_least(args, 0, "seed"), *device_rules(args),
         (getattr(args, "seed", 0) < 2 ** 32, "--seed is above 2 ** 32 - 1; give less"),
         *finite(args, "max_minutes"),
         (not eight_bit or (args.device != "cpu" and cuda),

@@ -11,6 +11,7 @@ with the queries that share it, packed side by side:
 
     demo_ids    (B, T_d) long   demonstration tokens, padded on the left
     demo_mask   (B, T_d) bool   True at demonstration tokens
+    part_ids, part_mask   (B S, T_s)   the same as the distiller reads them: each row cut into S segments
     query_ids   (B, T)   long   query and answer tokens, padded on the right
     query_mask  (B, T)   bool   True at query and answer tokens
     segment     (B, T)   long   which of the row's queries a token belongs to: 0, 1, ...
@@ -23,19 +24,18 @@ with the queries that share it, packed side by side:
 import argparse
 import functools
 import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import common
 import sources.text
 from common import UserError, at_least, check, finish, parse, run_main, shared_rules
-from sources.tasks import SEEDS, Tasks, load_tasks
+from sources.tasks import Tasks, load_tasks
 from sources.template import make_turns
 from sources.text import Tokenizer, cached_tokens, corpus_files, hub_documents, read_documents
 
@@ -85,7 +85,7 @@ class Corpus:
         start, end = self.spans[document]
         ids = self.tokens[start:end].tolist()
         cut = min(max(1, round(beta * len(ids))), len(ids) - 2)
-        return {"demo": ids[:cut], "queries": [([], [ids[cut:]])]}
+        return {"demo": ids[:cut], "starts": list(range(0, cut, 16)), "queries": [([], [ids[cut:]])]}
 
     def training_rows(self, seed: int, first: int, count: int, beta: float) -> list[dict]:
         """Samples number first, first + 1, ... of endless passes over shuffled documents, by the seed."""
@@ -106,6 +106,7 @@ class Formatter:
     distill_len: int = 0
     llm_positions: int | None = None        # longest input of either model; None: no absolute limit
     distiller_positions: int | None = None
+    segments: int | str = 1                 # D is distilled in so many; auto: as its length demands
 
     def __post_init__(self):
         self.turns = make_turns(self.template, self.tokenizer)
@@ -119,17 +120,18 @@ class Formatter:
         Raises:
             UserError: a query, or a single demonstration token, would not fit beside l vectors.
         """
-        limits = [self.context_len]
+        limits = [self.context_len, self.room(examples)]
         if self.distiller_positions is not None:
             limits.append(self.distiller_positions - self.distill_len)
-        if self.llm_positions is not None:
-            labels = {label for e in examples for label in [e["output"], *e["options"]]}
-            longest = max(len(self.answer(label)) for label in labels)
-            limits.append(self.llm_positions - MAX_INPUT - longest - len(self.turns.head + self.turns.tail))
-            check((self.distill_len <= limits[-1], f"--distill-len is {self.distill_len}, and the LLM's "
-                   f"{self.llm_positions} positions leave {limits[-1]} beside a query; give less"))
-        check((min(limits) >= 1, f"--distill-len {self.distill_len} leaves no position for D; give less"))
+        check((self.distill_len <= limits[1], f"--distill-len is {self.distill_len}, and the LLM's "
+               f"{self.llm_positions} positions leave {limits[1]} beside a query; give less"),
+              (min(limits) >= 1, f"--distill-len {self.distill_len} leaves no position for D; give less"))
         return min(limits)
+
+    def room(self, examples: list[dict]) -> int:
+        """Positions that the LLM has left for what stands before a query."""
+        longest = max(len(self.answer(label)) for e in examples for label in {e["output"], *e["options"]})
+        return (self.llm_positions or 1 << 20) - MAX_INPUT - longest - len(self.turns.head + self.turns.tail)
 
     def shown(self, example: dict, first: bool = False) -> list[int]:
         """x, with the separator that joins it to what stands before (unless `first`); its first MAX_INPUT."""
@@ -176,7 +178,31 @@ class Formatter:
 
     def demonstrations(self, examples: list[dict], limit: int) -> list[int]:
         """D = concat(x_1, y_1, ..., x_K, y_K) of those that `limit` tokens hold."""
-        return [token for _, piece in self.pieces(examples, limit) for token in piece]
+        return flat(self.pieces(examples, limit))
+
+    def parts(self, examples: list[dict], limit: int) -> list[list[tuple[dict, list[int]]]]:
+        """`pieces`, in the --segments that are distilled one by one, each of `limit` tokens at most: an
+        extension, as the paper's D is what one context holds.
+
+        Raises:
+            UserError: no such cut is there, or the LLM has no positions for the vectors of so many segments.
+        """
+        if self.segments == 1:
+            return [self.pieces(examples, limit)]
+        pieces = [p for p in self.pieces(examples, limit * len(examples)) if len(p[1]) <= limit]
+        parts: list[list] = [[]]
+        if self.segments == "auto":
+            for piece in pieces:
+                parts += [[]] if len(flat([*parts[-1], piece])) > limit else []
+                parts[-1].append(piece)
+        else:
+            parts = [pieces[i:j] for i, j in pairwise(even(len(pieces), self.segments))]
+        longest, fit = max(len(flat(part)) for part in parts), self.room(examples) // max(1, self.distill_len)
+        check((all(parts) and longest <= limit, f"--segments {self.segments}: {len(pieces)} demonstrations "
+               f"give segments of up to {longest} tokens, for 1 to {limit}; give auto or another number"),
+              (len(parts) <= fit, f"{len(parts)} segments of {self.distill_len} vectors, and the LLM has "
+               f"positions for {fit}; give a smaller l, longer segments or fewer demonstrations"))
+        return parts
 
     def budget(self, examples: list[dict], limit: int) -> list[int]:
         """The baseline of equal length: those of the K demonstrations, in order, that fit into `limit` = l
@@ -201,6 +227,11 @@ class Formatter:
         return self.query(query, first), [self.answer(option) for option in query["options"]]
 
 
+def flat(pieces: list[tuple[dict, list[int]]]) -> list[int]:
+    """The tokens of `Formatter.pieces` in a row."""
+    return [token for _, ids in pieces for token in ids]
+
+
 def sample_row(tasks: Tasks, formatter: Formatter, seed: int, sample: int, k: int, queries: int,
                least_k: int | None = None) -> dict:
     """Sec. 3.2: draw a meta-training task, then K + `queries` different examples of it; the first K become D.
@@ -210,7 +241,8 @@ def sample_row(tasks: Tasks, formatter: Formatter, seed: int, sample: int, k: in
     rng = np.random.default_rng((seed, sample))
     k = int(rng.integers(least_k, k + 1)) if least_k else k
     task, demos, asked = tasks.draw(rng, k, queries)
-    return {"demo": formatter.demonstrations(demos, tasks.limit(task, formatter.limit)),
+    pieces = formatter.pieces(demos, tasks.limit(task, formatter.limit))
+    return {"demo": flat(pieces), "starts": [0, *accumulate(len(ids) for _, ids in pieces[:-1])],
             "queries": [formatter.training_query(query) for query in asked]}
 
 
@@ -244,15 +276,34 @@ def step_rows(draw: Callable[[int, int], list], seed: int, per_step: int) -> Cal
     return lambda step: bucket(step // TOGETHER)[step % TOGETHER]
 
 
-def collate(rows: list[dict], device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
-    """Rows {"demo": ids, "queries": [(x ids, [option ids, ...]), ...]} to the batch described at the top."""
-    width = max(len(row["demo"]) for row in rows)
-    demo_ids = torch.zeros(len(rows), width, dtype=torch.long)
-    demo_mask = torch.zeros(len(rows), width, dtype=torch.bool)
+def even(n: int, parts: int) -> list[int]:
+    """Where n things are cut into so many runs of equal length, nearly: parts + 1 places from 0 to n."""
+    return [n * i // parts for i in range(parts + 1)]
+
+
+def padded_left(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids as (B, T) long, and where they are, (B, T) bool."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], dtype=torch.long)
+    lengths = torch.tensor([len(row) for row in rows])
+    return ids, torch.arange(width)[None] >= width - lengths[:, None]
+
+
+def collate(rows: list[dict], device: torch.device | str = "cpu",
+            segments: int = 1) -> dict[str, torch.Tensor]:
+    """Rows {"demo": ids, "queries": [(x ids, [option ids, ...]), ...]} to the batch described at the top.
+
+    segments: S, where every row has so many starts of demonstrations ("starts"), else as many as all have.
+    """
+    demo_ids, demo_mask = padded_left([row["demo"] for row in rows])
+    part_ids, part_mask = demo_ids, demo_mask
+    if segments > 1:
+        S = min(segments, *(len(row["starts"]) for row in rows))
+        cuts = [[*(row["starts"][i] for i in even(len(row["starts"]), S)[:-1]), None] for row in rows]
+        part_ids, part_mask = padded_left([row["demo"][i:j] for row, at in zip(rows, cuts, strict=True)
+                                           for i, j in pairwise(at)])
     columns = []
-    for b, row in enumerate(rows):
-        demo_ids[b, width - len(row["demo"]):] = torch.tensor(row["demo"], dtype=torch.long)
-        demo_mask[b, width - len(row["demo"]):] = True
+    for row in rows:
         tokens = []  # (id, segment, branch, position, predictor)
         for s, (x, options) in enumerate(row["queries"]):
             tokens += [(t, s, 0, i, len(tokens) + i if i else 0) for i, t in enumerate(x)]
@@ -265,43 +316,13 @@ def collate(rows: list[dict], device: torch.device | str = "cpu") -> dict[str, t
     packed = torch.nn.utils.rnn.pad_sequence(columns, batch_first=True)                           # (B, T, 5)
     lengths = torch.tensor([len(c) for c in columns])
     query_mask = torch.arange(packed.shape[1])[None] < lengths[:, None]                              # (B, T)
-    batch = {"demo_ids": demo_ids, "demo_mask": demo_mask, "query_mask": query_mask}
+    batch = {"demo_ids": demo_ids, "demo_mask": demo_mask, "part_ids": part_ids, "part_mask": part_mask,
+             "query_mask": query_mask}
     batch |= {name: packed[:, :, i].contiguous()
               for i, name in enumerate(("query_ids", "segment", "branch", "position", "predictor"))}
     if torch.device(device).type == "cuda":
         return {name: t.pin_memory().to(device, non_blocking=True) for name, t in batch.items()}
     return batch
-
-
-def table1(tasks: Tasks, formatter: Formatter) -> dict:
-    """Table 1 for what is here: tasks, examples, mean length of a demonstration (each task's first 200)."""
-    metrics = {}
-    for part in ("train", "test"):
-        names, missing = getattr(tasks, part), getattr(tasks, f"missing_{part}")
-        lengths, examples = [], 0
-        for task in tqdm(names, desc=f"meta-{part} tasks"):
-            pool = tasks.pool(task) if part == "train" else tasks.files(task, SEEDS[0])["test"]
-            examples += len(pool)
-            lengths.append(np.mean([len(formatter.demonstration(e, first=False)) for e in pool[:200]]))
-        metrics[part] = {"tasks": len(names), "of": len(names) + len(missing), "examples": examples,
-                         "avg_len": round(float(np.mean(lengths)), 2) if lengths else 0.0, "missing": missing}
-    return metrics
-
-
-def show(tasks: Tasks, formatter: Formatter, k: int) -> None:
-    """Print one training example's whole way: line, text, tokens, batch with its masks."""
-    task = tasks.train[0]
-    pool = tasks.pool(task)
-    check((len(pool) > k, f"task {task} has {len(pool)} examples, and --show {k} needs {k + 1}"))
-    row = {"demo": formatter.demonstrations(pool[:k], formatter.limit(pool)),
-           "queries": [formatter.training_query(pool[k])]}
-    x, (y,) = row["queries"][0]
-    decode = formatter.tokenizer.hf.decode
-    print(f"line of the file:\n  {json.dumps(pool[k])}")
-    for name, ids in (("demonstrations D", row["demo"]), ("query x", x), ("answer y", y)):
-        print(f"{name}, {len(ids)} tokens:\n  text {decode(ids)!r}\n  ids  {ids}")
-    for name, tensor in collate([row]).items():
-        print(f"batch[{name!r}] {tuple(tensor.shape)}:\n  {tensor.long().tolist()[0]}")
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -316,17 +337,12 @@ def main(argv: list[str] | None = None) -> dict:
     check(*shared_rules(args), *at_least(args, 1, "show"))
     tasks = load_tasks(args.tasks, args.split, args.llm)
     formatter = Formatter(Tokenizer(args.llm), args.template, context_len=900)
+    from paper.collection import show, table1
     if args.show:
         check((bool(tasks.train), f"--show needs a meta-training task, and {args.split} has none"))
         show(tasks, formatter, args.show)
         return finish({"split": args.split, "task": tasks.train[0]})
-    metrics = table1(tasks, formatter)
-    for part in ("train", "test"):
-        f = metrics[part]
-        missing = f" · missing: {', '.join(f['missing'])}" if f["missing"] else ""
-        print(f"meta-{part}: {f['tasks']:3d} of {f['of']:3d} tasks · {f['examples']:7d} examples · average "
-              f"length {f['avg_len']:.2f} tokens{missing}")
-    return finish({"split": args.split, "collection": tasks.collection, **metrics})
+    return finish({"split": args.split, "collection": tasks.collection, **table1(tasks, formatter)})
 
 
 if __name__ == "__main__":

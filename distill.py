@@ -35,7 +35,7 @@ from loading import (
     set_length,
 )
 from model import vector_prefix, with_head
-from score import predict
+from score import distil, predict
 from sources.files import write_tensors
 from sources.headers import check_tensors, read_vectors_header, require_same_llm, sealed
 from sources.tasks import require_options
@@ -45,7 +45,7 @@ PUBLISHED = common.ROOT / "checkpoints" / "smollm2-135m.safetensors"
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = common.make_parser(__doc__, "device", "dtype")
+    parser = common.make_parser(__doc__, "segments", "device", "dtype")
     parser.add_argument("--demos", metavar="FILE", help="demonstrations, one JSON object a line")
     parser.add_argument("--vectors", metavar="FILE", help="vectors that --out wrote, in place of --demos")
     parser.add_argument("--ask", nargs="+", default=[], metavar="TEXT", help="inputs to answer")
@@ -243,19 +243,19 @@ def main(argv: list[str] | None = None) -> dict:
     formatter = make_formatter(args, Tokenizer(args.llm), llm, distiller)
     limit, prefixes = room(formatter, demos + queries, args), {}
     if demos:
-        kept, pieces = zip(*formatter.pieces(demos, limit), strict=True)
-        ids = torch.tensor([[token for piece in pieces for token in piece]], device=device)  # (1, T_d)
-        with torch.no_grad(), common.autocast(device, args.dtype):
-            vectors = distiller(ids, torch.ones_like(ids, dtype=torch.bool))[0].float()  # (l, d)
+        parts = formatter.parts(demos, limit)
+        kept, pieces = zip(*sum(parts, []), strict=True)
+        vectors = distil(parts, distiller, device, args.dtype)[0].float()                # (S l, d)
+        ids = torch.tensor([formatter.demonstrations(demos, limit)], device=device)     # (1, T_d)
         require_finite("a distilled vector", vectors)
         with torch.no_grad():
             embeds = llm.get_input_embeddings()(ids[0])                                 # (T_d, d)
             prefixes = {"zero_shot": embeds[:0], "icl": embeds}
         about = {"llm": identity(llm), "checkpoint": checkpoint_id(args.checkpoint),
                  "method": method_of(state), "template": args.template,
-                 "demonstrations": len(kept), "tokens": ids.shape[1], "labels": labels_of(kept)}
-        print(f"{len(kept)} of {len(demos)} demonstrations, {ids.shape[1]} tokens, "
-              f"distilled into {len(vectors)} vectors")
+                 "demonstrations": len(kept), "tokens": sum(map(len, pieces)), "labels": labels_of(kept)}
+        print(f"{len(kept)} of {len(demos)} demonstrations, {about['tokens']} tokens, distilled into "
+              f"{len(vectors)} vectors" + (f", {len(parts)} segments one by one" if len(parts) > 1 else ""))
     if args.out:
         save_vectors(args.out, vectors, about)
         print(f"written to {args.out}: {vectors.numel() * 4 / 1e3:.0f} kB")

@@ -17,13 +17,22 @@ import torch
 from tqdm import tqdm
 
 import common
-from common import Stop, autocast, check, finish, gather, is_main, naming, parse, run_main, setup, world
-from data import Formatter
+from common import Stop, check, finish, gather, is_main, naming, parse, run_main, setup, world
+from data import Formatter, flat
 from loading import checkpoint_id, load_all, refuse_seen_tasks, refuse_wrong_method
 from model import vector_prefix
-from paper.demos import PERTURBATIONS, SentenceEncoder, permute_labels, perturb, perturbable, retrieve
+from paper.controls import majority, partners
+from paper.demos import (
+    PERTURBATIONS,
+    SentenceEncoder,
+    permute_labels,
+    perturb,
+    perturbable,
+    predict_each,
+    retrieve,
+)
 from paper.summary import gains_of, print_summary, read_results, summarise
-from score import CONTROLS, VECTOR_METHODS, majority, one_prefix, predict, predict_each, task_metrics
+from score import CONTROLS, VECTOR_METHODS, distil, one_prefix, predict, task_metrics
 from sources.files import append, held
 from sources.tasks import SEEDS, Tasks, demonstration_set, load_tasks, require_options
 from sources.text import llm_hash
@@ -35,37 +44,17 @@ PRESETS = {"paper": {"methods": DEFAULT_METHODS}, "pocket": {"methods": DEFAULT_
 SEEDLESS = ("zero_shot", "prompt_tuning")  # the same for every demonstration set
 
 
-# Controls: a distiller that distils needs the demonstrations of this task, with their own labels
-def partners(method: str, task: str, evaluated: list[str], tasks: Tasks) -> list[str]:
-    """Whose demonstrations stand behind the vectors of a control: mend_swapped, one other task's
-    (see Tasks.partner); mend_constant, all others'. Other methods: nobody's.
-
-    The list is that of the tasks evaluated, or, for a single one, of all meta-test tasks.
-    """
-    if method not in ("mend_swapped", "mend_constant"):
-        return []
-    names = [t for t in tasks.test if t in evaluated or len(evaluated) == 1]
-    check((len(names) > 1, f"{method} needs another meta-test task's demonstrations; {task} is alone here"))
-    at = names.index(task)
-    if method == "mend_swapped":
-        return [tasks.partner(task, names)]
-    return names[:at] + names[at + 1:]
-
-
-@torch.no_grad()
 def task_vectors(task: str, seed: int, llm, distiller, formatter: Formatter, tasks: Tasks,
                  args) -> torch.Tensor:
     """(1, l, d): the vectors that `mend` has on a task."""
     demos, files = demonstration_set(tasks, task, seed, args.k)
-    demo = formatter.demonstrations(demos, formatter.limit(demos + files["test"]))
-    ids = torch.tensor([demo], device=llm.device)                                           # (1, T_d)
-    with autocast(llm.device, args.dtype):
-        return distiller(ids, torch.ones_like(ids, dtype=torch.bool))
+    parts = formatter.parts(demos, formatter.limit(demos + files["test"]))
+    return distil(parts, distiller, llm.device, args.dtype)
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = common.make_parser(__doc__, "preset", "llm", "distill-len", "tasks", "split", "k", "template",
-                                "max-minutes", "device", "dtype", "llm-weights")
+    parser = common.make_parser(__doc__, "preset", "llm", "distill-len", "segments", "tasks", "split", "k",
+                                "template", "max-minutes", "device", "dtype", "llm-weights")
     group = parser.add_argument_group("evaluation")
     group.add_argument("--methods", nargs="+", choices=METHODS, help="what stands before the query")
     group.add_argument("--checkpoint", help="run folder or checkpoint file; needed for mend, its controls, "
@@ -107,6 +96,9 @@ def main(argv: list[str] | None = None) -> dict:
           (not (args.retrieve and args.perturb), "--retrieve and --perturb exclude each other; give one"),
           (not blind or not (args.retrieve or args.perturb),
            f"{' '.join(blind)} has no part in --retrieve and --perturb; leave it out of --methods"),
+          (args.segments == 1 or not args.retrieve, "--segments has no part in --retrieve; leave one out"),
+          (args.segments != "auto" or "mend_constant" not in args.methods,
+           "mend_constant is a mean of as many vectors for every task; give --segments a number"),
           (args.dense_model is None or args.retrieve == "dense", "--dense-model needs --retrieve dense"),
           common.place_rule("--out", args.out),
           *((seed in SEEDS, f"--seeds {seed} is unknown; MetaICL's are {sorted(SEEDS)}")
@@ -149,7 +141,8 @@ def evaluate(args, llm, distiller, trained_on: dict | None, formatter: Formatter
     setting = {"llm": Path(args.llm).name, "split": args.split, "tasks": tasks.collection, "k": args.k,
                "distill_len": args.distill_len, "context_len": args.context_len, "template": args.template,
                "retrieval": retrieval, "perturbation": args.perturb, "limit": args.limit, "dtype": args.dtype,
-               "llm_weights": args.llm_weights, "llm_hash": llm_hash(args.llm)}
+               "llm_weights": args.llm_weights, "llm_hash": llm_hash(args.llm),
+               "segments": None if args.segments == 1 else args.segments}
     checkpoint = checkpoint_id(args.checkpoint) if args.checkpoint else None
     key_fields = ("method", "checkpoint", "task", "seed", "data_hash", "swapped_with", *setting)
     # older lines have no llm_hash: that they are of this LLM is known by its name
@@ -221,7 +214,7 @@ def evaluate_one(args, llm, distiller, formatter: Formatter, tasks: Tasks, task:
     else:
         demos, _ = demonstration_set(tasks, task, seed, args.k)
         limit = formatter.limit(demos + files["test"])
-        tokens = None if method in SEEDLESS else len(formatter.demonstrations(demos, limit))
+        tokens = None if method in SEEDLESS else len(flat(sum(formatter.parts(demos, limit), [])))
         if method == "majority":
             chosen = majority(demos, queries)
         else:

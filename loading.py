@@ -345,7 +345,7 @@ def make_formatter(args: argparse.Namespace, tokenizer: Tokenizer, llm, distille
            "--template chat has no place for kv:R, which starts at position 0; give layers:N or a sibling"))
     backbone = distiller is not None and distiller.backbone
     return Formatter(tokenizer, args.template, args.context_len, args.distill_len, max_positions(llm.config),
-                   max_positions(backbone.config) if backbone else None)
+                     max_positions(backbone.config) if backbone else None, getattr(args, "segments", 1))
 
 
 def load_all(args: argparse.Namespace, device: torch.device) -> tuple:

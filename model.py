@@ -80,14 +80,14 @@ class Distiller(nn.Module):
             self.train()
         object.__setattr__(self, "residual_embed", residual_embed)
 
-    def forward(self, demo_ids: Tensor, demo_mask: Tensor) -> Tensor:
+    def forward(self, demo_ids: Tensor, demo_mask: Tensor, segments: int = 1) -> Tensor:
         """Distil each row's demonstrations.
 
         Args:
             demo_ids: (B, T_d) long, padded on the left: the placeholders follow the last demonstration token.
-            demo_mask: (B, T_d) bool.
+            demo_mask: (B, T_d) bool. segments: S rows that follow one another are parts of one D.
         Returns:
-            (B, l, d) vectors S_D, fp32.
+            (B, l, d) vectors S_D, fp32; of segments, joined: (B / S, S l, d).
         """
         placeholders = self.placeholders[:self.distill_len].expand(len(demo_ids), -1, -1)   # (B, l, d_s)
         embeds = torch.cat([self.embed(demo_ids).to(placeholders.dtype), placeholders], dim=1)
@@ -105,7 +105,7 @@ class Distiller(nn.Module):
             short = max(0, self.distill_len - demo_ids.shape[1])
             ids, kept = (F.pad(t, (short, 0))[:, -self.distill_len:] for t in (demo_ids, demo_mask))
             vectors = vectors + self.residual_embed(ids).float() * kept[:, :, None]         # (B, l, d)
-        return vectors
+        return vectors.unflatten(0, (-1, segments)).flatten(1, 2)                           # (B / S, S l, d)
 
 
 def random_rows(embed: nn.Module, vocab: int, n: int, generator: torch.Generator) -> Tensor:
@@ -171,12 +171,12 @@ def teacher_and_student(llm: PreTrainedModel, distiller: nn.Module, batch: dict[
     Returns:
         teacher (None where `with_teacher` is False), student: (B, T, d), as query_states.
     """
-    teacher, demo_ids, demo_mask = None, batch["demo_ids"], batch["demo_mask"]              # (B, T_d)
+    teacher, demo_ids, part_ids = None, batch["demo_ids"], batch["part_ids"]                # (B [S], T_d)
     if with_teacher:
         with torch.no_grad():
-            teacher = query_states(llm, demo_prefix(llm, demo_ids, demo_mask, head), batch)
+            teacher = query_states(llm, demo_prefix(llm, demo_ids, batch["demo_mask"], head), batch)
     with autocast(demo_ids.device, dtype):
-        vectors = distiller(demo_ids, demo_mask)                                            # (B, l, d)
+        vectors = distiller(part_ids, batch["part_mask"], len(part_ids) // len(demo_ids))   # (B, S l, d)
     # not under no_grad: the LLM is frozen, but the gradient flows through it to the vectors
     return teacher, query_states(llm, vector_prefix(llm, vectors, head), batch)
 

@@ -42,6 +42,8 @@ def add_training_flags(parser: argparse.ArgumentParser, run_name: str) -> None:
                             "D's last l token embeddings")
     group.add_argument("--elastic", action="store_true", help="draw each step's l among 8, 16, 32, ... and "
                        "--distill-len, so that one checkpoint serves every l up to that")
+    group.add_argument("--max-segments", type=int, default=1, metavar="N",
+                       help="cut the D of a step's rows into 1 to N segments, for --segments in evaluation")
     group = parser.add_argument_group("output")
     group.add_argument("--out-dir", help=f"folder of this run; default out/{run_name}")
     group.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out-dir")
@@ -194,6 +196,7 @@ class Run:
         if args.elastic:
             lengths = [2 ** i for i in range(3, 20) if 2 ** i < args.distill_len] + [args.distill_len]
             self.distiller.distill_len = int(np.random.default_rng((args.seed, self.step)).choice(lengths))
+        self.segments = int(np.random.default_rng((args.seed, self.step, 1)).integers(args.max_segments)) + 1
         for group in self.optimizer.param_groups:
             group["lr"] = lr_at(self.step, args.steps, args.warmup, args.lr)
         self.optimizer.zero_grad(set_to_none=True)

@@ -3,7 +3,6 @@
 Covers Eq. (1) to (4) of the paper: score_options, distill_loss, pred_loss and finetune_loss.
 """
 
-from collections import Counter
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -13,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from common import autocast, require_finite
-from data import Formatter, collate
+from data import Formatter, collate, flat, padded_left
 from model import Prefix, answer_mask, demo_prefix, head_logits, query_states, vector_prefix
 
 
@@ -125,7 +124,6 @@ def score_options(llm: PreTrainedModel, prefix: Prefix, batch: dict[str, Tensor]
 
 
 PASS_TOKENS = {"cpu": 512, "cuda": 2048}  # query and option tokens scored in one pass
-SET_TOKENS = 4096  # with demonstrations, in one pass where each query has its own
 CONTROLS = ("mend_swapped", "mend_permuted", "mend_constant")  # MEND's vectors of other demonstrations
 VECTOR_METHODS = ("prompt_tuning", "hypertuning", "mend", *CONTROLS)  # the LLM reads vectors of a checkpoint
 
@@ -136,27 +134,30 @@ def demo_tokens(method: str, demos: list[dict], limit: int, formatter: Formatter
     tokens. last_l: the last l tokens of these, which is where `--vector-start residual` starts from."""
     if method == "zero_shot":
         return []
-    if method == "icl_budget":
-        return formatter.budget(demos, formatter.distill_len)
-    return formatter.demonstrations(demos, limit)[-formatter.distill_len if method == "last_l" else 0:]
+    if method in ("icl_budget", "last_l"):
+        n = formatter.distill_len * len(formatter.parts(demos, limit))
+        return formatter.budget(demos, n) if method == "icl_budget" else \
+            formatter.demonstrations(demos, limit)[-n:]
+    return formatter.demonstrations(demos, limit)
 
 
-def make_prefix(method: str, demo_ids: Tensor, demo_mask: Tensor, llm, distiller, formatter, args) -> Prefix:
-    """What the LLM reads before the queries: demonstrations, (B, T_d), Eq. (1), or their vectors, Eq. (2)."""
-    if method in VECTOR_METHODS:
-        with autocast(llm.device, args.dtype):
-            vectors = distiller(demo_ids, demo_mask)                                        # (B, l, d)
-        return vector_prefix(llm, vectors, formatter.turns.head)
-    return demo_prefix(llm, demo_ids, demo_mask, formatter.turns.head)
+def distil(parts: list[list[tuple]], distiller, device, dtype: str) -> Tensor:
+    """The vectors S_D, (1, S l, d), of one D in S segments (Formatter.parts)."""
+    ids, mask = (t.to(device) for t in padded_left(list(map(flat, parts))))                 # (S, T_s)
+    with torch.no_grad(), autocast(device, dtype):
+        return distiller(ids, mask, len(parts))
 
 
 def one_prefix(method: str, demos: list[dict], limit: int, llm, distiller, formatter: Formatter,
                args) -> Prefix:
     """The prefix, B = 1, of one demonstration set, read once for all queries behind it."""
+    head = formatter.turns.head
+    if method in VECTOR_METHODS:
+        parts = formatter.parts(demos, limit)
+        return vector_prefix(llm, distil(parts, distiller, llm.device, args.dtype), head)
     tokens = demo_tokens(method, demos, limit, formatter)
     demo_ids = torch.tensor([tokens], dtype=torch.long, device=llm.device)                  # (1, T_d)
-    return make_prefix(method, demo_ids, torch.ones_like(demo_ids, dtype=torch.bool), llm, distiller,
-                       formatter, args)
+    return demo_prefix(llm, demo_ids, torch.ones_like(demo_ids, dtype=torch.bool), head)
 
 
 def passes(queries: list[tuple], device) -> Iterator[dict]:
@@ -190,37 +191,6 @@ def predict(llm, prefix: Prefix, formatter: Formatter, queries: list[dict], firs
     """
     scores = option_scores(llm, prefix, formatter, queries, first)
     return [q["options"][int(row.argmax())] for q, row in zip(queries, scores, strict=True)]
-
-
-@torch.no_grad()
-def predict_each(method: str, sets: list[list[dict]], limit: int, llm, distiller, formatter: Formatter,
-                 queries: list[dict], args) -> list[str]:
-    """As `predict`, but with a demonstration set for each query, sets[i] for queries[i]: rows of similar
-    length are read together, SET_TOKENS or so at a time."""
-    rows = [{"demo": demo_tokens(method, demos, limit, formatter), "queries": [formatter.scoring_query(q)]}
-            for demos, q in zip(sets, queries, strict=True)]
-    lengths = [len(row["demo"]) + len(x) + sum(map(len, options))
-               for row in rows for x, options in row["queries"]]
-    order, chosen = sorted(range(len(rows)), key=lambda i: lengths[i]), [""] * len(rows)
-    while order:
-        n = max(1, min(len(order), SET_TOKENS // lengths[order[-1]]))
-        group, order = order[-n:], order[:-n]
-        batch = collate([rows[i] for i in group], llm.device)
-        prefix = make_prefix(method, batch["demo_ids"], batch["demo_mask"], llm, distiller, formatter, args)
-        best = score_options(llm, prefix, batch)[:, 0].argmax(dim=1).tolist()               # (B,)
-        for i, option in zip(group, best, strict=True):
-            chosen[i] = queries[i]["options"][option]
-    return chosen
-
-
-def majority(demos: list[dict], queries: list[dict]) -> list[str]:
-    """The most frequent label of the demonstrations (of equally frequent ones the first), without any LLM.
-    Where that is none of a query's options (multiple choice), the position that was right most often."""
-    label = Counter(d["output"] for d in demos).most_common(1)[0][0]
-    places = Counter(d["options"].index(d["output"]) for d in demos if d["output"] in d["options"])
-    place = places.most_common(1)[0][0] if places else 0
-    return [label if label in q["options"] else q["options"][min(place, len(q["options"]) - 1)]
-            for q in queries]
 
 
 def accuracy(predictions: list[str], golds: list[str]) -> float:

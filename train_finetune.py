@@ -155,7 +155,7 @@ def train(args, device, llm, distiller, trained_on, tasks, formatter) -> dict:
         n_answers, n_x = sum(len(y) for _, (y,) in queries), sum(len(x) for x, _ in queries)  # of all ranks
         n_tokens = n_answers + (0 if llm.config.is_encoder_decoder else n_x)  # as loss_mask has it
         for part in run.micro_batches(rows):
-            batch = collate(part, device)
+            batch = collate(part, device, run.segments)
             teacher, student = teacher_and_student(llm, run.ddp, batch, formatter.turns.head, args.dtype,
                                                    with_teacher=args.lam > 0)
             mask, answers, losses = loss_mask(llm, batch), answer_mask(batch), {}

@@ -109,7 +109,7 @@ def train(args, device, llm, distiller, corpus, tasks, formatter) -> dict:
         rows = rows_of(run.step)
         n_tokens = sum(len(x) for row in rows for _, (x,) in row["queries"])  # of all ranks' rows
         for part in run.micro_batches(rows):
-            batch = collate(part, device)
+            batch = collate(part, device, run.segments)
             teacher, student = teacher_and_student(llm, run.ddp, batch, bos, args.dtype, uses_kl)
             mask, losses = loss_mask(llm, batch), {}
             if uses_kl:

@@ -73,14 +73,15 @@ class KeyValueDistiller(nn.Module):
         self.placeholders = nn.Parameter(torch.zeros(distill_len - 1, embed.embedding_dim))
         self.distill_len = distill_len  # free to shrink: then the last l - 1 placeholders are used
 
-    def forward(self, demo_ids: Tensor, demo_mask: Tensor) -> Tensor:
+    def forward(self, demo_ids: Tensor, demo_mask: Tensor, segments: int = 1) -> Tensor:
         """Distil each row's demonstrations.
 
         Args:
-            demo_ids: (B, T_d) long, padded on the left. demo_mask: (B, T_d) bool.
+            demo_ids: (B, T_d) long, padded on the left. demo_mask: (B, T_d) bool. segments: S rows
+                that follow one another are parts of one D; the first one's first position serves all.
         Returns:
-            (B, l, layers * 2 * heads * head width + d) fp32: a position's keys and values, layer by layer,
-            and its final hidden state.
+            (B / S, S (l - 1) + 1, layers * 2 * heads * head width + d) fp32: a position's keys and values,
+            layer by layer, and its final hidden state.
         """
         n, embeds = self.distill_len - 1, self.embed(demo_ids)                              # (B, T_d, d)
         short = max(0, n - demo_ids.shape[1])
@@ -90,13 +91,15 @@ class KeyValueDistiller(nn.Module):
         mask = F.pad(demo_mask, (0, n), value=True)
         positions, cache = positions_of(mask), DynamicCache()
         if hasattr(self.backbone, "rotary_emb"):  # only distances count: the query stands at l, whatever T_d
-            positions = positions - demo_mask.sum(dim=1, keepdim=True) + 1
+            behind = n * (torch.arange(len(demo_ids), device=mask.device) % segments)       # (B,)
+            positions = positions + (1 - demo_mask.sum(dim=1) + behind)[:, None]
         out = run_backbone(self.backbone, embeds, causal_mask(mask), positions, cache)
         first = (~demo_mask).sum(dim=1, keepdim=True)                                       # (B, 1)
         parts = [t.transpose(1, 2).flatten(2) for layer in cache.layers for t in (layer.keys, layer.values)]
         parts = [torch.cat([t.gather(1, first[:, :, None].expand(-1, -1, t.shape[2])), t[:, -n:]], dim=1)
                  for t in (*parts, out.last_hidden_state)]
-        return torch.cat(parts, dim=2).float()                                              # (B, l, W)
+        made = torch.cat(parts, dim=2).float().unflatten(0, (-1, segments))                 # (B / S, S, l, W)
+        return torch.cat([made[:, 0], made[:, 1:, 1:].flatten(1, 2)], dim=1)
 
 
 class FreeVectors(nn.Module):
@@ -117,6 +120,6 @@ class FreeVectors(nn.Module):
 
         self.distill_len = distill_len
 
-    def forward(self, demo_ids: Tensor, demo_mask: Tensor) -> Tensor:
-        """(B, T_d), (B, T_d) -> (B, l, d); what the demonstrations say does not matter."""
-        return self.vectors[:self.distill_len].expand(demo_ids.shape[0], -1, -1)
+    def forward(self, demo_ids: Tensor, demo_mask: Tensor, segments: int = 1) -> Tensor:
+        """(B, T_d), (B, T_d) -> (B / S, l, d); what the demonstrations say does not matter."""
+        return self.vectors[:self.distill_len].expand(len(demo_ids) // segments, -1, -1)

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModel
 
-from common import UserError, check
-from data import MAX_INPUT
+from common import UserError, autocast, check
+from data import MAX_INPUT, Formatter, collate
 from loading import require_model
+from model import demo_prefix, vector_prefix
+from score import VECTOR_METHODS, demo_tokens, score_options
 from sources.tasks import Tasks, demonstration_set, require_options
 from sources.text import Tokenizer
 
@@ -160,3 +162,33 @@ def retrieve(kind: str, pool: list[dict], queries: list[dict], k: int,
     texts, asked = [e["input"] for e in pool], [q["input"] for q in queries]
     rows = bm25_neighbours(texts, asked, k) if kind == "bm25" else dense_neighbours(texts, asked, k, encoder)
     return [[pool[i] for i in row] for row in rows]
+
+
+SET_TOKENS = 4096  # in one pass where each query has demonstrations of its own
+
+
+@torch.no_grad()
+def predict_each(method: str, sets: list[list[dict]], limit: int, llm, distiller, formatter: Formatter,
+                 queries: list[dict], args) -> list[str]:
+    """As score.predict, but with a demonstration set for each query, sets[i] for queries[i]: rows of similar
+    length are read together, SET_TOKENS or so at a time."""
+    rows = [{"demo": demo_tokens(method, demos, limit, formatter), "queries": [formatter.scoring_query(q)]}
+            for demos, q in zip(sets, queries, strict=True)]
+    lengths = [len(row["demo"]) + len(x) + sum(map(len, options))
+               for row in rows for x, options in row["queries"]]
+    order, chosen = sorted(range(len(rows)), key=lambda i: lengths[i]), [""] * len(rows)
+    head = formatter.turns.head
+    while order:
+        n = max(1, min(len(order), SET_TOKENS // lengths[order[-1]]))
+        group, order = order[-n:], order[:-n]
+        batch = collate([rows[i] for i in group], llm.device)
+        if method in VECTOR_METHODS:
+            with autocast(llm.device, args.dtype):
+                vectors = distiller(batch["demo_ids"], batch["demo_mask"])                  # (B, l, d)
+            prefix = vector_prefix(llm, vectors, head)
+        else:
+            prefix = demo_prefix(llm, batch["demo_ids"], batch["demo_mask"], head)
+        best = score_options(llm, prefix, batch)[:, 0].argmax(dim=1).tolist()               # (B,)
+        for i, option in zip(group, best, strict=True):
+            chosen[i] = queries[i]["options"][option]
+    return chosen

@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 import common
 from common import check, finish, parse, run_main, setup
-from evaluate import partners
 from loading import load_all
+from paper.controls import partners
 from sources.tasks import SEEDS, demonstration_set, load_tasks
 
 

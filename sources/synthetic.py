@@ -84,15 +84,19 @@ class Made(Tasks):
 
 
 class Functions(Made):
-    """The word functions as the tasks of a split. Each further form is a meta-training task of its own."""
+    """The word functions as the tasks of a split. Each further form is a meta-training task of its own.
 
-    def __init__(self):
+    k: demonstrations in a set: of 240 inputs of a trio, number, date, path or sentence, 160 at most.
+    """
+
+    def __init__(self, k: int = N_SHOTS):
         held_out = {name for names in HELD_OUT.values() for name in names}
         train = [f"{domain}: {name}" + (f", {form}" if form else "") for domain, functions in DOMAINS.items()
                  for name in functions if name not in held_out for form in FORMS]
         test = [f"{domain}: {name}" for domain, names in HELD_OUT.items() for name in names]
         super().__init__(Path("functions"), "functions", "functions", train, test, [], [],
                          dict.fromkeys([*train, *test], "multiple-choice"))
+        self.k = k
 
     def pool(self, task: str) -> list[dict]:
         if task not in self.pools:
@@ -104,7 +108,10 @@ class Functions(Made):
 
     def files(self, task: str, seed: int) -> dict[str, list[dict]]:
         pool, rng = self.pool(task), np.random.default_rng((seed, zlib.crc32(task.encode())))
-        return cut([pool[i] for i in rng.permutation(len(pool))])
+        examples = [pool[i] for i in rng.permutation(len(pool))]
+        more = examples[N_SHOTS + N_DEV + N_TEST:][:max(0, self.k - N_SHOTS)]  # the queries stay the same
+        files = cut(examples)
+        return files | {"train": files["train"] + more}
 
     def partner(self, task: str, among: list[str]) -> str:
         """Another function of the same domain, where one is among them."""

@@ -170,7 +170,7 @@ def load_tasks(spec: str | list[str], split: str, llm: str = "", k: int = 16) ->
     spec = names[0]
     if spec in ("functions", "early", "recall"):
         from sources import synthetic
-        made = {"functions": synthetic.Functions, "early": synthetic.Early,
+        made = {"functions": lambda: synthetic.Functions(k), "early": synthetic.Early,
                 "recall": lambda: synthetic.Recall(Tokenizer(llm), k)}
         return made[spec]()
     table = json.loads((ROOT / "splits.json").read_text())

@@ -184,7 +184,7 @@ def test_collate_against_a_slow_reference(seed):
     B, T_d, T = len(rows), max(len(row["demo"]) for row in rows), max(map(len, slow))
     names = {"query_ids": "id", "segment": "segment", "branch": "branch", "position": "position",
              "predictor": "predictor"}
-    assert batch.keys() == {"demo_ids", "demo_mask", "query_mask", *names}
+    assert batch.keys() == {"demo_ids", "demo_mask", "part_ids", "part_mask", "query_mask", *names}
     assert batch["demo_ids"].shape == batch["demo_mask"].shape == (B, T_d)
     for b, row in enumerate(rows):
         n = len(row["demo"])
@@ -207,8 +207,8 @@ class Named:
         return 900
 
     @staticmethod
-    def demonstrations(examples, limit):
-        return [(e["task"], e["input"], e["output"]) for e in examples]
+    def pieces(examples, limit):
+        return [(e, [(e["task"], e["input"], e["output"])]) for e in examples]
 
     @staticmethod
     def training_query(e):

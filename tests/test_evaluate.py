@@ -16,12 +16,14 @@ import common
 import evaluate
 import loading
 import model
+import paper.demos
 import paper.summary
 import score
 import sources.tasks
 from common import UserError
 from data import Formatter
 from model import demo_prefix
+from paper.controls import partners
 from paper.demos import PERTURBATIONS, bm25_neighbours, perturb
 from sources.tasks import SEEDS, Tasks, load_tasks
 from sources.template import TEMPLATES
@@ -236,17 +238,17 @@ def test_partners_are_a_derangement_of_the_evaluated_tasks():
     for n in range(2, 9):
         names = [f"t{i}" for i in range(n)]
         tasks = collection([*names, "not evaluated"])
-        swapped = [evaluate.partners("mend_swapped", t, names[::-1], tasks) for t in names]
+        swapped = [partners("mend_swapped", t, names[::-1], tasks) for t in names]
         assert sorted(swapped) == [[t] for t in names]
         assert all(t not in others for t, others in zip(names, swapped, strict=True))
         for t in names:
-            assert evaluate.partners("mend_constant", t, names, tasks) == [n for n in names if n != t]
-            assert not any(evaluate.partners(m, t, names, tasks) for m in ("mend", "mend_permuted", "icl"))
+            assert partners("mend_constant", t, names, tasks) == [n for n in names if n != t]
+            assert not any(partners(m, t, names, tasks) for m in ("mend", "mend_permuted", "icl"))
     tasks = collection(["a", "b", "c"])  # of a single task: all of the split
-    assert evaluate.partners("mend_swapped", "c", ["c"], tasks) == ["a"]
-    assert evaluate.partners("mend_constant", "b", ["b"], tasks) == ["a", "c"]
+    assert partners("mend_swapped", "c", ["c"], tasks) == ["a"]
+    assert partners("mend_constant", "b", ["b"], tasks) == ["a", "c"]
     with pytest.raises(UserError, match="another meta-test task's demonstrations; a is alone"):
-        evaluate.partners("mend_swapped", "a", ["a"], collection(["a"]))
+        partners("mend_swapped", "a", ["a"], collection(["a"]))
 
 
 def test_controls_read_vectors_of_other_tasks(scored, three_tasks, llama_llm, tokenizer, monkeypatch):
@@ -310,10 +312,11 @@ def read_by(monkeypatch) -> tuple[list[list[int]], list[list[int]]]:
 
     def load_and_watch(path, llm):
         distiller, state = load(path, llm)
-        distiller.register_forward_pre_hook(lambda module, batch: record(by_distiller, *batch))
+        distiller.register_forward_pre_hook(lambda module, batch: record(by_distiller, *batch[:2]))
         return distiller, state
-    monkeypatch.setattr(score, "demo_prefix", lambda llm, ids, mask, bos: (
-        record(by_llm, ids, mask), prefix(llm, ids, mask, bos))[1])
+    for reader in (score, paper.demos):
+        monkeypatch.setattr(reader, "demo_prefix", lambda llm, ids, mask, bos: (
+            record(by_llm, ids, mask), prefix(llm, ids, mask, bos))[1])
     monkeypatch.setattr(loading, "load_distiller", load_and_watch)
     return by_llm, by_distiller
 

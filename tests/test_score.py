@@ -25,22 +25,22 @@ from conftest import (
 from sklearn.metrics import accuracy_score, f1_score
 from torch.distributions import Categorical, kl_divergence
 
+import paper.demos
 import paper.held_out
 import plain
 import score
 from data import Formatter, collate
 from loading import build_distiller, load_llm
 from model import Prefix, demo_prefix, query_states
+from paper.controls import majority
 from paper.held_out import full_precision
 from score import (
     distill_loss,
     finetune_loss,
     macro_f1,
-    majority,
     one_prefix,
     pred_loss,
     predict,
-    predict_each,
     pretrain_loss,
     score_options,
     sum_in_chunks,
@@ -247,8 +247,9 @@ def files(tiny_tasks):
 def sizes_of_passes(monkeypatch, size) -> list[int]:
     """`size` of the query mask of every forward pass that is scored from now on."""
     sizes, scoring = [], score.score_options
-    monkeypatch.setattr(score, "score_options", lambda llm, prefix, batch: (
-        sizes.append(int(size(batch["query_mask"]))), scoring(llm, prefix, batch))[1])
+    for reader in (score, paper.demos):
+        monkeypatch.setattr(reader, "score_options", lambda llm, prefix, batch: (
+            sizes.append(int(size(batch["query_mask"]))), scoring(llm, prefix, batch))[1])
     return sizes
 
 
@@ -281,8 +282,10 @@ def test_a_set_for_each_query_is_read_like_that_set_alone(setting, files, monkey
         prefix = one_prefix(method, shown, 200, llm, setting.distiller, formatter, setting.args)
         alone += predict(llm, prefix, formatter, [query])
     sizes = sizes_of_passes(monkeypatch, len)
-    monkeypatch.setattr(score, "SET_TOKENS", set_tokens)
-    assert predict_each(method, sets, 200, llm, setting.distiller, formatter, queries, setting.args) == alone
+    monkeypatch.setattr(paper.demos, "SET_TOKENS", set_tokens)
+    found = paper.demos.predict_each(method, sets, 200, llm, setting.distiller, formatter, queries,
+                                     setting.args)
+    assert found == alone
     assert len(set(alone)) > 1 and sum(sizes) == 24
     assert {1: len(sizes) == 24, 700: 24 > len(sizes) > 1, 100_000: len(sizes) == 1}[set_tokens]
 

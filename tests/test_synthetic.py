@@ -34,6 +34,16 @@ def test_the_parts_of_a_test_task_share_no_input_and_differ_by_seed():
         assert tasks.data_hash(task, 13) != tasks.data_hash(task, 21)
 
 
+def test_more_demonstrations_leave_the_first_ones_and_the_queries_as_they_are():
+    few, many = Functions(16), Functions(160)
+    for task in ("trio: first", "date: month"):
+        a, b = few.files(task, 13), many.files(task, 13)
+        assert len(b["train"]) == 160 and b["train"][:32] == a["train"]
+        assert (a["dev"], a["test"]) == (b["dev"], b["test"])
+        assert len({e["input"] for part in b.values() for e in part}) == 160 + 16 + 32
+    assert len(many.files("noun: plural", 13)["train"]) == 55  # of 103 inputs
+
+
 def test_a_query_is_scored_among_different_answers_of_which_one_is_right():
     places = collections.Counter()
     tasks = Functions()

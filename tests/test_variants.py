@@ -155,8 +155,8 @@ def test_training_resumes_and_all_commands_take_the_checkpoint(flags, tmp_path, 
 def test_elastic_training_makes_a_checkpoint_for_shorter_l(flags, tmp_path, monkeypatch):
     seen, fixed, out = [], tmp_path / "fixed", ["--out", str(tmp_path / "results.jsonl")]
     forward = KeyValueDistiller.forward
-    monkeypatch.setattr(KeyValueDistiller, "forward", lambda self, ids, mask: (
-        seen.append((self.distill_len, torch.is_grad_enabled())), forward(self, ids, mask))[1])
+    monkeypatch.setattr(KeyValueDistiller, "forward", lambda self, *batch: (
+        seen.append((self.distill_len, torch.is_grad_enabled())), forward(self, *batch))[1])
     train_finetune.main([*flags, *KV, "--distill-len", "9", "--elastic", "--out-dir", str(tmp_path)])
     assert {length for length, training in seen if training} == {8, 9}
     assert {length for length, training in seen if not training} == {9}  # evaluations have the whole l

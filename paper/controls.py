@@ -1,0 +1,35 @@
+"""What a sceptic asks for beside a result: an answer without an LLM, and vectors of other demonstrations.
+
+A distiller that distils needs the demonstrations of this task, with their own labels.
+"""
+
+from collections import Counter
+
+from common import check
+from sources.tasks import Tasks
+
+
+def majority(demos: list[dict], queries: list[dict]) -> list[str]:
+    """The most frequent label of the demonstrations (of equally frequent ones the first), without any LLM.
+    Where that is none of a query's options (multiple choice), the position that was right most often."""
+    label = Counter(d["output"] for d in demos).most_common(1)[0][0]
+    places = Counter(d["options"].index(d["output"]) for d in demos if d["output"] in d["options"])
+    place = places.most_common(1)[0][0] if places else 0
+    return [label if label in q["options"] else q["options"][min(place, len(q["options"]) - 1)]
+            for q in queries]
+
+
+def partners(method: str, task: str, evaluated: list[str], tasks: Tasks) -> list[str]:
+    """Whose demonstrations stand behind the vectors of a control: mend_swapped, one other task's
+    (see Tasks.partner); mend_constant, all others'. Other methods: nobody's.
+
+    The list is that of the tasks evaluated, or, for a single one, of all meta-test tasks.
+    """
+    if method not in ("mend_swapped", "mend_constant"):
+        return []
+    names = [t for t in tasks.test if t in evaluated or len(evaluated) == 1]
+    check((len(names) > 1, f"{method} needs another meta-test task's demonstrations; {task} is alone here"))
+    at = names.index(task)
+    if method == "mend_swapped":
+        return [tasks.partner(task, names)]
+    return names[:at] + names[at + 1:]
