@@ -226,7 +226,7 @@ def test_held_out_kl_against_one_window_at_a_time(pretraining, quick_dev, tmp_pa
 def rows_collated(script, monkeypatch) -> list[dict]:
     """The rows that `script` makes batches of from now on."""
     read, collate = [], data.collate
-    monkeypatch.setattr(script, "collate", lambda rows, device: (read.extend(rows), collate(rows, device))[1])
+    monkeypatch.setattr(script, "collate", lambda rows, *more: (read.extend(rows), collate(rows, *more))[1])
     return read
 
 
