@@ -27,7 +27,8 @@ import train_pretrain
 from common import UserError
 from data import MAX_INPUT, Formatter
 from loading import build_distiller, load_checkpoint, load_llm, make_formatter
-from score import demo_tokens, option_scores, predict_each
+from paper.demos import predict_each
+from score import demo_tokens, option_scores
 from sources.template import TEMPLATES, chat_turns
 from sources.text import Tokenizer
 
