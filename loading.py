@@ -1,7 +1,6 @@
 """From names and checkpoints to modules, and every refusal of a model that would be silently wrong."""
 
 import argparse
-import contextlib
 import copy
 import hashlib
 import json
@@ -10,8 +9,6 @@ from pathlib import Path
 
 import torch
 import transformers
-from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -23,8 +20,9 @@ import common
 from common import UserError, check, torch_dtype
 from data import Formatter
 from model import ENCODER_DECODERS, Distiller, demo_prefix, head_logits, query_states
-from sources import assets, headers
-from sources.hub import require_hub
+from sources import headers
+from sources.hub import require_model
+from sources.pairs import own_layers
 from sources.tasks import Tasks
 from sources.text import Tokenizer, check_same_tokens, first_line, model_hashes
 from variants import FreeVectors, KeyValueDistiller
@@ -60,18 +58,6 @@ def embedding_rms(embed: nn.Module, vocab: int) -> float:
     ids = torch.arange(0, vocab, max(1, vocab // 4096), device=next(embed.parameters()).device)
     with torch.no_grad():
         return embed(ids).float().pow(2).mean().sqrt().item()
-
-
-def require_model(flag: str, name: str) -> None:
-    """Raise, within two seconds, unless a model is in a folder, the hub's cache, or on a hub that answers;
-    fetch the pocket preset's where it is not there."""
-    assets.ensure(name)
-    with contextlib.suppress(HFValidationError):
-        if Path(name).exists() or isinstance(try_to_load_from_cache(name, "config.json"), str):
-            return
-    check((not Path(name).is_absolute() and not name.startswith("."),
-           f"{flag} {name} does not exist; run `make assets`, or give a hub name or a model's folder"))
-    require_hub(f"{flag} {name}")
 
 
 def load_llm(name: str, device: torch.device, dtype: torch.dtype, weights: str | None = None,
@@ -225,12 +211,9 @@ def build_distiller(spec: str, llm: PreTrainedModel, distill_len: int, start: st
                             "layers:N, or a small model of the LLM's family") from error
         check_same_tokens(spec, llm.config._name_or_path)
     else:
-        n, total = int(spec[7:]) if spec[7:].isdecimal() else 0, llm.config.num_hidden_layers
-        check((1 <= n <= total, f"--distiller {spec}: expected layers:N with a whole number N, as in layers:6"
-                                f"; this LLM has {total} layers: give layers:1 to layers:{total}"),
-              (not getattr(llm, "is_loaded_in_8bit", False), f"--distiller {spec} would copy the LLM's "
+        check((not getattr(llm, "is_loaded_in_8bit", False), f"--distiller {spec} would copy the LLM's "
                "weights, which are in 8 bit; give a sibling of the LLM, or --llm-weights bf16"))
-        backbone = first_layers(llm, n)
+        backbone = first_layers(llm, own_layers(spec, llm.config.num_hidden_layers))
     share = {"plain": None, "matched": 1.0, "residual": 0.1}[start]  # of the LLM's embeddings' scale
     embed = backbone.get_input_embeddings() if own else llm_embed
     return Distiller(fuse_gelu(backbone).to(llm.device), embed, distill_len, llm_embed.embedding_dim, own,

@@ -13,22 +13,16 @@ import argparse
 from pathlib import Path
 
 import common
+import loading
 from common import check, is_main, parse, run_main, setup
 from data import MAX_INPUT, collate, sample_row, step_rows
-from loading import (
-    build_distiller,
-    distiller_config,
-    identity,
-    load_checkpoint,
-    load_distiller,
-    load_llm,
-    make_formatter,
-)
+from loading import build_distiller, distiller_config, load_distiller, load_llm, make_formatter
 from model import answer_mask, loss_mask, teacher_and_student
 from paper.held_out import dev_metrics, full_precision
 from run import Run, add_training_flags, training_rules
 from score import distill_loss, finetune_loss, pred_loss
 from sources.headers import is_pretraining, same_llm
+from sources.pairs import settle_distiller
 from sources.tasks import load_tasks
 from sources.text import Tokenizer
 
@@ -68,8 +62,8 @@ def find_pretrained(llm, args) -> Path | None:
     wanted, found = {name: getattr(args, name) for name in MADE_BY}, []
     for path in sorted(common.OUT.glob("*/best.safetensors")):
         with common.noting_faults():
-            _, state = load_checkpoint(path, weights=False)
-            if is_pretraining(path, state) and same_llm(state["model"]["llm"], identity(llm)) \
+            _, state = loading.load_checkpoint(path, weights=False)
+            if is_pretraining(path, state) and same_llm(state["model"]["llm"], loading.identity(llm)) \
                     and wanted.items() <= state["model"].items():
                 beta = state["trained_on"]["pretrain"].get("beta")
                 found.append((beta != 0.8, state["metrics"]["heldout_kl"], path))
@@ -113,6 +107,7 @@ def main(argv: list[str] | None = None) -> dict:
           (args.context_len >= MAX_INPUT, f"--context-len is {args.context_len}; give at least {MAX_INPUT}, "
                                           "so that a demonstration of the longest input fits"))
     device = setup(args, training=True)
+    settle_distiller(args)
     tasks = load_tasks(args.tasks, args.split, args.llm, args.k)
     check((bool(tasks.train), f"--split {args.split} has no meta-training tasks; give another one"))
     if is_main():

@@ -22,6 +22,7 @@ from model import loss_mask, teacher_and_student
 from paper.held_out import dev_metrics, evaluate_kl, full_precision
 from run import Run, add_training_flags, training_rules
 from score import distill_loss, pred_loss, pretrain_loss
+from sources.pairs import settle_distiller
 from sources.tasks import load_tasks
 from sources.text import Tokenizer
 
@@ -64,6 +65,7 @@ def main(argv: list[str] | None = None) -> dict:
           *common.at_least(args, 8, "window", "min_doc_len"),
           *common.at_least(args, 1, "eval_docs", "context_len"))
     device = setup(args, training=True)
+    settle_distiller(args)
     llm = load_llm(args.llm, device, common.torch_dtype(args.dtype), args.llm_weights, args.grad_checkpoint)
     limit, tokenizer = max_positions(llm.config), Tokenizer(args.llm)
     bos, demo = len(tokenizer.bos), round(args.beta * args.window)

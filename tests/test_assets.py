@@ -11,8 +11,8 @@ from archives import GEMMA, make_world
 
 import common
 from common import UserError
-from loading import require_model
 from sources import assets
+from sources.hub import require_model
 from sources.tasks import load_tasks
 from sources.text import Tokenizer, corpus_files
 

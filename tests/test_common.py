@@ -160,7 +160,7 @@ def test_require_hub_gives_up_within_three_seconds(fresh_probe, monkeypatch, fau
                                            (evaluate, ["--tasks", "TASKS", "--methods", "icl"])],
                          ids=lambda v: getattr(v, "__name__", ""))
 def test_paper_preset_without_a_hub_names_the_pocket_command(script, extra, tasks_dir, capsys, monkeypatch):
-    monkeypatch.setattr("loading.try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr("sources.hub.try_to_load_from_cache", lambda *_: None)
     argv = ["--preset", "paper", *(str(tasks_dir) if a == "TASKS" else a for a in extra)]
     started = time.time()
     with pytest.raises(SystemExit) as stop:

@@ -1,0 +1,50 @@
+"""Which distiller goes with an LLM: settled by configurations and tokenizers, before anything is read."""
+
+import argparse
+import re
+from pathlib import Path
+
+from transformers import AutoConfig
+
+from common import check, is_main
+from sources.hub import require_model
+from sources.template import make_turns
+from sources.text import Tokenizer, check_same_tokens
+
+SIBLINGS = {  # LLMs by name -> the smallest model with their tokenizer, as the paper pairs them (Sec. 4.1)
+    r"gpt2(-medium|-large|-xl)?": "gpt2", r"opt-.*": "facebook/opt-125m",
+    r"t5-.*-lm-adapt": "google/t5-small-lm-adapt", r"flan-t5-.*": "google/flan-t5-base"}
+
+
+def settle_distiller(args: argparse.Namespace) -> None:
+    """Refuse a distiller, or a template, that cannot be the LLM's. Where --preset paper filled one in, change
+    args.distiller to what belongs to the LLM: its smallest sibling, else, which is said, a third of its own
+    layers.
+    """
+    require_model("--llm", args.llm)
+    try:
+        layers = int(AutoConfig.from_pretrained(args.llm, trust_remote_code=False).num_hidden_layers)
+    except Exception:  # load_llm says what is wrong with it
+        return
+    name = Path(args.llm).name
+    if "distiller" in args.filled_in and not args.distiller.startswith("layers:"):
+        known = [sibling for pattern, sibling in SIBLINGS.items() if re.fullmatch(pattern, name)]
+        args.distiller = [*known, f"layers:{max(1, round(layers / 3))}"][0]
+        if not known and is_main():
+            print(f"no smaller model with the tokenizer of {name} is known here: distiller {args.distiller}, "
+                  f"of the LLM's own {layers} layers; change it with --distiller")
+    if args.distiller.startswith("layers:"):
+        own_layers(args.distiller, layers)
+    elif args.distiller != "free" and not args.distiller.startswith("kv:"):
+        require_model("--distiller", args.distiller)
+        check_same_tokens(args.distiller, args.llm)
+    if args.template != "space":
+        make_turns(args.template, Tokenizer(args.llm))
+
+
+def own_layers(spec: str, total: int) -> int:
+    """N of layers:N. Raises UserError unless an LLM of `total` layers has as many."""
+    n = int(spec[7:]) if spec[7:].isdecimal() else 0
+    check((1 <= n <= total, f"--distiller {spec}: expected layers:N with a whole number N, as in layers:6; "
+                            f"this LLM has {total} layers: give layers:1 to layers:{total}"))
+    return n
