@@ -290,7 +290,8 @@ def here(args: argparse.Namespace, llm, distiller) -> dict:
 def machine(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    about = Path("/proc/cpuinfo")  # of Linux
+    names = re.findall(r"model name\s*: (.*)", about.read_text() if about.exists() else "")
     return f"{len(names)} cores of {names[0]}" if names else platform.processor()
 
 

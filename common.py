@@ -93,10 +93,12 @@ FLAGS = {  # those that more than one script takes; a default of None is filled 
     "seed": dict(type=int, default=100, help="seed of sampling and initialisation"),
     "max-minutes": dict(type=float, help="stop after these minutes as SIGTERM does, with exit code 124; "
                         "default: no limit"),
-    "device": dict(default="auto", help="auto, cpu, cuda, cuda:1, ..."),
+    "device": dict(default="auto", help="auto (CUDA, else CPU), cpu, cuda, cuda:1, ..., mps (a Mac's GPU, "
+                   "untried)"),
     "dtype": dict(choices=("auto", "fp32", "bf16", "fp16"), default="auto",
                   help="of the LLM and the distiller's autocast (its weights stay fp32); auto: on CUDA bf16, "
-                       "else fp16; on a CPU fp32, but bf16 for training where the CPU has it in hardware"),
+                       "else fp16; on mps fp32; on a CPU fp32, but bf16 for training where the CPU has it in "
+                       "hardware"),
     # DEVIATION: Table 5 keeps GPT-2 in 8 bit; here it is a choice, as CUDA or bitsandbytes may be missing.
     "llm-weights": dict(choices=("fp32", "bf16", "8bit"), help="keep the frozen LLM in this instead of "
                         "--dtype; 8bit needs CUDA and the packages bitsandbytes and accelerate"),
@@ -228,12 +230,17 @@ def device_rules(args: argparse.Namespace) -> list[tuple[bool, str]]:
     """Rules on --device and --dtype, where the script has them, for `check`."""
     device, cuda = getattr(args, "device", "cpu"), torch.cuda.is_available()
     return [
-        (re.fullmatch(r"auto|cpu|cuda(:\d+)?", device) is not None,
-         f"--device {device} is unknown; give auto, cpu, cuda or cuda:N"),
+        (re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device) is not None,
+         f"--device {device} is unknown; give auto, cpu, mps, cuda or cuda:N"),
+        (device != "mps" or torch.backends.mps.is_available(),
+         "--device mps, but torch sees no GPU of a Mac (Apple silicon, a recent macOS, torch for arm64); use "
+         "--device cpu"),
+        (device != "mps" or "WORLD_SIZE" not in os.environ,
+         "--device mps is one device, and torchrun shares work among several; start with python"),
         (not device.startswith("cuda") or cuda,
          f"--device {device}, but torch sees no CUDA device; use --device cpu"),
-        (getattr(args, "dtype", None) != "fp16" or (device != "cpu" and cuda),
-         "--dtype fp16 on a CPU; use fp32 or bf16 there"),
+        (getattr(args, "dtype", None) != "fp16" or (device not in ("cpu", "mps") and cuda),
+         f"--dtype fp16 on {'a Mac' if device == 'mps' else 'a CPU'}; use fp32 or bf16 there"),
     ]
 
 
@@ -265,6 +272,8 @@ def setup(args: argparse.Namespace, training: bool) -> torch.device:
     if args.dtype == "auto":
         if device.type == "cuda":
             args.dtype = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        elif device.type == "mps":
+            args.dtype = "fp32"  # exact first: nobody has compared bf16 there
         else:
             # DEVIATION: the paper trains in fp16; a CPU with bf16 in hardware is up to twice as fast in that.
             in_hardware = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()

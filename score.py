@@ -123,7 +123,7 @@ def score_options(llm: PreTrainedModel, prefix: Prefix, batch: dict[str, Tensor]
     return (total / count.clamp(min=1)).masked_fill(count == 0, float("-inf"))
 
 
-PASS_TOKENS = {"cpu": 512, "cuda": 2048}  # query and option tokens scored in one pass
+PASS_TOKENS = {"cpu": 512, "mps": 512, "cuda": 2048}  # query and option tokens scored in one pass
 CONTROLS = ("mend_swapped", "mend_permuted", "mend_constant")  # MEND's vectors of other demonstrations
 VECTOR_METHODS = ("prompt_tuning", "hypertuning", "mend", *CONTROLS)  # the LLM reads vectors of a checkpoint
 

@@ -79,15 +79,19 @@ def interleaved(functions: dict[str, Callable], repeats: int, device: torch.devi
     times = {name: [] for name in functions}
     for i in range(-warm_up, repeats):
         for name, function in functions.items():
-            if device.type == "cuda":
-                torch.cuda.synchronize()
+            synchronise(device)
             started = time.perf_counter()
             function()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
+            synchronise(device)
             if i >= 0:
                 times[name].append(time.perf_counter() - started)
     return times
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for what a GPU was given to do."""
+    if device.type in ("cuda", "mps"):
+        getattr(torch, device.type).synchronize()
 
 
 def resident(field: str) -> int:

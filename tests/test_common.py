@@ -95,6 +95,28 @@ def test_eight_bit_weights_need_cuda_and_two_packages(monkeypatch):
         evaluate.main(flags)
 
 
+def test_a_macs_gpu_is_taken_where_torch_has_it_and_refused_elsewhere(monkeypatch):
+    """No Mac is at hand: what is chosen for one, not what it computes."""
+    def broken(**flags):
+        rules = common.device_rules(SimpleNamespace(**{"device": "mps", "dtype": "auto"} | flags))
+        return [message for holds, message in rules if not holds]
+
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert [m.partition(" (")[0] for m in broken()] == ["--device mps, but torch sees no GPU of a Mac"]
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert broken() == broken(dtype="bf16") == []
+    assert broken(dtype="fp16") == ["--dtype fp16 on a Mac; use fp32 or bf16 there"]
+    for training in (False, True):
+        args = SimpleNamespace(device="mps", dtype="auto")
+        assert common.setup(args, training) == torch.device("mps") and args.dtype == "fp32"
+    args = SimpleNamespace(device="auto", dtype="auto")
+    assert common.setup(args, False).type != "mps"  # untried: only where asked for
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    (said,) = broken()
+    assert said.startswith("--device mps is one device") and said.endswith("start with python")
+
+
 def test_unknown_device_is_a_user_error():
     with pytest.raises(UserError, match="--device"):
         evaluate.main(["--preset", "pocket", "--methods", "icl", "--device", "gpu"])
