@@ -3,7 +3,8 @@
     python bench.py --demo-tokens 847 --query-tokens 56         # the seven methods on this machine
     python bench.py --preset paper --random-init --all-logits   # the same for gpt2-large
     python bench.py --preset paper --fig3                       # Fig. 3 and scaling, counted without weights
-    python bench.py --preset paper --plan                       # which card a training step fits
+    python bench.py --preset paper --plan                       # which card a training step fits, hours
+    python bench.py --preset paper --plan --llm Qwen/Qwen3-0.6B # the same for an LLM of yours
     python bench.py --suite --tasks FOLDER                      # every ratio that the README states
 
 Covers Fig. 3 and the inference efficiency paragraph of Sec. 4. Counting needs no weights: tensors without
@@ -302,7 +303,8 @@ def get_parser() -> argparse.ArgumentParser:
     group = group.add_mutually_exclusive_group()
     group.add_argument("--fig3", action="store_true",
                        help="Fig. 3 and scaling, counted, and measured for --llm where --repeats is above 0")
-    group.add_argument("--plan", action="store_true", help="memory and FLOPs of the paper's training steps")
+    group.add_argument("--plan", action="store_true", help="memory, FLOPs and hours of training steps, of the "
+                       "paper's LLMs and two others, or of --llm where that is given")
     group.add_argument("--suite", action="store_true", help="every stated ratio, against plain.py")
     group = parser.add_argument_group("measuring")
     group.add_argument("--random-init", action="store_true", help="random weights, of the same speed")

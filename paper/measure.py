@@ -149,10 +149,20 @@ CONFIGS = {  # the published architectures, so that neither counting nor --rando
     "t5-large-lm-adapt": {**T5, "d_model": 1024, "d_ff": 2816, "num_layers": 24, "num_heads": 16},
     "flan-t5-base": {**T5, "d_model": 768, "d_ff": 2048, "num_layers": 12, "num_heads": 12},
     "flan-t5-xl": {**T5, "d_model": 2048, "d_ff": 5120, "num_layers": 24, "num_heads": 32},
+    # not the paper's; their scaled rotary positions change no shape
+    "Llama-3.2-1B": {"model_type": "llama", "hidden_size": 2048, "intermediate_size": 8192,
+                     "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8,
+                     "head_dim": 64, "vocab_size": 128256, "max_position_embeddings": 131072,
+                     "tie_word_embeddings": True},
+    "Qwen3-0.6B": {"model_type": "qwen3", "hidden_size": 1024, "intermediate_size": 3072,
+                   "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8,
+                   "head_dim": 128, "vocab_size": 151936, "max_position_embeddings": 40960,
+                   "tie_word_embeddings": True},
 }
 PAIRS = {"gpt2-large": "gpt2", "gpt2-xl": "gpt2",
          "opt-6.7b": "opt-125m"}  # the paper's LLMs and their distillers
 T5_PAIRS = {"t5-large-lm-adapt": "t5-small-lm-adapt", "flan-t5-xl": "flan-t5-base"}
+OWN_PAIRS = {"Llama-3.2-1B": "layers:5", "Qwen3-0.6B": "layers:9"}  # by the rule of sources/pairs.py
 
 
 def build_random(llm_name: str, distiller_name: str, distill_len: int, dtype: torch.dtype, device="cpu"):

@@ -3,32 +3,41 @@
 import argparse
 import functools
 import itertools
+from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+import score
 from data import collate
 from loading import checkpoint_layers
 from model import Prefix
-from paper.measure import PAIRS, T5_PAIRS, Count, build_random, no_weights, weight_bytes
+from paper.measure import CONFIGS, OWN_PAIRS, PAIRS, T5_PAIRS, Count, build_random, no_weights, weight_bytes
 from paper.speed import training_step
+from sources.pairs import settle_distiller
 
 CARDS = (16, 24, 40, 80)  # GB of memory
 GB = 1e9
 ANSWER = 4                # tokens of the answer in a planned step
+STEPS, RATE = 30000, 50e12  # of a stage (Table 5); FLOP/s, 40% of an A10's 16-bit peak
+KNOWN = PAIRS | T5_PAIRS | OWN_PAIRS
 
 
-def plan_one(name: str, args: argparse.Namespace, batch_size: int, checkpointing: bool) -> dict:
+def plan_one(name: str, args: argparse.Namespace, batch_size: int, checkpointing: bool,
+             distiller: str | None = None) -> dict:
     """FLOPs and memory of one step of Eq. (4), LLM in 16 bit: weights, AdamW's state, what is alive at once.
+    distiller: of the LLM `name`; None: the one of KNOWN.
 
     With checkpointing the frozen LLM's layers are run again in the backward pass. In 8 bit (bitsandbytes)
     each weight of the layers' matrices takes one byte, but for T5's `wo`, which stays as it is, and the
     backward pass unpacks one matrix at a time.
     """
-    with no_weights():
-        llm, distiller = build_random(name, (PAIRS | T5_PAIRS)[name], args.distill_len, torch.bfloat16)
+    chunk = functools.partial(score.sum_in_chunks, chunk=1024)  # what a GPU takes, where counting has none
+    with no_weights(), mock.patch.object(score, "sum_in_chunks", chunk):
+        llm, distiller = build_random(name, distiller or KNOWN[name], args.distill_len, torch.bfloat16)
         row = {"demo": [0] * args.demo_tokens,
                "queries": [([0] * (args.query_tokens - ANSWER), [[0] * ANSWER])]}
         batch, columns = collate([row] * batch_size), torch.arange(batch_size * args.query_tokens)
@@ -41,7 +50,7 @@ def plan_one(name: str, args: argparse.Namespace, batch_size: int, checkpointing
         let_attention_fuse(distiller)
         with Count() as count:
             training_step(llm, distiller, batch, (columns, answers), "bf16", read)
-    head, kept = llm.get_output_embeddings(), tuple(llm._keep_in_fp32_modules)
+    head, kept = llm.get_output_embeddings(), tuple(llm._keep_in_fp32_modules or ())
     matrices = [m.weight.numel() for n, m in llm.named_modules()
                 if isinstance(m, nn.Linear | Conv1D) and m is not head and not n.endswith(kept)]
     adam = 8 * sum(p.numel() for p in distiller.parameters() if p.requires_grad)
@@ -77,20 +86,33 @@ def let_attention_fuse(distiller: nn.Module) -> None:
 
 def plan(args: argparse.Namespace) -> list[dict]:
     """Which card a training step fits: counted memory, and 1.5 GB for what torch itself takes and cannot
-    use."""
+    use; and the hours of a stage's steps on an A10, by FLOPs alone. Of --llm and --distiller where these were
+    given, else of the LLMs of KNOWN."""
+    pairs = KNOWN
+    if "llm" not in getattr(args, "filled_in", ("llm",)):
+        name = Path(args.llm).name
+        if name in KNOWN and "distiller" in args.filled_in:
+            args.distiller = KNOWN[name]
+        elif name not in CONFIGS:
+            settle_distiller(args)
+        pairs = {args.llm: args.distiller}
     print(f"one step of Eq. (4): {args.demo_tokens} demonstration and {args.query_tokens} query tokens, "
           f"l = {args.distill_len}")
-    print(f"{'LLM':18s}{'batch':>6s}{'checkpointing':>14s}{'TFLOP':>8s}"
+    print(f"hours: an estimate for {STEPS:,} steps at {RATE / 1e12:.0f} TFLOP/s, not run")
+    print(f"{'LLM':18s}{'batch':>6s}{'checkpointing':>14s}{'TFLOP':>8s}{'hours':>7s}"
           f"{'16 bit GB':>11s}{'fits':>14s}{'8 bit GB':>10s}{'fits':>14s}")
     found = []
-    for name, batch_size, checkpointing in itertools.product(PAIRS | T5_PAIRS, (1, 8), (False, True)):
-        r = plan_one(name, args, batch_size, checkpointing)
-        line = f"{name:18s}{batch_size:6d}{'yes' if checkpointing else 'no':>14s}{r['flops'] / 1e12:8.2f}"
+    for (name, distiller), batch_size, checkpointing in itertools.product(pairs.items(), (1, 8),
+                                                                          (False, True)):
+        r = plan_one(name, args, batch_size, checkpointing, distiller)
+        r["hours"] = round(r["flops"] * STEPS / RATE / 3600, 2)
+        line = f"{Path(name).name:18s}{batch_size:6d}{'yes' if checkpointing else 'no':>14s}"
+        line += f"{r['flops'] / 1e12:8.2f}{r['hours']:7.1f}"
         fits = {}
         for bits, width in (("16 bit", 11), ("8 bit", 10)):
             fits[bits] = [card for card in CARDS if r["peak_bytes"][bits] + 1.5 * GB <= card * GB]
             line += f"{r['peak_bytes'][bits] / GB:{width}.1f}{' '.join(map(str, fits[bits])) or 'none':>14s}"
         print(line)
-        found.append({"llm": name, "batch_size": batch_size, "checkpointing": checkpointing, **r,
-                      "fits_gb": fits})
+        found.append({"llm": name, "distiller": distiller, "batch_size": batch_size,
+                      "checkpointing": checkpointing, **r, "fits_gb": fits})
     return found

@@ -19,6 +19,12 @@ TINY = {
                      "vocab_size": 500},
     "flan-t5-xl": {**measure.T5, "d_model": 80, "d_ff": 160, "num_layers": 5, "num_heads": 4,
                    "vocab_size": 500},
+    "Llama-3.2-1B": {"model_type": "llama", "hidden_size": 64, "intermediate_size": 160,
+                     "num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 2,
+                     "head_dim": 16, "vocab_size": 500},
+    "Qwen3-0.6B": {"model_type": "qwen3", "hidden_size": 48, "intermediate_size": 96,
+                   "num_hidden_layers": 10, "num_attention_heads": 4, "num_key_value_heads": 2,
+                   "head_dim": 16, "vocab_size": 500},
 }
 T_D, T_X, L, V = 30, 9, 5, 500
 WIDTH, LAYERS, WIDTH_S, LAYERS_S = 64, 4, 48, 2  # of gpt2-large and gpt2 above

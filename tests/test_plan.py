@@ -6,11 +6,12 @@ import itertools
 import pytest
 import torch
 from sizes import T_D, T_X, TINY, L, V, attention, matrices
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from data import collate
 from loading import checkpoint_layers
 from paper import measure, plan, speed
+from sources.pairs import settle_distiller
 
 
 def plan_args():
@@ -97,6 +98,68 @@ def test_plan_of_t5_counts_a_real_step(tiny, checkpointing):
     assert distiller.placeholders.grad.norm() > 0
 
 
+@pytest.mark.parametrize("name", measure.OWN_PAIRS)
+def test_plan_of_a_readers_own_llm_by_hand(tiny, name):
+    """As the first, with fewer heads for keys and values, gated layers, and the LLM's own first layers as the
+    distiller, whose embedding is the LLM's and so neither trained nor held twice."""
+    found, c = plan.plan_one(name, plan_args(), 2, False), AutoConfig.for_model(**TINY[name])
+    n = int(measure.OWN_PAIRS[name].removeprefix("layers:"))
+    heads, pairs = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    weights = c.hidden_size * (2 * heads + 2 * pairs + 3 * c.intermediate_size)
+
+    def layers(count, tokens, seen, times=1, times_attention=1):
+        return times * 2 * count * weights * tokens + times_attention * attention(heads, count, tokens, seen)
+
+    all_of, head = c.num_hidden_layers, 2 * c.hidden_size * V * (3 * T_X + 2 * 4)
+    teacher = layers(all_of, T_D, T_D) + layers(all_of, T_X, T_D + T_X)
+    student = layers(all_of, L, L, 2, 3.5) + layers(all_of, T_X, L + T_X, 2, 3.5)
+    distil = layers(n, T_D + L, T_D + L, 3, 3.5)
+    assert found["flops"] == pytest.approx(2 * (teacher + student + distil + head), rel=0.05)
+    norms = (2 * c.hidden_size + (2 * c.head_dim if c.model_type == "qwen3" else 0)) * n + c.hidden_size
+    trained = weights * n + norms + L * c.hidden_size
+    assert found["bytes"]["distiller"] == (4 + 8) * trained
+
+
+@pytest.mark.parametrize("name, parameters", [("Llama-3.2-1B", 1_235_814_400), ("Qwen3-0.6B", 596_049_920),
+                                              ("gpt2-large", 774_030_080), ("gpt2-xl", 1_557_611_200)])
+def test_the_sizes_written_down_are_the_published_ones(name, parameters):
+    """The parameters that each model's card names."""
+    with torch.device("meta"):
+        llm = AutoModelForCausalLM.from_config(AutoConfig.for_model(**measure.CONFIGS[name]))
+    assert sum(p.numel() for p in llm.parameters()) == parameters
+
+
+def test_own_pairs_are_those_that_the_preset_settles(tmp_path):
+    for name, distiller in measure.OWN_PAIRS.items():
+        AutoConfig.for_model(**measure.CONFIGS[name]).save_pretrained(tmp_path / name)
+        args = argparse.Namespace(llm=str(tmp_path / name), distiller="gpt2", filled_in=["distiller"],
+                                  template="space")
+        settle_distiller(args)
+        assert args.distiller == distiller
+
+
+def test_an_llm_that_was_given_is_planned_alone(tiny, tmp_path, capsys, monkeypatch):
+    """With the distiller given, else the one that the training scripts would settle on."""
+    asked, bytes_ = [], {"16 bit": 1e9, "8 bit": 1e9}
+    step = {"flops": 6e12, "peak_bytes": bytes_}
+    monkeypatch.setattr(plan, "plan_one", lambda *a: (asked.append(a), dict(step))[1])
+    AutoConfig.for_model(**TINY["Llama-3.2-1B"]).save_pretrained(tmp_path / "my-llama")
+    own = str(tmp_path / "my-llama")
+    for llm, distiller, filled_in, expected in (
+            (own, "layers:4", [], "layers:4"), (own, "gpt2", ["distiller"], "layers:2"),
+            ("gpt2-xl", "gpt2", ["distiller"], "gpt2"), ("Qwen/Qwen3-0.6B", "gpt2", ["distiller"], "layers:9"),
+            ("flan-t5-xl", "gpt2", ["distiller"], "flan-t5-base")):
+        args = argparse.Namespace(**vars(plan_args()), llm=llm, distiller=distiller, template="space",
+                                  filled_in=filled_in)
+        found = plan.plan(args)
+        assert [(r["llm"], r["distiller"]) for r in found] == [(llm, expected)] * 4
+        assert [(a[0], a[2:]) for a in asked[-4:]] == [
+            (llm, (1, False, expected)), (llm, (1, True, expected)), (llm, (8, False, expected)),
+            (llm, (8, True, expected))]
+        assert found[0]["hours"] == 1.0  # 6 TFLOP, 30,000 times, at 50 TFLOP/s
+    assert "an estimate for 30,000 steps at 50 TFLOP/s, not run" in capsys.readouterr().out
+
+
 def test_plan_counts_fused_attention(tiny):
     """The distiller's scores alone would take 2 layers x 4 heads x 1,005^2 x 2 bytes."""
     args = argparse.Namespace(distill_len=L, demo_tokens=1000, query_tokens=T_X)
@@ -114,5 +177,5 @@ def test_plan_says_which_cards_fit(tiny, monkeypatch, capsys):
         ("gpt2-large", 1, False), ("gpt2-large", 1, True), ("gpt2-large", 8, False), ("gpt2-large", 8, True),
         ("gpt2-xl", 1, False)]
     assert [r["llm"] for r in found[::4]] == ["gpt2-large", "gpt2-xl", "opt-6.7b", "t5-large-lm-adapt",
-                                              "flan-t5-xl"]
+                                              "flan-t5-xl", "Llama-3.2-1B", "Qwen3-0.6B"]
     assert "none" in capsys.readouterr().out
