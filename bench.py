@@ -303,8 +303,8 @@ def get_parser() -> argparse.ArgumentParser:
     group = group.add_mutually_exclusive_group()
     group.add_argument("--fig3", action="store_true",
                        help="Fig. 3 and scaling, counted, and measured for --llm where --repeats is above 0")
-    group.add_argument("--plan", action="store_true", help="memory, FLOPs and hours of training steps, of the "
-                       "paper's LLMs and two others, or of --llm where that is given")
+    group.add_argument("--plan", action="store_true", help="memory, FLOPs and hours of training steps: of "
+                       "the paper's LLMs and two others, or of --llm where that is given")
     group.add_argument("--suite", action="store_true", help="every stated ratio, against plain.py")
     group = parser.add_argument_group("measuring")
     group.add_argument("--random-init", action="store_true", help="random weights, of the same speed")
