@@ -18,16 +18,14 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 import common
 from common import UserError, check, torch_dtype
-from data import Formatter
-from model import ENCODER_DECODERS, Distiller, demo_prefix, head_logits, query_states
+from data import Formatter, collate
+from model import ENCODER_DECODERS, Distiller, answer_mask, demo_prefix, head_logits, query_states
 from sources import headers
 from sources.hub import require_model
 from sources.pairs import own_layers
 from sources.tasks import Tasks
 from sources.text import Tokenizer, check_same_tokens, first_line, model_hashes
 from variants import FreeVectors, KeyValueDistiller
-
-USABLE = "give a GPT-2, OPT, Llama, Qwen, Mistral, Gemma or T5"
 
 
 def first_layers(llm: PreTrainedModel, n_layers: int) -> PreTrainedModel:
@@ -74,6 +72,7 @@ def load_llm(name: str, device: torch.device, dtype: torch.dtype, weights: str |
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         headers.check_llm_config(f"--llm {name}", config)
+        headers.check_attention(f"--llm {name}", config)
         t5 = config.is_encoder_decoder
         kind = transformers.AutoModelForSeq2SeqLM if t5 else transformers.AutoModelForCausalLM
         llm, report = kind.from_pretrained(
@@ -99,38 +98,44 @@ def load_llm(name: str, device: torch.device, dtype: torch.dtype, weights: str |
     return llm
 
 
+CHECKED = [  # rows of data.collate: padding, packed queries and options, as everything is read here
+    {"demo": [3, 4, 5, 6], "queries": [([7, 8], [[9], [10, 11]]), ([12], [[13]])]},
+    {"demo": [14], "queries": [([15, 16], [[17, 18]])]}]
+
+
 @torch.no_grad()
 def check_llm(llm: PreTrainedModel, name: str) -> None:
-    """Raise UserError unless prefix, query and head, as model.py reads them, give the LLM's own logits.
+    """Raise UserError unless prefix, packed queries and head, as model.py reads them, give the logits that
+    the LLM itself gives for one unpadded sequence at a time.
 
     Some architectures have other positions, masks or a scaled head, and would be silently wrong.
     """
     which = f"--llm {name}, of type {llm.config.model_type},"
-    for field in ("attention_types", "attention_chunk_size", "window_size"):  # unknown to window_masks
-        check((not getattr(llm.config, field, None),
-               f"{which} has local attention of its own ({field}), which packed queries break; {USABLE}"))
     headers.check_tensors(f"--llm {name}", {n: t for n, t in llm.named_parameters() if t.is_floating_point()})
-    ids = torch.arange(3, 9, device=llm.device)[None]                                                # (1, 6)
-    prefix_ids, query_ids = ids[:, :3], ids[:, 3:]
-    index, ones = torch.arange(3, device=llm.device)[None], torch.ones_like(query_ids)
-    batch = {"query_ids": query_ids, "query_mask": ones.bool(), "segment": ones * 0, "branch": ones,
-             "position": index, "predictor": index}
-    try:
-        found = head_logits(llm, query_states(llm, demo_prefix(llm, prefix_ids, ones.bool()), batch)[0])
+
+    def own_logits(demo: list[int], x: list[int], y: list[int]) -> Tensor:
+        """(T_y, V)"""
+        ids = torch.tensor([demo + x if llm.config.is_encoder_decoder else demo + x + y], device=llm.device)
         if llm.config.is_encoder_decoder:
-            start = torch.full_like(ids[:, :1], llm.config.decoder_start_token_id)
-            written = torch.cat([start, query_ids[:, :-1]], dim=1)                                   # (1, 3)
-            expected = llm(input_ids=prefix_ids, decoder_input_ids=written).logits[0]
-        else:
-            expected = llm(input_ids=ids).logits[0, 2:-1]
+            start = torch.tensor([[llm.config.decoder_start_token_id, *y[:-1]]], device=llm.device)
+            return llm(input_ids=ids, decoder_input_ids=start).logits[0]
+        return llm(input_ids=ids).logits[0, -len(y) - 1:-1]
+
+    try:
+        batch = collate(CHECKED, llm.device)
+        states = query_states(llm, demo_prefix(llm, batch["demo_ids"], batch["demo_mask"]), batch)
+        found = head_logits(llm, states[answer_mask(batch)])                                     # (N, V)
+        expected = torch.cat([own_logits(row["demo"], x, y)
+                              for row in CHECKED for x, ys in row["queries"] for y in ys])
         difference = ((found - expected).norm() / expected.norm()).item()
-    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{which} cannot read vectors in place of tokens ({type(error).__name__}: {error}); "
-                        f"{USABLE}") from error
+    except Exception as error:  # of foreign code: each architecture has errors of its own
+        raise UserError(f"{which} cannot read vectors in place of tokens ({first_line(error)}); "
+                        f"{headers.USABLE}") from error
+    rounding = 1e-3 if llm.dtype == torch.float32 else 0.1  # far above what it does
     check((difference < float("inf"), f"{which} predicts numbers that are not finite; give another one, or "
                                       "--dtype fp32"),
-          (not difference > 0.1,  # far above what rounding does
-           f"{which} gives other predictions for embeddings than for tokens (by {difference:.0%}); {USABLE}"))
+          (not difference > rounding, f"{which} gives other predictions for embeddings than for tokens (by "
+           f"{difference:.0%}); {headers.USABLE}"))
 
 
 def checkpoint_layers(llm: PreTrainedModel) -> None:
@@ -202,6 +207,7 @@ def build_distiller(spec: str, llm: PreTrainedModel, distill_len: int, start: st
         try:
             config = AutoConfig.from_pretrained(spec, trust_remote_code=False)
             headers.check_llm_config(f"--distiller {spec}", config)
+            headers.check_attention(f"--distiller {spec}", config)
             backbone = backbone_class(config).from_pretrained(spec, dtype=torch.float32,
                                                               trust_remote_code=False)
         except UserError:
@@ -213,7 +219,12 @@ def build_distiller(spec: str, llm: PreTrainedModel, distill_len: int, start: st
     else:
         check((not getattr(llm, "is_loaded_in_8bit", False), f"--distiller {spec} would copy the LLM's "
                "weights, which are in 8 bit; give a sibling of the LLM, or --llm-weights bf16"))
-        backbone = first_layers(llm, own_layers(spec, llm.config.num_hidden_layers))
+        n = own_layers(spec, llm.config.num_hidden_layers)
+        try:
+            backbone = first_layers(llm, n)
+        except Exception as error:  # an architecture whose layers do not stand by themselves
+            raise UserError(f"--distiller {spec}: an LLM of type {llm.config.model_type} cannot lend layers "
+                            f"({first_line(error)}); give a smaller model of its family") from error
     share = {"plain": None, "matched": 1.0, "residual": 0.1}[start]  # of the LLM's embeddings' scale
     embed = backbone.get_input_embeddings() if own else llm_embed
     return Distiller(fuse_gelu(backbone).to(llm.device), embed, distill_len, llm_embed.embedding_dim, own,

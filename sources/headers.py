@@ -11,6 +11,7 @@ from torch import Tensor
 
 from common import UserError, check, is_main
 
+USABLE = "give a GPT-2, OPT, Llama, Qwen, Mistral, Gemma or T5"
 STARTS = ("plain", "matched", "residual")
 TEMPLATES = ("space", "newline", "input-output", "chat")
 WHOLE, NUMBER, OPTIONAL = "a whole number of 0 or more", "a number", "a number or nothing"
@@ -28,6 +29,7 @@ KINDS = {  # what a field must be: a type, WHOLE, NUMBER, or the values it can h
 # of a distiller's configuration: what names code, or kernels from elsewhere, and what a distiller never has
 REMOTE = re.compile(r"auto_map|.*attn_implementation.*|.*experts_implementation.*|trust_remote_code|"
                     r"quantization_config|custom_.*|use_kernel.*")
+NO_ATTENTION = re.compile(r"mamba_|conv|ssm_|linear_conv|block_types|layers_block")  # fields of such layers
 LAYERS = re.compile(r"n_layers?|num_(hidden_|decoder_|encoder_)?layers")
 
 
@@ -175,6 +177,23 @@ def check_llm_config(flag: str, config) -> None:
            f"{flag} has a configuration of {str(layers)[:40]} layers; give a whole number up to 1,000"),
           (kernels is None or isinstance(kernels, str) and kernels in ("eager", "sdpa"),
            f"{flag} has a configuration with attn_implementation {str(kernels)[:60]}; take that out"))
+
+
+def check_attention(flag: str, config) -> None:
+    """Raise UserError for a model whose configuration says that something other than attention by positions
+    and our own mask joins its tokens: packed queries would reach each other, or padding would count."""
+    which = f"{flag}, of type {config.model_type},"
+    fields = ("attention_types", "attention_chunk_size", "window_size")
+    local = [name for name in fields if getattr(config, name, None)]
+    biases = any(getattr(c, "alibi", False) for c in (config, getattr(config, "attn_config", None)))
+    layers = {*(getattr(config, "layer_types", None) or ())} - {"full_attention", "sliding_attention"}
+    layers |= {name for name in vars(config) if NO_ATTENTION.match(name)}
+    check((not local, f"{which} has local attention of its own ({', '.join(local)}), which packed queries "
+           f"break; {USABLE}"),
+          (not biases, f"{which} has biases in place of positions (ALiBi), which padding and packed queries "
+           f"break; {USABLE}"),
+          (not layers, f"{which} has layers that are no attention ({', '.join(sorted(layers))[:80]}), which "
+           f"packed queries break; {USABLE}"))
 
 
 def read_vectors_header(path: str | Path, metadata: dict[str, str] | None) -> dict:
