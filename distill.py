@@ -4,7 +4,7 @@
     python distill.py --demos demos.jsonl --queries queries.jsonl          # labelled queries: accuracies
     python distill.py --demos demos.jsonl --out vectors.safetensors        # keep the vectors
     python distill.py --vectors vectors.safetensors --ask "..."            # no demonstration is read any more
-    python distill.py --checkpoint out/finetune-LLM --export my.safetensors   # a run's weights, to publish
+    python distill.py --checkpoint out/finetune-LLM --publish my-distiller    # a folder as the hub has them
 
 A line of either file is {"input": ..., "output": ..., "options": [...]}; queries need no output, and nothing
 needs options. An answer is chosen among the query's options, else the demonstrations', else their labels
@@ -25,9 +25,9 @@ import common
 from common import UserError, check, finish, require_finite, run_main, setup
 from data import MAX_INPUT, Formatter
 from loading import (
+    checkpoint_file,
     checkpoint_id,
     identity,
-    load_checkpoint,
     load_distiller,
     load_llm,
     make_formatter,
@@ -36,6 +36,7 @@ from loading import (
 )
 from model import vector_prefix, with_head
 from score import distil, predict
+from serving import pretrained
 from sources.files import write_tensors
 from sources.headers import check_tensors, read_vectors_header, require_same_llm, sealed
 from sources.tasks import require_options
@@ -51,10 +52,10 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--ask", nargs="+", default=[], metavar="TEXT", help="inputs to answer")
     parser.add_argument("--queries", metavar="FILE", help="inputs to answer, one JSON object a line")
     parser.add_argument("--out", metavar="FILE", help="write the vectors here")
-    parser.add_argument("--export", metavar="FILE",
-                        help="write --checkpoint's weights here in bf16, without optimiser and flags")
-    parser.add_argument("--checkpoint", default=str(PUBLISHED),
-                        help="run folder or checkpoint file; default: the published one")
+    parser.add_argument("--publish", metavar="FOLDER", help="write --checkpoint here, in bf16 and without "
+                        "optimiser and flags: model.safetensors, config.json and a card, ready for the hub")
+    parser.add_argument("--checkpoint", default=str(PUBLISHED), help="run folder, checkpoint file or "
+                        "published folder; default: the checkpoint that comes along")
     parser.add_argument("--llm", default=common.PRESETS["pocket"]["llm"],
                         help="its frozen LLM: a hub name or a folder; default: that of `make assets`")
     parser.add_argument("--distill-len", type=int, metavar="L", help="vectors to distil into; default: "
@@ -131,24 +132,6 @@ def read_vectors(path: str, llm) -> tuple[Tensor, dict]:
     return vectors.to(llm.device), about
 
 
-def export_checkpoint(source: str | Path, target: Path) -> None:
-    """Write a run's distiller to a file of its own, to be published: weights in bf16, no optimiser, and
-    nothing that names this machine's folders: of flags the numbers, of a distiller's folder its name."""
-    def name_only(values: dict) -> dict:
-        return {name: Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
-                for name, value in values.items()}
-    tensors, state = load_checkpoint(source)
-    weights = {name: t.to(torch.bfloat16) for name, t in tensors.items() if name.startswith("distiller.")}
-    needed = ("trained_on", "commit", "step", "metrics")
-    check((not {*needed, "model"} - state.keys(),
-           f"{source} is not a whole checkpoint of this project; give a run's folder"))
-    kept = {name: state[name] for name in needed}
-    backbone = state["model"]["backbone"]
-    kept["model"] = name_only(state["model"]) | {"backbone": backbone and name_only(backbone)}
-    kept["flags"] = {name: v for name, v in state.get("flags", {}).items() if type(v) in (int, float)}
-    write_tensors(target, weights, sealed("state", kept))
-
-
 @torch.no_grad()
 def write_answer(llm, prefix: Tensor, formatter: Formatter, query: dict, tokens: int) -> str:
     """An answer of `tokens` at most, decoded greedily behind a prefix of embeddings (P, d), or of keys and
@@ -198,17 +181,20 @@ def room(formatter: Formatter, examples: list[dict], args: argparse.Namespace) -
 
 def check_flags(args: argparse.Namespace) -> None:
     """Raise UserError, with every fault, for flags that do not go together."""
-    flag, path = ("--export", args.export) if args.export else ("--out", args.out)
     others = [name for name in ("demos", "vectors", "ask", "queries", "out") if getattr(args, name)]
-    check((not (args.export and others), f"--export only copies; leave out --{' and --'.join(others)}"),
-          (bool(args.demos) != bool(args.vectors) or args.export, "give --demos FILE or --vectors FILE"),
-          (args.ask or args.queries or args.out or args.export,
+    folder, out = args.publish and Path(args.publish), args.out
+    check((not (folder and others), f"--publish only copies; leave out --{' and --'.join(others)}"),
+          (bool(args.demos) != bool(args.vectors) or folder, "give --demos FILE or --vectors FILE"),
+          (args.ask or args.queries or out or folder,
            "nothing to do: --ask or --queries to answer, --out to keep the vectors"),
-          (not (args.vectors and args.out),
+          (not (args.vectors and out),
            "--out writes the vectors of --demos; --vectors are in a file already"),
-          (not path or not Path(path).exists() or (not args.export and is_vectors_file(path)),
-           f"{flag} {path} is there already and holds something else; give another name"),
-          common.place_rule(flag, path or ""),
+          (not out or not Path(out).exists() or is_vectors_file(out),
+           f"--out {out} is there already and holds something else; give another name"),
+          (not folder or not folder.is_dir() or not any(folder.iterdir()),
+           f"--publish {folder} is there already and holds something else; give another name"),
+          common.place_rule("--out", out or ""),
+          common.place_rule("--publish", str(folder / pretrained.WEIGHTS) if folder else ""),
           *common.device_rules(args),
           *common.at_least(args, 1, "answer_tokens", "context_len", "distill_len"),
           (not (args.vectors and args.distill_len),
@@ -218,9 +204,10 @@ def check_flags(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> dict:
     args = get_parser().parse_args(argv)
     check_flags(args)
-    if args.export:
-        export_checkpoint(args.checkpoint, Path(args.export))
-        return finish({"checkpoint": checkpoint_id(args.export), "bytes": Path(args.export).stat().st_size})
+    if args.publish:
+        pretrained.publish(args.checkpoint, Path(args.publish))
+        size = checkpoint_file(args.publish).stat().st_size
+        return finish({"checkpoint": checkpoint_id(args.publish), "bytes": size})
     demos = read_lines(args.demos, ("input", "output")) if args.demos else []
     queries = [{"task": "--ask", "input": text.strip(), "output": "", "options": []} for text in args.ask]
     queries += read_lines(args.queries, ("input",)) if args.queries else []

@@ -274,18 +274,25 @@ def checkpoint_id(path: str | Path) -> str:
 
 
 def checkpoint_file(path: str | Path) -> Path:
-    """A checkpoint file itself, or best.safetensors, else last.safetensors, of a run's folder."""
+    """A checkpoint file itself, or best.safetensors, else last.safetensors, of a run's folder, or
+    model.safetensors of a published one (serving/pretrained.py)."""
     path = Path(path)
-    for candidate in (path, path / "best.safetensors", path / "last.safetensors"):
-        if candidate.is_file():
-            return candidate
+    for file in (path, *(path / f"{name}.safetensors" for name in ("best", "last", "model"))):
+        if file.is_file():
+            return file
     raise UserError(f"no checkpoint at {path}: expected a .safetensors file, or a folder with "
-                    "best.safetensors or last.safetensors in it, as the training scripts write them")
+                    "best.safetensors or last.safetensors in it, as the training scripts write them, or "
+                    "model.safetensors of distill.py --publish")
 
 
 def load_distiller(path: str | Path, llm: PreTrainedModel) -> tuple[nn.Module, dict]:
-    """The distiller of a checkpoint file or run folder, for this LLM, and the checkpoint's state."""
+    """The distiller of a checkpoint file or folder, for this LLM, and the checkpoint's state."""
     tensors, state = load_checkpoint(path)
+    return restored(path, tensors, state, llm), state
+
+
+def restored(path: str | Path, tensors: dict[str, Tensor], state: dict, llm: PreTrainedModel) -> nn.Module:
+    """The distiller that `load_checkpoint` read, for this LLM. path: for messages."""
     config, found = state.get("model", {}), identity(llm)
     check(("vector_start" in config, f"{path} is older than --vector-start; train it again"))
     headers.check_fields(path, "model", config, "llm")
@@ -302,7 +309,7 @@ def load_distiller(path: str | Path, llm: PreTrainedModel) -> tuple[nn.Module, d
     except Exception as error:  # a header can break any of the libraries below
         raise UserError(f"{path} has a header that no distiller can be built from ({first_line(error)}); "
                         "take another file") from error
-    return distiller, state
+    return distiller
 
 
 def check_backbone(path: str | Path, backbone_config: dict, tensors: dict[str, Tensor]) -> None:

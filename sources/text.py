@@ -1,6 +1,7 @@
 """Where text comes from: tokenizers, files and the hub. No tensors."""
 
 import contextlib
+import copy
 import functools
 import gzip
 import hashlib
@@ -13,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from huggingface_hub import try_to_load_from_cache
 from tqdm import tqdm
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 import common
 from common import UserError, check
@@ -37,12 +38,16 @@ class Tokenizer:
     """A hub or local tokenizer that adds no special tokens and reads text such as <|im_end|> as plain text.
 
     Byte-level BPE goes through tiktoken, which is faster; `reference` is always transformers' own way.
+
+    name: of a model or its folder; or a tokenizer of transformers, which is copied.
     """
 
-    def __init__(self, name: str):
+    def __init__(self, name: str | PreTrainedTokenizerBase):
+        loaded = copy.deepcopy(name) if isinstance(name, PreTrainedTokenizerBase) else None
+        name = loaded.name_or_path if loaded else name
         assets.ensure(name)
         try:
-            self.hf = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+            self.hf = loaded or AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         except Exception as error:  # a broken file can break any of the libraries below
             raise UserError(f"no tokenizer at {name} ({first_line(error)}). Give the hub name or the folder "
                             "of a model; the pocket preset's comes from `make assets`, and T5's needs "

@@ -171,14 +171,15 @@ def test_labels():
                               for e in examples([("a", "b"), ("c", "d")])]) == ["no", "yes"]
 
 
-def test_export_is_small_says_no_path_and_can_be_evaluated(llama, llama_llm, tasks_dir, tmp_path):
+def test_what_is_published_is_small_says_no_path_and_can_be_evaluated(llama, llama_llm, tasks_dir, tmp_path):
     module = build_distiller("layers:2", llama_llm, 4, "residual", 1)
     about = STATE | {"trained_on": {"pretrain": {"objective": "kl"}},
                      "flags": {"out_dir": "/home/me/run", "lr": 0.1}}
     save_distiller(tmp_path / "run", module, llama_llm, start="residual", **about)
-    target = tmp_path / "out" / "x.safetensors"
-    distill.main(["--checkpoint", str(tmp_path / "run"), "--export", str(target)])
-    assert b"/home/me" not in target.read_bytes()
+    target = tmp_path / "out" / "mine"
+    distill.main(["--checkpoint", str(tmp_path / "run"), "--publish", str(target)])
+    assert sorted(path.name for path in target.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    assert not any(b"/home/me" in path.read_bytes() for path in target.iterdir())
     tensors, kept = loading.load_checkpoint(target)
     assert {t.dtype for t in tensors.values()} == {torch.bfloat16} and kept["flags"] == {"lr": 0.1}
     for name, p in module.state_dict().items():
@@ -192,10 +193,10 @@ def test_export_is_small_says_no_path_and_can_be_evaluated(llama, llama_llm, tas
 @pytest.mark.parametrize("flags, message", [
     ("", "give --demos FILE"), ("--demos D --vectors V", "give --demos FILE"), ("--demos D", "nothing to do"),
     ("--vectors V --out O", "are in a file already"), ("--demos missing --ask x", "missing is no file"),
-    ("--demos D --export E", "leave out --demos"), ("--demos D --ask x --answer-tokens 0",
+    ("--demos D --publish E", "leave out --demos"), ("--demos D --ask x --answer-tokens 0",
                                                     "--answer-tokens is 0"),
     ("--demos D --out D", "is there already"), ("--demos D --out D/x.safetensors", "stands under a file"),
-    ("--demos D --ask x --device gpu", "--device gpu is unknown"), ("--export .", "is there already"),
+    ("--demos D --ask x --device gpu", "--device gpu is unknown"), ("--publish .", "is there already"),
     ("--demos D --ask ' '", "--ask holds an empty text"),
     ("--demos D --ask x --context-len 0", "--context-len is 0")])
 def test_bad_flags(flags, message, demos):
@@ -219,14 +220,14 @@ def test_bad_files(line, message, tmp_path):
 def test_no_checkpoint_is_written_over(argv, checkpoint, demos, tmp_path):
     run, vectors = checkpoint / "best.safetensors", tmp_path / "v.safetensors"
     before = run.read_bytes()
-    for out in (["--demos", demos(DEMOS), "--out"], ["--export"]):
+    for out in (["--demos", demos(DEMOS), "--out", str(run)], ["--publish", str(checkpoint)]):
         with pytest.raises(common.UserError, match="is there already and holds something else"):
-            distill.main([*argv, *out, str(run)])
+            distill.main([*argv, *out])
     assert run.read_bytes() == before
     for pairs in (DEMOS, DEMOS[:2]):  # vectors may take the place of vectors
         distill.main([*argv, "--demos", demos(pairs), "--out", str(vectors)])
     with pytest.raises(common.UserError, match="cannot be written"):
-        distill.main([*argv, "--export", "/proc/nowhere/x.safetensors"])
+        distill.main([*argv, "--publish", "/proc/nowhere/x"])
 
 
 def test_vectors_of_another_llm_and_no_vectors_are_refused(gpt2, llama_llm, tmp_path):

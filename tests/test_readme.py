@@ -29,7 +29,7 @@ VARIABLES = {"$(DEMO)": "out/demo", "$(PUBLISHED)": "x.safetensors",
              "$(MADE)": "--preset pocket --tasks functions", "$(SMALL)": "--distiller kv:32",
              "$(TABLE)": "--seeds 100",
              "$(if $(filter gemma,$(LLM)),--only gemma)": "", "$": ""}
-MODULES = [path.stem for path in common.ROOT.glob("*.py")] + ["paper", "sources"]
+MODULES = [path.stem for path in common.ROOT.glob("*.py")] + ["paper", "serving", "sources"]
 
 
 def read(place: str) -> str:
@@ -104,7 +104,7 @@ def test_the_packed_row_is_what_collate_makes():
 @pytest.mark.parametrize("name", names())
 def test_a_name_of_the_documents_exists(name):
     parts = name.split(".")
-    deep = 2 if parts[0] in ("paper", "sources") else 1
+    deep = 2 if parts[0] in ("paper", "serving", "sources") else 1
     found = importlib.import_module(".".join(parts[:deep]))
     for part in parts[deep:]:
         found = getattr(found, part)
