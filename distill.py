@@ -138,13 +138,14 @@ def write_answer(llm, prefix: Tensor, formatter: Formatter, query: dict, tokens:
     values (P, W), and the query."""
     ids = torch.tensor([formatter.query(query, first=len(prefix) == 0)], device=llm.device)
     embed, end = llm.get_input_embeddings(), llm.config.eos_token_id or 0
-    mask = torch.ones((1, len(prefix)), dtype=torch.bool, device=llm.device)
+    head, mask = formatter.turns.head, torch.ones((1, len(prefix)), dtype=torch.bool, device=llm.device)
     if prefix.shape[1] == embed.embedding_dim:
-        embeds, _ = with_head(llm, prefix[None].to(llm.dtype), mask, formatter.turns.head)
+        embeds, _ = with_head(llm, prefix[None].to(llm.dtype), mask, head)
         given = {"inputs_embeds": torch.cat([embeds, embed(ids)], dim=1)}               # (1, P + T, d)
     else:  # generate() wants an id for each position that is in the cache, and does not look at it
-        given = {"input_ids": torch.cat([mask.long(), ids], dim=1),                     # (1, P + T)
-                 "past_key_values": vector_prefix(llm, prefix[None]).cache()}
+        read = vector_prefix(llm, prefix[None], head)
+        given = {"input_ids": torch.cat([read.mask.long(), ids], dim=1),                # (1, h + P + T)
+                 "past_key_values": read.cache()}
     length = next(iter(given.values())).shape[1]
     seen = torch.ones((1, length), dtype=torch.long, device=llm.device)
     made = llm.generate(**given, attention_mask=seen, max_new_tokens=tokens, do_sample=False,
@@ -232,7 +233,7 @@ def main(argv: list[str] | None = None) -> dict:
     if demos:
         parts = formatter.parts(demos, limit)
         kept, pieces = zip(*sum(parts, []), strict=True)
-        vectors = distil(parts, distiller, device, args.dtype)[0].float()                # (S l, d)
+        vectors = distil(parts, distiller, device, args.dtype, formatter.turns.head)[0].float()  # (S l, d)
         ids = torch.tensor([formatter.demonstrations(demos, limit)], device=device)     # (1, T_d)
         require_finite("a distilled vector", vectors)
         with torch.no_grad():

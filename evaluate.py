@@ -49,7 +49,7 @@ def task_vectors(task: str, seed: int, llm, distiller, formatter: Formatter, tas
     """(1, l, d): the vectors that `mend` has on a task."""
     demos, files = demonstration_set(tasks, task, seed, args.k)
     parts = formatter.parts(demos, formatter.limit(demos + files["test"]))
-    return distil(parts, distiller, llm.device, args.dtype)
+    return distil(parts, distiller, llm.device, args.dtype, formatter.turns.head)
 
 
 def get_parser() -> argparse.ArgumentParser:

@@ -342,11 +342,13 @@ def require_input_vectors(distiller: nn.Module, what: str) -> None:
 
 def make_formatter(args: argparse.Namespace, tokenizer: Tokenizer, llm, distiller) -> Formatter:
     """The formatter of examples with the length limits of this LLM and distiller (None: without vectors)."""
-    check((args.template != "chat" or not isinstance(distiller, KeyValueDistiller),
-           "--template chat has no place for kv:R, which starts at position 0; give layers:N or a sibling"))
     backbone = distiller is not None and distiller.backbone
-    return Formatter(tokenizer, args.template, args.context_len, args.distill_len, max_positions(llm.config),
+    made = Formatter(tokenizer, args.template, args.context_len, args.distill_len, max_positions(llm.config),
                      max_positions(backbone.config) if backbone else None, getattr(args, "segments", 1))
+    kv, head = isinstance(distiller, KeyValueDistiller), made.turns.head
+    check((not kv or args.template != "chat" or len(head) > 1, f"--template chat: that of {tokenizer.name} "
+           f"starts with {len(head)} tokens, and kv:R needs 2; give layers:N or a sibling"))
+    return made
 
 
 def load_all(args: argparse.Namespace, device: torch.device) -> tuple:

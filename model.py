@@ -80,7 +80,8 @@ class Distiller(nn.Module):
             self.train()
         object.__setattr__(self, "residual_embed", residual_embed)
 
-    def forward(self, demo_ids: Tensor, demo_mask: Tensor, segments: int = 1) -> Tensor:
+    def forward(self, demo_ids: Tensor, demo_mask: Tensor, segments: int = 1,
+                head: Sequence[int] = ()) -> Tensor:
         """Distil each row's demonstrations.
 
         Args:
@@ -149,7 +150,7 @@ def demo_prefix(llm: PreTrainedModel, demo_ids: Tensor, demo_mask: Tensor,
 
 def vector_prefix(llm: PreTrainedModel, vectors: Tensor, head: Sequence[int] = ()) -> Prefix:
     """The LLM reads distilled vectors: [head ; S_D], Eq. (2). vectors: (B, l, d), or, of other width, keys
-    and values of variants.py, among them those of D's first token in BOS's place."""
+    and values of variants.py, among them those of D's first token in BOS's place, behind a chat's head."""
     mask = torch.ones(vectors.shape[:2], dtype=torch.bool, device=vectors.device)
     if (d := llm.get_input_embeddings().embedding_dim) == vectors.shape[2]:
         return prefill(llm, *with_head(llm, vectors, mask, head))
@@ -157,7 +158,18 @@ def vector_prefix(llm: PreTrainedModel, vectors: Tensor, head: Sequence[int] = (
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     layers = vectors[:, :, :-d].unflatten(2, (config.num_hidden_layers, 2, heads, -1))
     keys_values = layers.permute(2, 3, 0, 4, 1, 5)                          # (layers, 2, B, heads, l, width)
+    if h := places(head):
+        ids = torch.tensor([head], device=vectors.device).expand(len(vectors), h)           # (B, h)
+        before = demo_prefix(llm, ids, torch.ones_like(ids, dtype=torch.bool)).keys_values
+        keys_values = [[torch.cat(two, dim=2) for two in zip(*pairs, strict=True)]
+                       for pairs in zip(before, keys_values, strict=True)]
+        mask = F.pad(mask, (h, 0), value=True)
     return Prefix([(keys, values) for keys, values in keys_values], vectors[:, -1, -d:], mask)
+
+
+def places(head: Sequence[int]) -> int:
+    """Positions of `head` before keys and values, which have D's first token in a single BOS's place."""
+    return len(head) if len(head) > 1 else 0
 
 
 def teacher_and_student(llm: PreTrainedModel, distiller: nn.Module, batch: dict[str, Tensor],
@@ -176,7 +188,8 @@ def teacher_and_student(llm: PreTrainedModel, distiller: nn.Module, batch: dict[
         with torch.no_grad():
             teacher = query_states(llm, demo_prefix(llm, demo_ids, batch["demo_mask"], head), batch)
     with autocast(demo_ids.device, dtype):
-        vectors = distiller(part_ids, batch["part_mask"], len(part_ids) // len(demo_ids))   # (B, S l, d)
+        segments = len(part_ids) // len(demo_ids)                                           # S
+        vectors = distiller(part_ids, batch["part_mask"], segments, head)                   # (B, S l, d)
     # not under no_grad: the LLM is frozen, but the gradient flows through it to the vectors
     return teacher, query_states(llm, vector_prefix(llm, vectors, head), batch)
 

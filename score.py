@@ -3,7 +3,7 @@
 Covers Eq. (1) to (4) of the paper: score_options, distill_loss, pred_loss and finetune_loss.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -141,11 +141,11 @@ def demo_tokens(method: str, demos: list[dict], limit: int, formatter: Formatter
     return formatter.demonstrations(demos, limit)
 
 
-def distil(parts: list[list[tuple]], distiller, device, dtype: str) -> Tensor:
-    """The vectors S_D, (1, S l, d), of one D in S segments (Formatter.parts)."""
+def distil(parts: list[list[tuple]], distiller, device, dtype: str, head: Sequence[int] = ()) -> Tensor:
+    """The vectors S_D, (1, S l, d), of one D in S segments (Formatter.parts), to stand behind `head`."""
     ids, mask = (t.to(device) for t in padded_left(list(map(flat, parts))))                 # (S, T_s)
     with torch.no_grad(), autocast(device, dtype):
-        return distiller(ids, mask, len(parts))
+        return distiller(ids, mask, len(parts), head)
 
 
 def one_prefix(method: str, demos: list[dict], limit: int, llm, distiller, formatter: Formatter,
@@ -154,7 +154,7 @@ def one_prefix(method: str, demos: list[dict], limit: int, llm, distiller, forma
     head = formatter.turns.head
     if method in VECTOR_METHODS:
         parts = formatter.parts(demos, limit)
-        return vector_prefix(llm, distil(parts, distiller, llm.device, args.dtype), head)
+        return vector_prefix(llm, distil(parts, distiller, llm.device, args.dtype, head), head)
     tokens = demo_tokens(method, demos, limit, formatter)
     demo_ids = torch.tensor([tokens], dtype=torch.long, device=llm.device)                  # (1, T_d)
     return demo_prefix(llm, demo_ids, torch.ones_like(demo_ids, dtype=torch.bool), head)

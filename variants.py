@@ -12,6 +12,7 @@ LLM attends to, and the memory that its cache takes behind either, is the same l
 """
 
 import copy
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from model import causal_mask, positions_of, random_rows, run_backbone
+from model import causal_mask, places, positions_of, random_rows, run_backbone
 
 SCALE = 2.0  # of what an adapter adds
 
@@ -73,12 +74,14 @@ class KeyValueDistiller(nn.Module):
         self.placeholders = nn.Parameter(torch.zeros(distill_len - 1, embed.embedding_dim))
         self.distill_len = distill_len  # free to shrink: then the last l - 1 placeholders are used
 
-    def forward(self, demo_ids: Tensor, demo_mask: Tensor, segments: int = 1) -> Tensor:
+    def forward(self, demo_ids: Tensor, demo_mask: Tensor, segments: int = 1,
+                head: Sequence[int] = ()) -> Tensor:
         """Distil each row's demonstrations.
 
         Args:
             demo_ids: (B, T_d) long, padded on the left. demo_mask: (B, T_d) bool. segments: S rows
                 that follow one another are parts of one D; the first one's first position serves all.
+            head: a chat's ids, behind whose positions the keys and values will stand.
         Returns:
             (B / S, S (l - 1) + 1, layers * 2 * heads * head width + d) fp32: a position's keys and values,
             layer by layer, and its final hidden state.
@@ -89,7 +92,7 @@ class KeyValueDistiller(nn.Module):
         last = (last + self.placeholders[-n:]).to(embeds.dtype)
         embeds = torch.cat([embeds, last], dim=1)                                           # (B, T_d + n, d)
         mask = F.pad(demo_mask, (0, n), value=True)
-        positions, cache = positions_of(mask), DynamicCache()
+        positions, cache = positions_of(mask) + places(head), DynamicCache()
         if hasattr(self.backbone, "rotary_emb"):  # only distances count: the query stands at l, whatever T_d
             behind = n * (torch.arange(len(demo_ids), device=mask.device) % segments)       # (B,)
             positions = positions + (1 - demo_mask.sum(dim=1) + behind)[:, None]
@@ -120,6 +123,7 @@ class FreeVectors(nn.Module):
 
         self.distill_len = distill_len
 
-    def forward(self, demo_ids: Tensor, demo_mask: Tensor, segments: int = 1) -> Tensor:
+    def forward(self, demo_ids: Tensor, demo_mask: Tensor, segments: int = 1,
+                head: Sequence[int] = ()) -> Tensor:
         """(B, T_d), (B, T_d) -> (B / S, l, d); what the demonstrations say does not matter."""
         return self.vectors[:self.distill_len].expand(len(demo_ids) // segments, -1, -1)

@@ -184,7 +184,7 @@ def predict_each(method: str, sets: list[list[dict]], limit: int, llm, distiller
         batch = collate([rows[i] for i in group], llm.device)
         if method in VECTOR_METHODS:
             with autocast(llm.device, args.dtype):
-                vectors = distiller(batch["demo_ids"], batch["demo_mask"])                  # (B, l, d)
+                vectors = distiller(batch["demo_ids"], batch["demo_mask"], 1, head)         # (B, l, d)
             prefix = vector_prefix(llm, vectors, head)
         else:
             prefix = demo_prefix(llm, batch["demo_ids"], batch["demo_mask"], head)

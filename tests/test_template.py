@@ -25,8 +25,9 @@ import plain
 import train_finetune
 import train_pretrain
 from common import UserError
-from data import MAX_INPUT, Formatter
+from data import MAX_INPUT, Formatter, collate
 from loading import build_distiller, load_checkpoint, load_llm, make_formatter
+from model import head_logits, query_states, vector_prefix
 from paper.demos import predict_each
 from score import demo_tokens, option_scores
 from sources.template import TEMPLATES, chat_turns
@@ -199,23 +200,31 @@ def test_each_querys_own_demonstrations_stand_behind_the_head(chat):
             assert [said] == evaluate.predict(chat.llm, one, chat.formatter, [query])
 
 
-def test_keys_and_values_are_refused(chat):
-    args = SimpleNamespace(template="chat", context_len=900, distill_len=4)
-    with pytest.raises(UserError, match="--template chat has no place for kv:R"):
-        make_formatter(args, chat.tokenizer, chat.llm, build_distiller("kv:2", chat.llm, 4, "plain", 0))
+def test_keys_and_values_need_a_head_that_is_no_bos(chat, chat_llm, tmp_path):
+    folder = shutil.copytree(chat_llm, tmp_path / "llm")
+    give_chat(folder, "{% for m in messages %}{{ '<|im_start|>' + m.content }}{% endfor %}")
+    args, made = SimpleNamespace(template="chat", context_len=900, distill_len=4), []
+    for spec in ("layers:1", "kv:2"):
+        made.append(build_distiller(spec, chat.llm, 4, "plain", 0))
+        make_formatter(args, chat.tokenizer, chat.llm, made[-1])
+    tokenizer = Tokenizer(str(folder))
+    assert len(make_formatter(args, tokenizer, chat.llm, made[0]).turns.head) == 1
+    with pytest.raises(UserError, match="starts with 1 tokens, and kv:R needs 2"):
+        make_formatter(args, tokenizer, chat.llm, made[1])
 
 
-def test_both_stages_and_every_method_take_it(chat_llm, chat, tasks_dir, corpus_dir, tmp_path, quick_dev,
-                                              monkeypatch):
+@pytest.mark.parametrize("spec", ["layers:2", "kv:2"])
+def test_both_stages_and_every_method_take_it(spec, chat_llm, chat, tasks_dir, corpus_dir, tmp_path,
+                                              quick_dev, monkeypatch):
     """Pretraining text has no turns, and finetuning's rows have; a checkpoint keeps the template's name."""
     heads = {"pretrain": [], "finetune": []}
     for script in (train_pretrain, train_finetune):
         usual = script.teacher_and_student
         monkeypatch.setattr(script, "teacher_and_student", lambda *a, u=usual, s=script, **k: (
             heads[s.__name__.removeprefix("train_")].append((a[3], a[2])), u(*a, **k))[1])
-    small = ["--preset", "pocket", "--llm", str(chat_llm), "--distiller", "layers:2", "--distill-len", "4",
-             "--tasks", str(tasks_dir), "--dtype", "fp32", "--device", "cpu", "--k", "4", "--template",
-             "chat"]
+    small = ["--preset", "pocket", "--llm", str(chat_llm), "--distiller", spec, "--distill-len", "4",
+             "--tasks", str(tasks_dir), "--dtype", "fp32", "--device", "cpu", "--k", "4",
+             "--template", "chat"]
     steps = ["--batch-size", "2", "--steps", "1", "--eval-every", "1"]
     pre, fine = tmp_path / "pre", tmp_path / "fine"
     train_pretrain.main([*small, *steps, "--corpus", str(corpus_dir), "--window", "96", "--eval-docs", "3",
@@ -237,6 +246,28 @@ def test_both_stages_and_every_method_take_it(chat_llm, chat, tasks_dir, corpus_
                    "--out", str(out)])
     records = [json.loads(line) for line in out.read_text().splitlines()]
     assert {(r["method"], r["template"]) for r in records} == {(m, "chat") for m in methods}
+
+
+@torch.no_grad()
+def test_written_and_chosen_answers_behind_keys_and_values_in_a_chat(chat, chat_llm, tmp_path):
+    """distill.py's generate(), which counts positions by the cache, against scores of the same answer."""
+    distiller = build_distiller("kv:2", chat.llm, 4, "plain", 0).eval()
+    for p in distiller.parameters():
+        p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+    enc = chat.formatter
+    D, head = enc.demonstrations(SHOWN, 900), enc.turns.head
+    ids = torch.tensor([D])
+    vectors = distiller(ids, torch.ones_like(ids, dtype=torch.bool), 1, head)
+    query, written = example("the river is cold"), []
+    prefix = vector_prefix(chat.llm, vectors, head)
+    while len(written) < 4:
+        batch = collate([{"demo": [], "queries": [(enc.query(query), [[*written, 0]])]}])
+        states = query_states(chat.llm, prefix, batch)[0, -1:]
+        written.append(head_logits(chat.llm, states).argmax().item())
+        if written[-1] == chat.llm.config.eos_token_id:
+            break
+    expected = chat.tokenizer.hf.decode(written, skip_special_tokens=True).strip().split("\n")[0]
+    assert distill.write_answer(chat.llm, vectors[0], enc, query, 4) == expected and expected
 
 
 @torch.no_grad()

@@ -73,6 +73,34 @@ def test_untrained_the_query_reads_the_last_tokens_read_twice(llm, distiller):
             torch.testing.assert_close(found, by_hand(llm, D, x, y), atol=2e-4, rtol=1e-3)
 
 
+def test_a_chats_head_stands_before_keys_and_values_that_know_nothing_of_it(llm, distiller):
+    """By hand: the query sees head, D's first token and the last ones read twice; these see D alone, and
+    stand behind the head's positions. A single BOS has D's first token in its place, as ever."""
+    head, rows = [3, 99, 41, 7], [{"demo": D, "queries": QUERIES}, {"demo": [*range(100, 120), *D],
+                                                                   "queries": QUERIES}]
+    (x, (y, *_)), h, T, batch = QUERIES[0], len(head), len(D), collate(rows)
+    with torch.no_grad():
+        def logits_behind(head):
+            vectors = distiller(batch["demo_ids"], batch["demo_mask"], 1, head)
+            return head_logits(llm, query_states(llm, vector_prefix(llm, vectors, head), batch))
+
+        found, bos, none = logits_behind(head), logits_behind([3]), logits_behind([])
+        ids = torch.tensor([head + D + D[-(L - 1):] + x + y])
+        n, first = ids.shape[1], h + T + L - 1
+        allowed = torch.ones(n, n, dtype=torch.bool).tril()
+        allowed[h:first, :h] = False
+        allowed[first:, h + 1:h + T] = False
+        learned = llm.config.model_type == "gpt2"
+        start = h if learned else h + 1 - T
+        positions = torch.cat([torch.arange(h), start + torch.arange(T + L - 1),
+                               h + L + torch.arange(n - first)])[None]
+        mask = torch.zeros(n, n).masked_fill(~allowed, torch.finfo(torch.float32).min)[None, None]
+        expected = llm(input_ids=ids, attention_mask=mask, position_ids=positions).logits[0, first - 1:-1]
+    at = (batch["segment"][0] == 0) & (batch["branch"][0] <= 1) & batch["query_mask"][0]
+    torch.testing.assert_close(found[0][at], expected, atol=2e-4, rtol=1e-3)
+    assert torch.equal(bos, none) and (found - none)[batch["query_mask"]].abs().max() > 0.01
+
+
 def test_the_vectors_depend_on_all_demonstrations_and_not_on_padding(llm, distiller):
     trained(distiller)
     rows = [{"demo": D, "queries": QUERIES}, {"demo": [*range(100, 120), *D], "queries": QUERIES}]
@@ -95,7 +123,7 @@ def test_only_adapters_and_placeholders_are_trained_and_saved(llm, distiller):
     optimizer = torch.optim.SGD(distiller.parameters(), lr=0.1)
     batch = collate([{"demo": D, "queries": [(x, options[:1]) for x, options in QUERIES]}])
     for _ in range(2):
-        teacher, student = teacher_and_student(llm, distiller, batch, None, "fp32")
+        teacher, student = teacher_and_student(llm, distiller, batch, [], "fp32")
         mask = loss_mask(llm, batch)
         (head_logits(llm, student[mask]) - head_logits(llm, teacher[mask])).pow(2).mean().backward()
         optimizer.step()
@@ -190,7 +218,7 @@ def test_it_learns_what_the_hidden_demonstrations_say(llm, distiller):
     optimizer = torch.optim.Adam(distiller.parameters(), lr=0.01)
     batch, losses = collate([{"demo": D, "queries": [(x, options[:1]) for x, options in QUERIES]}]), []
     for _ in range(40):
-        teacher, student = teacher_and_student(llm, distiller, batch, None, "fp32")
+        teacher, student = teacher_and_student(llm, distiller, batch, [], "fp32")
         mask = loss_mask(llm, batch)
         losses.append(loss := distill_loss(llm, student[mask], teacher[mask]))
         optimizer.zero_grad()
