@@ -15,13 +15,9 @@ import json
 import math
 import os
 import re
-import shlex
 import shutil
-import signal
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 
 import torch
@@ -81,10 +77,18 @@ FLAGS = {  # those that more than one script takes; a default of None is filled 
                      help="distil D in so many segments and join their vectors; auto: as many as its "
                           "demonstrations fill at --context-len tokens each"),
     "tasks": dict(nargs="+", help="one or more of metaicl (hub), bigbench (assets), functions, early, recall "
-                  "(made on the spot), folders in MetaICL's layout; training draws from each as often"),
+                  "(made on the spot), or your own: files, folders, data sets (docs/own.md); training "
+                  "draws from each as often"),
     "corpus": dict(nargs="+", help="c4 (hub), sotu (assets), or folders / .jsonl[.gz] / .txt files"),
     "split": dict(default="class_to_class", help="task partition, meta-train to meta-test: "
-                  f"{', '.join(SPLITS)}; or {FUNCTIONS}: what only demonstrations define (BIG-bench)"),
+                  f"{', '.join(SPLITS)}; or {FUNCTIONS}: what only demonstrations define (BIG-bench); or "
+                  "a file FILE.json of own tasks"),
+    "train-tasks": dict(nargs="+", metavar="TASK", help="own meta-training tasks, names or globs; default: "
+                        "what --test-tasks leaves"),
+    "test-tasks": dict(nargs="+", metavar="TASK", help="own meta-test tasks, names or globs; default: what "
+                       "--train-tasks leaves"),
+    "columns": dict(nargs="+", metavar="NAME=COLUMN", help="where own tasks have input, output and options, "
+                    "as in input=text output=label"),
     "k": dict(type=int, help="K, demonstrations in a set"),
     "template": dict(choices=("space", "newline", "input-output", "chat"), default="space",
                      help="what separates input, answer and demonstrations (the paper: space; Tab. 7: "
@@ -103,6 +107,8 @@ FLAGS = {  # those that more than one script takes; a default of None is filled 
     "llm-weights": dict(choices=("fp32", "bf16", "8bit"), help="keep the frozen LLM in this instead of "
                         "--dtype; 8bit needs CUDA and the packages bitsandbytes and accelerate"),
 }
+
+OWN = ("split", "train-tasks", "test-tasks", "columns")  # which tasks are meta-train and meta-test
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
@@ -197,7 +203,8 @@ def shared_rules(args: argparse.Namespace) -> list[tuple[bool, str]]:
     split, known = getattr(args, "split", FUNCTIONS), [*SPLITS, FUNCTIONS]
     eight_bit, cuda = getattr(args, "llm_weights", None) == "8bit", torch.cuda.is_available()
     return [
-        (split in known, f"--split {split} is unknown; {did_you_mean(split, known)}"),
+        (split in known or split.endswith(".json"),
+         f"--split {split} is unknown; {did_you_mean(split, known)}"),
         *at_least(args, 1, "distill_len", "k", "max_segments"),
         (getattr(args, "segments", 1) == "auto" or getattr(args, "segments", 1) >= 1,
          "--segments is below 1; give a number or auto"), *at_least(args, 0, "seed"), *device_rules(args),
@@ -312,41 +319,6 @@ def gather(records: list) -> list:
     parts: list[list] = [[]] * dist.get_world_size()
     dist.all_gather_object(parts, records)
     return [record for part in parts for record in part]
-
-
-class Stop:
-    """Asks a loop to end behind what it is at: SIGTERM, SIGINT or SIGHUP came, or so many minutes are over.
-    A second signal acts at once; what the caller ignores, as nohup does, stays ignored."""
-
-    def __init__(self, minutes: float | None):
-        self.code, self.until = 0, time.monotonic() + (math.inf if minutes is None else 60 * minutes)
-        self.listen(self.ask)
-
-    def listen(self, handler=None) -> None:
-        """Have `handler`, or none as before, called for the signals."""
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-                if signal.getsignal(number) not in (signal.SIG_IGN, None):
-                    usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
-                    signal.signal(number, handler or usual)
-
-    def ask(self, number: int, _) -> None:
-        self.code = 128 + number
-        self.listen()
-        os.write(2, f"\n{signal.Signals(number).name}: stopping soon; once more to stop at once\n".encode())
-
-    def asked(self) -> int:
-        """0, or the exit code: 128 + the signal's number, or, as of timeout(1), 124."""
-        return self.code or (124 if time.monotonic() >= self.until else 0)
-
-    def leave(self, what: str, *more: str) -> None:
-        """Say what was done, and with which command it goes on (with the flags `more`); exit."""
-        self.listen()
-        words = sys.argv + [flag for flag in more if flag not in sys.argv]
-        launcher = f"torchrun --nproc_per_node {world()[1]}" if dist.is_initialized() else "python"
-        if is_main():
-            print(f"{what}; go on with\n{launcher} {shlex.join(words)}", flush=True)
-        raise SystemExit(self.asked() or 143)
 
 
 def attention_for(rows: list[dict], device: torch.device):

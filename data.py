@@ -35,7 +35,7 @@ import torch
 import common
 import sources.text
 from common import UserError, at_least, check, finish, parse, run_main, shared_rules
-from sources.tasks import Tasks, load_tasks
+from sources.tasks import Tasks, tasks_of
 from sources.template import make_turns
 from sources.text import Tokenizer, cached_tokens, corpus_files, hub_documents, read_documents
 
@@ -326,7 +326,7 @@ def collate(rows: list[dict], device: torch.device | str = "cpu",
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = common.make_parser(__doc__, "preset", "llm", "tasks", "split", "template")
+    parser = common.make_parser(__doc__, "preset", "llm", "tasks", *common.OWN, "template")
     parser.add_argument("--show", type=int, metavar="K", 
                         help="show one example with K demonstrations instead of Table 1")
     return parser
@@ -335,11 +335,12 @@ def get_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> dict:
     args = parse(get_parser(), argv)
     check(*shared_rules(args), *at_least(args, 1, "show"))
-    tasks = load_tasks(args.tasks, args.split, args.llm)
+    tasks = tasks_of(args)
     formatter = Formatter(Tokenizer(args.llm), args.template, context_len=900)
     from paper.collection import show, table1
     if args.show:
-        check((bool(tasks.train), f"--show needs a meta-training task, and {args.split} has none"))
+        check((bool(tasks.train), f"--show needs a meta-training task, and {args.split} has none; of your "
+                                  "own tasks, name some with --train-tasks"))
         show(tasks, formatter, args.show)
         return finish({"split": args.split, "task": tasks.train[0]})
     return finish({"split": args.split, "collection": tasks.collection, **table1(tasks, formatter)})

@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 import common
-from common import Stop, check, finish, gather, is_main, naming, parse, run_main, setup, world
+from common import check, finish, gather, is_main, naming, parse, run_main, setup, world
 from data import Formatter, flat
 from loading import checkpoint_id, load_all, refuse_seen_tasks, refuse_wrong_method
 from model import vector_prefix
@@ -34,7 +34,8 @@ from paper.demos import (
 from paper.summary import gains_of, print_summary, read_results, summarise
 from score import CONTROLS, VECTOR_METHODS, distil, one_prefix, predict, task_metrics
 from sources.files import append, held
-from sources.tasks import SEEDS, Tasks, demonstration_set, load_tasks, require_options
+from sources.signals import Stop
+from sources.tasks import SEEDS, Tasks, demonstration_set, require_options, tasks_of
 from sources.text import llm_hash
 
 METHODS = ("zero_shot", "majority", "icl", "icl_budget", "last_l", "prompt_tuning", "hypertuning", "mend",
@@ -53,8 +54,8 @@ def task_vectors(task: str, seed: int, llm, distiller, formatter: Formatter, tas
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = common.make_parser(__doc__, "preset", "llm", "distill-len", "segments", "tasks", "split", "k",
-                                "template", "max-minutes", "device", "dtype", "llm-weights")
+    parser = common.make_parser(__doc__, "preset", "llm", "distill-len", "segments", "tasks", *common.OWN,
+                                "k", "template", "max-minutes", "device", "dtype", "llm-weights")
     group = parser.add_argument_group("evaluation")
     group.add_argument("--methods", nargs="+", choices=METHODS, help="what stands before the query")
     group.add_argument("--checkpoint", help="run folder or checkpoint file; needed for mend, its controls, "
@@ -106,7 +107,7 @@ def main(argv: list[str] | None = None) -> dict:
     for name in ("seeds", "methods", "only"):  # each once
         setattr(args, name, getattr(args, name) and list(dict.fromkeys(getattr(args, name))))
     device = setup(args, training=False)
-    tasks = load_tasks(args.tasks, args.split, args.llm, args.k)
+    tasks = tasks_of(args)
     for name in args.only or []:
         nearest = common.did_you_mean(name, tasks.test)
         check((name in tasks.test, f"--only {name} is no meta-test task of {args.split} here; {nearest}"))

@@ -392,6 +392,9 @@ def refuse_wrong_method(methods: list[str], state: dict, path: str) -> None:
 def refuse_seen_tasks(trained_on: dict, tasks: Tasks, args) -> None:
     """Raise when the checkpoint was finetuned on a task to evaluate: meta-test tasks must be unseen."""
     stage = trained_on.get("finetune", {})
+    seen = {*tasks.seen(stage.get("own_tasks", {}))} & {*(args.only or tasks.test)}
+    check((not seen, f"the checkpoint was finetuned on the examples of {', '.join(sorted(seen))}; evaluate "
+                     "it on others, with --test-tasks or --only"))
     collections = json.loads((common.ROOT / "splits.json").read_text())
     for name in {*stage.get("tasks", "").split()} & {*tasks.collection.split()} & collections.keys():
         table = collections[name]["settings"][stage["split"]]

@@ -18,10 +18,11 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import common
-from common import Stop, UserError, check, commit, is_main, place_rule, sum_over_ranks, trim_heap, world
+from common import UserError, check, commit, is_main, place_rule, sum_over_ranks, trim_heap, world
 from loading import load_checkpoint, load_weights
 from sources.files import append, hold, keep_lines, release, write_tensors
 from sources.headers import check_moments, check_resumable, sealed
+from sources.signals import Stop
 
 
 def add_training_flags(parser: argparse.ArgumentParser, run_name: str) -> None:
@@ -154,7 +155,8 @@ class Run:
     def knows(self, record: dict) -> bool:
         """Whether the checkpoint to go on from knows of this record of metrics.jsonl."""
         # an evaluation is logged before it is saved: one that was not saved will be made again
-        until, step = self.state["evaluated"] if "dev_option_ce" in record else self.step, record.get("step")
+        is_evaluation = {"dev_option_ce", "heldout_kl"} & record.keys()
+        until, step = self.state["evaluated"] if is_evaluation else self.step, record.get("step")
         return not isinstance(step, int) or step <= until
 
     def restore(self, path: Path) -> None:
@@ -264,11 +266,13 @@ class Run:
         return at and self.state["evaluated"] < self.step
 
     def evaluated(self, metrics: dict, text: str) -> None:
-        """Log and print an evaluation; dev_option_ce decides what is best and when to stop early."""
+        """Log and print an evaluation; dev_option_ce, or, without tasks, heldout_kl decides what is best and
+        when to stop early."""
         for name, value in metrics.items():
             self.require_finite(name, value)
-        value = metrics["dev_option_ce"]
-        self.state |= {"evaluated": self.step, "metrics": metrics}
+        by = "dev_option_ce" if "dev_option_ce" in metrics else "heldout_kl"
+        value = metrics[by]
+        self.state |= {"evaluated": self.step, "metrics": metrics, "best_by": by}
         self.log(**metrics)
         if self.state["best"] is None or not value >= self.state["best"]:
             self.state |= {"best": value, "bad_evaluations": 0}
@@ -285,6 +289,7 @@ class Run:
         self.bar.close()
         self.stop.listen()
         release(self.out_dir)
-        return common.finish({**about, "steps": self.step, "best_option_ce": self.state["best"],
+        by = self.state.get("best_by", "dev_option_ce").removeprefix("dev_")
+        return common.finish({**about, "steps": self.step, f"best_{by}": self.state["best"],
                               **self.state["metrics"], "out_dir": str(self.out_dir),
                               **common.peak_memory(self.device)})

@@ -23,7 +23,7 @@ from run import Run, add_training_flags, training_rules
 from score import distill_loss, finetune_loss, pred_loss
 from sources.headers import is_pretraining, same_llm
 from sources.pairs import settle_distiller
-from sources.tasks import load_tasks
+from sources.tasks import tasks_of
 from sources.text import Tokenizer
 
 PRESETS = {  # the paper's Table 5, and what two CPU cores do in minutes
@@ -36,8 +36,8 @@ PRESETS = {  # the paper's Table 5, and what two CPU cores do in minutes
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = common.make_parser(__doc__, "preset", "llm", "distiller", "distill-len", "tasks", "split", "k",
-                                "template", "seed", "max-minutes", "device", "dtype", "llm-weights")
+    parser = common.make_parser(__doc__, "preset", "llm", "distiller", "distill-len", "tasks", *common.OWN,
+                                "k", "template", "seed", "max-minutes", "device", "dtype", "llm-weights")
     add_training_flags(parser, "finetune-LLM-SPLIT")
     group = parser.add_argument_group("finetuning")
     group.add_argument("--lam", type=float, default=1.0, help="lambda, weight of L_distill in Eq. (4)")
@@ -108,8 +108,9 @@ def main(argv: list[str] | None = None) -> dict:
                                           "so that a demonstration of the longest input fits"))
     device = setup(args, training=True)
     settle_distiller(args)
-    tasks = load_tasks(args.tasks, args.split, args.llm, args.k)
-    check((bool(tasks.train), f"--split {args.split} has no meta-training tasks; give another one"))
+    tasks = tasks_of(args)
+    check((bool(tasks.train), f"--split {args.split} has no meta-training tasks; give another one, or, of "
+                              "your own tasks, --train-tasks"))
     if is_main():
         print(f"{args.split}: {len(tasks.train)} meta-training and {len(tasks.test)} meta-test tasks of "
               f"{tasks.collection} are here; reading them")
@@ -126,7 +127,7 @@ def main(argv: list[str] | None = None) -> dict:
 def train(args, device, llm, distiller, trained_on, tasks, formatter) -> dict:
     """The loop of stage 2, whose steps `Run` describes; returns the final metrics."""
     stage = {"tasks": tasks.collection, "split": args.split, "lam": args.lam, "pred_weight": args.pred_weight,
-             "hash": tasks.training_hash(), "dev_hash": tasks.dev_hash(args.seed)}
+             "hash": tasks.training_hash(), "dev_hash": tasks.dev_hash(args.seed), **tasks.record()}
     run = Run(f"finetune-{Path(args.llm).name}-{args.split}", args, distiller,
               distiller_config(distiller, llm, args), trained_on | {"finetune": stage})
 

@@ -23,7 +23,7 @@ from paper.held_out import dev_metrics, evaluate_kl, full_precision
 from run import Run, add_training_flags, training_rules
 from score import distill_loss, pred_loss, pretrain_loss
 from sources.pairs import settle_distiller
-from sources.tasks import load_tasks
+from sources.tasks import tasks_of
 from sources.text import Tokenizer
 
 PRESETS = {  # the paper's Table 5, and what two CPU cores do in minutes
@@ -76,7 +76,10 @@ def main(argv: list[str] | None = None) -> dict:
            f"{limit} tokens that the LLM reads; give less"))
     corpus = Corpus(args.corpus, tokenizer, args.window, args.min_doc_len)
     # early stopping looks at the Class->Class meta-test validation data (App. A), as dev_metrics says
-    tasks = load_tasks(args.tasks, "class_to_class", args.llm, args.k)
+    own_text = "tasks" in args.filled_in and "corpus" not in args.filled_in
+    tasks = None if own_text else tasks_of(args, "class_to_class")
+    if own_text and common.is_main():
+        print("--corpus without --tasks: the best checkpoint is the one of the lowest held-out KL")
     distiller = build_distiller(args.distiller, llm, args.distill_len, args.vector_start, args.seed)
     limit = max_positions(distiller.backbone.config)
     check((limit is None or demo + args.distill_len <= limit,
@@ -89,7 +92,8 @@ def train(args, device, llm, distiller, corpus, tasks, formatter) -> dict:
     """The loop of stage 1, whose steps `Run` describes; returns the final metrics."""
     run = Run(f"pretrain-{Path(args.llm).name}", args, distiller, distiller_config(distiller, llm, args),
               {"pretrain": {"corpus": corpus.name, "hash": corpus.hash, "objective": args.objective,
-                            "gamma": args.gamma, "beta": args.beta, "dev_hash": tasks.dev_hash(args.seed)}})
+                            "gamma": args.gamma, "beta": args.beta,
+                            "dev_hash": tasks and tasks.dev_hash(args.seed)}})
     bos, uses_kl, uses_clm = formatter.tokenizer.bos, args.objective != "clm", args.objective != "kl"
     rows_of = step_rows(lambda first, count: corpus.training_rows(args.seed, first, count, args.beta),
                         args.seed, args.batch_size * args.grad_accum)
@@ -97,14 +101,15 @@ def train(args, device, llm, distiller, corpus, tasks, formatter) -> dict:
         if run.evaluation_due():
             with full_precision(llm):
                 metrics = evaluate_kl(llm, distiller, corpus, args, device, bos)
-                metrics |= dev_metrics(llm, distiller, tasks, formatter, args, device)
+                metrics |= dev_metrics(llm, distiller, tasks, formatter, args, device) if tasks else {}
             run.evaluated(metrics, (
                 f"held-out KL {metrics['heldout_kl']:.4f} · "
                 f"no context {metrics['heldout_kl_no_context']:.4f} · "
                 f"last {args.distill_len} tokens {metrics['heldout_kl_last_l']:.4f} · "
-                f"recovered {metrics['recovered']:.1%} · "
-                f"class_to_class dev option CE {metrics['dev_option_ce']:.4f} · KL {metrics['dev_kl']:.4f}"
-                + (f" · negative log-likelihood {metrics['dev_clm']:.4f}" if uses_clm else "")))
+                f"recovered {metrics['recovered']:.1%}" + (
+                    f" · class_to_class dev option CE {metrics['dev_option_ce']:.4f} · "
+                    f"KL {metrics['dev_kl']:.4f}" if tasks else "")
+                + (f" · negative log-likelihood {metrics['dev_clm']:.4f}" if tasks and uses_clm else "")))
         if run.done():
             return run.finish(stage="pretrain")
         run.begin_step()

@@ -33,7 +33,7 @@ from loading import (
 )
 from model import causal_mask, positions_of, run_backbone, with_head
 from sources.files import write_whole
-from sources.tasks import load_tasks
+from sources.tasks import tasks_of
 from sources.text import Tokenizer
 
 SEQUENCES, COPY_LEN = 10, 500  # the induction test: random sequences, tokens in each before doubling (App. C)
@@ -123,7 +123,7 @@ def look(args, llm, tokenizer: Tokenizer, heads: list[tuple[int, int]]) -> dict:
     """Fig. 5's record: `answer_attention` with the demonstrations of one task and with their vectors."""
     distiller, state = load_distiller(args.checkpoint, llm)
     require_input_vectors(distiller.eval(), "Fig. 5")
-    args.distill_len, tasks = distiller.distill_len, load_tasks(args.tasks, args.split, args.llm, args.k)
+    args.distill_len, tasks = distiller.distill_len, tasks_of(args)
     task = args.task or tasks.test[0]
     check((task in tasks.test, (f"--task {task} is no meta-test task of {args.split} here; "
                                 f"{common.did_you_mean(task, tasks.test)}")))

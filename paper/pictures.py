@@ -162,7 +162,8 @@ def draw_run(ax: Axes, share_ax: Axes, run: Path) -> tuple[dict, str]:
     Returns what is drawn, {"training": [[step, running mean], ...], "evaluations": records}, and a note.
     """
     records = read_results(run / "metrics.jsonl")
-    steps, evaluations = ([r for r in records if ("dev_option_ce" in r) == are] for are in (False, True))
+    evaluations = [r for r in records if "dev_option_ce" in r or "heldout_kl" in r]
+    steps = [r for r in records if r not in evaluations]
     check((steps, f"{run / 'metrics.jsonl'} has no training step; give the folder of a training run"))
     _, state = load_checkpoint(run, weights=False)
     pretraining = "finetune" not in state["trained_on"]

@@ -18,7 +18,7 @@ import common
 from common import check, finish, parse, run_main, setup
 from loading import load_all
 from paper.controls import partners
-from sources.tasks import SEEDS, demonstration_set, load_tasks
+from sources.tasks import SEEDS, demonstration_set, tasks_of
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> dict:
     check((args.seed in SEEDS, f"--seed {args.seed}: MetaICL's are {sorted(SEEDS)}"),
           *common.shared_rules(args), *common.at_least(args, 1, "context_len"))
     device = setup(args, training=False)
-    tasks = load_tasks(args.tasks, args.split, args.llm, args.k)
+    tasks = tasks_of(args)
     check((len(tasks.test) > 1, f"--tasks {' '.join(args.tasks)} has one meta-test task of {args.split}, and "
                                 "tasks are compared"))
     _, distiller, _, formatter = load_all(args, device)

@@ -21,7 +21,7 @@ from common import check, finish, parse, run_main, setup
 from loading import checkpoint_id, load_all
 from score import one_prefix, predict
 from sources.files import write_whole
-from sources.tasks import SEEDS, demonstration_set, load_tasks, require_options
+from sources.tasks import SEEDS, demonstration_set, require_options, tasks_of
 
 METHODS = ("mend", "icl", "last_l")
 
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> dict:
           common.place_rule("--out", args.out), *common.shared_rules(args),
           *common.at_least(args, 1, "context_len", "limit"))
     device = setup(args, training=False)
-    tasks = load_tasks(args.tasks, args.split, args.llm, args.k)
+    tasks = tasks_of(args)
     check((len(tasks.test) > 1, f"--tasks {' '.join(args.tasks)} has one meta-test task; two are compared"))
     llm, distiller, _, formatter = load_all(args, device)
     sets = {task: demonstration_set(tasks, task, args.seed, args.k) for task in tasks.test}

@@ -18,13 +18,13 @@ WHOLE, NUMBER, OPTIONAL = "a whole number of 0 or more", "a number", "a number o
 KINDS = {  # what a field must be: a type, WHOLE, NUMBER, or the values it can have
     "state": {"model": dict, "trained_on": dict, "flags": dict, "metrics": dict, "notes": list,
               "scaler": dict, "step": WHOLE, "bad_evaluations": WHOLE, "ranks": WHOLE, "evaluated": NUMBER,
-              "best": OPTIONAL},
+              "best": OPTIONAL, "best_by": str},
     "model": {"llm": dict, "distiller": str, "distill_len": WHOLE, "vector_start": STARTS,
               "template": TEMPLATES},
     "about": {"llm": dict, "template": TEMPLATES, "demonstrations": WHOLE, "tokens": WHOLE, "labels": list,
               "method": ("mend", "hypertuning")},
     "pretrain": {"corpus": str, "objective": ("kl", "clm", "clm+kl"), "beta": NUMBER},
-    "finetune": {"tasks": str, "split": str, "lam": NUMBER},
+    "finetune": {"tasks": str, "split": str, "lam": NUMBER, "own_tasks": dict},
 }
 # of a distiller's configuration: what names code, or kernels from elsewhere, and what a distiller never has
 REMOTE = re.compile(r"auto_map|.*attn_implementation.*|.*experts_implementation.*|trust_remote_code|"

@@ -1,11 +1,13 @@
 """Where tasks come from: MetaICL's files, a folder laid out alike, the hub, or made here (Sec. 4.1)."""
 
+import argparse
 import contextlib
 import hashlib
 import json
 import os
 import re
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -97,6 +99,18 @@ class Tasks:
         return different(e for path in self.retrieval_files(task) for e in read_examples(path)
                          if e["input"] not in banned)
 
+    def is_own(self) -> bool:
+        """Whether some of them are the user's own (sources/own.py)."""
+        return False
+
+    def record(self) -> dict:
+        """What a checkpoint keeps of its meta-training tasks, to refuse them in evaluation."""
+        return {}
+
+    def seen(self, own_tasks: dict[str, str]) -> list[str]:
+        """Own meta-test tasks that a checkpoint with this record has seen in training."""
+        return []
+
     def training_hash(self) -> str:
         """Content hash of the meta-training tasks."""
         pools = [[task, self.pool(task)] for task in self.train]
@@ -122,6 +136,18 @@ class Mixture(Tasks):
 
     def part_of(self, task: str) -> Tasks:
         return next(part for part in self.parts if task in part.types)
+
+    def is_own(self) -> bool:
+        return any(part.is_own() for part in self.parts)
+
+    def record(self) -> dict:
+        own: dict[str, str] = {}
+        for part in self.parts:
+            own |= part.record().get("own_tasks", {})
+        return {"own_tasks": own} if own else {}
+
+    def seen(self, own_tasks: dict[str, str]) -> list[str]:
+        return [task for part in self.parts for task in part.seen(own_tasks)]
 
     def pool(self, task: str) -> list[dict]:
         return self.part_of(task).pool(task)
@@ -152,19 +178,33 @@ class Mixture(Tasks):
         return self.part_of(task).data_hash(task, seed, retrieval)
 
 
-def load_tasks(spec: str | list[str], split: str, llm: str = "", k: int = 16) -> Tasks:
+def tasks_of(args: argparse.Namespace, split: str | None = None) -> Tasks:
+    """load_tasks of a script's flags, or of another split; that of own tasks takes its place in args."""
+    own = {name: getattr(args, name, None) for name in ("train_tasks", "test_tasks", "columns")}
+    tasks = load_tasks(args.tasks, split or args.split, args.llm, getattr(args, "k", 16), own)
+    if "split" in args and split is None:
+        args.split = tasks.split if tasks.is_own() else args.split
+    return tasks
+
+
+def load_tasks(spec: str | list[str], split: str, llm: str = "", k: int = 16,
+               own: dict[str, list[str] | None] | None = None) -> Tasks:
     """Find the tasks of a split: from the assets (bigbench), the hub (metaicl), a folder in MetaICL's layout,
-    made ones (functions, early, recall: sets of k pairs of words of `llm`'s vocabulary), or several of these.
+    made ones (functions, early, recall: sets of k pairs of words of `llm`'s vocabulary), one's own
+    (sources/own.py, which takes `own`), or several of these.
 
     The split `functions` has no meta-training tasks; its meta-test tasks are the folders FAMILY-FUNCTION here
     of the families that splits.json names for it.
     """
     names = [spec] if isinstance(spec, str) else spec
     if len(names) > 1:
-        parts = [load_tasks(name, split, llm, k) for name in names]
+        parts = [load_tasks(name, split, llm, k, own) for name in names]
         lists = {name: [task for part in parts for task in getattr(part, name)]
                  for name in ("train", "test", "missing_train", "missing_test")}
         types = {task: kind for part in parts for task, kind in part.types.items()}
+        twice = [task for task, n in Counter(task for p in parts for task in p.types).items() if n > 1]
+        check((not twice, f"--tasks: {', '.join(twice[:3])} stands in two collections; rename one"))
+        split = next((p.split for p in parts if p.is_own()), split)
         return Mixture(Path(), " ".join(p.collection for p in parts), split, **lists, types=types,
                        parts=parts)
     spec = names[0]
@@ -179,9 +219,16 @@ def load_tasks(spec: str | list[str], split: str, llm: str = "", k: int = 16) ->
         assets.ensure(folder)
     else:
         folder = hub_tasks() if spec == "metaicl" else Path(spec)
-        fix = "give metaicl, bigbench, or a folder in MetaICL's layout"
-    check((folder.is_dir(), f"--tasks {spec}: {folder} does not exist; {fix}"))
-    here = {path.name for path in folder.iterdir() if path.is_dir()}
+        fix = "give metaicl, bigbench, or a folder or file of your own tasks"
+    here = {path.name for path in folder.iterdir() if path.is_dir()} if folder.is_dir() else set()
+    known = {name for collection in table.values() for name in collection["task_type"]}
+    if spec not in ("bigbench", "metaicl") and split != FUNCTIONS and (
+            not here & known or split.endswith(".json") or any((own or {}).values())):
+        from sources.own import load_own
+        return load_own(spec, split, k, **(own or {}))
+    check((folder.is_dir(), f"--tasks {spec}: {folder} does not exist; {fix}"),
+          (split in table["metaicl"]["settings"] or split == FUNCTIONS,
+           f"--split {split} is of your own tasks, and --tasks {spec} is none; give a folder"))
     collection = max(("metaicl", "bigbench"), key=lambda c: len(here & table[c]["task_type"].keys()))
     if split == FUNCTIONS:
         collection, families = "bigbench", tuple(f"{family}-" for family in table["bigbench"]["functions"])

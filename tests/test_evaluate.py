@@ -287,7 +287,7 @@ def test_permuted_labels_are_wrong_alike(argv, tokenizer, three_tasks, monkeypat
         tasks = load(*a)
         tasks.types = tasks.types | {"ag_news": "multi-choice"}
         return tasks
-    monkeypatch.setattr(evaluate, "load_tasks", with_a_choice)
+    monkeypatch.setattr(sources.tasks, "load_tasks", with_a_choice)
     argv = [*argv, "--tasks", str(three_tasks), "--methods", "mend_permuted", "--seeds", "13"]
     evaluate.main(argv)
     following, expected = {"happy": "sad", "sad": "strange", "strange": "happy"}, []

@@ -1,0 +1,248 @@
+"""Your own tasks: files of examples, folders of them, tables and data sets, cut by seed into MetaICL's parts.
+
+    python evaluate.py --tasks mine/ --methods zero_shot icl               # every task that is there
+    python train_finetune.py --tasks mine/ --test-tasks "billing_*"        # trains on the others
+    python train_finetune.py --tasks mine/ --split mine.json               # {"train": [...], "test": [...]}
+    python evaluate.py --tasks reviews.csv --columns input=text output=label
+
+A task is a file NAME.jsonl[.gz], NAME.csv or NAME.parquet, or a folder NAME in MetaICL's layout. Of a file, a
+seed draws K demonstrations (16 at least), up to 16 dev examples and, from the rest, the queries; no example
+is in two of them. Where no options are given and labels repeat, the labels are the options.
+"""
+
+import fnmatch
+import hashlib
+import json
+import re
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+import common
+from common import UserError, check, did_you_mean, is_main
+from sources.hub import require_hub
+from sources.tasks import Example, Tasks, different, is_plain_name
+from sources.text import first_line, json_lines
+
+LINES, TABLES = (".jsonl", ".jsonl.gz"), (".csv", ".parquet")
+N_DEV = 16
+
+
+@dataclass
+class OwnTasks(Tasks):
+    """Tasks of one's own. k: demonstrations that a set must have. columns: of --columns, as a dictionary."""
+
+    k: int = 16
+    columns: dict[str, str] = field(default_factory=dict)
+    places: dict[str, Path | str] = field(default_factory=dict)  # task -> file, folder or data set
+
+    def is_own(self) -> bool:
+        return True
+
+    def record(self) -> dict:
+        return {"own_tasks": {task: self.pool_hash(task) for task in self.train}}
+
+    def pool_hash(self, task: str) -> str:
+        """Content hash of all examples of a task, whatever their order, and whatever its name."""
+        texts = sorted((e["input"], e["output"]) for e in self.pool(task))
+        return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:12]
+
+    def seen(self, own_tasks: dict[str, str]) -> list[str]:
+        """Those of the meta-test tasks that a checkpoint with this record was trained on."""
+        return [task for task in self.test if self.pool_hash(task) in own_tasks.values()]
+
+    def examples(self, task: str) -> list[dict]:
+        """All different examples of a task that is not cut yet."""
+        if task not in self.pools:
+            self.pools[task] = different(read_task(task, self.places[task], self.columns))
+        return self.pools[task]
+
+    def is_cut(self, task: str) -> bool:
+        """Whether a task is a folder that holds MetaICL's parts for seeds."""
+        return any(Path(self.places[task]).glob(f"{task}_16_*_test.jsonl"))
+
+    def pool(self, task: str) -> list[dict]:
+        place = self.places[task]
+        if task not in self.pools and Path(place).is_dir():
+            whole = Path(place) / f"{task}_16384_100_train.jsonl"
+            paths = [whole] if whole.exists() else self.retrieval_files(task)
+            self.pools[task] = different(e for path in paths for e in read_task(task, path, self.columns))
+        return self.examples(task)
+
+    def files(self, task: str, seed: int) -> dict[str, list[dict]]:
+        if self.is_cut(task):
+            return super().files(task, seed)
+        pool, shots = self.pool(task), max(16, self.k)
+        check((len(pool) >= shots + 2, f"task {task} has {len(pool)} different examples, and {shots + 2} are "
+               f"needed: {shots} demonstrations, one dev example, one query; add some, or give a lower --k"))
+        order = np.random.default_rng((seed, zlib.crc32(task.encode()))).permutation(len(pool))
+        n_dev = min(N_DEV, max(1, (len(pool) - shots) // 3))
+        bounds = {"train": (0, shots), "dev": (shots, shots + n_dev), "test": (shots + n_dev, len(pool))}
+        return {part: [pool[i] for i in order[a:b]] for part, (a, b) in bounds.items()}
+
+    def retrieval_pool(self, task: str, seed: int) -> list[dict]:
+        if self.is_cut(task):
+            return super().retrieval_pool(task, seed)
+        files = self.files(task, seed)
+        banned = {e["input"] for e in files["dev"] + files["test"]}
+        return [e for e in files["train"] if e["input"] not in banned]
+
+    def data_hash(self, task: str, seed: int, retrieval: bool = False) -> str:
+        if self.is_cut(task):
+            return super().data_hash(task, seed, retrieval)
+        return hashlib.sha256(json.dumps(self.files(task, seed)).encode()).hexdigest()[:12]
+
+
+def find_places(spec: str) -> dict[str, Path | str]:
+    """Task -> where its examples are, for a file, a folder of files and folders, or a data set of the hub."""
+    path = Path(spec)
+    if not path.exists():  # the name of a data set, such as stanfordnlp/sst2
+        check((re.fullmatch(r"[\w.-]+(/[\w.-]+)?", spec) is not None,
+               f"--tasks {spec} does not exist; give metaicl, bigbench, or a folder or file of your own"))
+        require_hub(f"--tasks {spec} is no file or folder, and a data set")
+        return {spec.rpartition("/")[2]: spec}
+    found: dict[str, Path | str] = {}
+    for place in [path] if path.is_file() else sorted(path.iterdir()):
+        name = place.name
+        for suffix in (*LINES, *TABLES):
+            name = name.removesuffix(suffix)
+        is_task = name != place.name if place.is_file() else any(place.glob(f"{name}_16*.jsonl"))
+        if not is_task:
+            continue
+        check((is_plain_name(name), f"--tasks {spec}: {name!r} names no task; use letters, digits, _"),
+              (name not in found, f"--tasks {spec}: {found.get(name)} and {place} are both the task {name}; "
+                                  "rename one"))
+        found[name] = place
+    check((bool(found), f"--tasks {spec} holds no task; expected files NAME.jsonl[.gz], NAME.csv or "
+           "NAME.parquet, or MetaICL's NAME/NAME_16384_100_train.jsonl, NAME/NAME_16_100_test.jsonl"))
+    return found
+
+
+def load_own(spec: str, split: str, k: int, train_tasks: list[str] | None = None,
+             test_tasks: list[str] | None = None, columns: list[str] | None = None) -> OwnTasks:
+    """The tasks of a file, folder or data set, shared out by a split file, by --train-tasks and --test-tasks,
+    or, without any of these, all to meta-test."""
+    places, name, by_file = find_places(spec), Path(spec).name, split.endswith(".json")
+    train, test, types = read_split(split, places) if by_file else by_flags(spec, places, train_tasks,
+                                                                            test_tasks)
+    both = sorted({*train} & {*test})
+    check((not both, f"{', '.join(both)} cannot be in meta-train and in meta-test; name each once"))
+    split = Path(split).stem if by_file else "own"
+    tasks = OwnTasks(Path(spec), name, split, train, test, [], [], types, k=k, places=places,
+                     columns=columns_of(columns))
+    if is_main():
+        print(f"{spec}: {len(train)} meta-training and {len(test)} meta-test tasks of your own"
+              + ("" if train else "; name some with --train-tasks to train on them"))
+    for task in [*train, *test]:
+        types.setdefault(task, kind_of(tasks, task))
+    return tasks
+
+
+def kind_of(tasks: OwnTasks, task: str) -> str:
+    """classification, where all examples have the same options, else multi-choice."""
+    examples = tasks.pool(task) if not tasks.is_cut(task) or task in tasks.train else \
+        tasks.files(task, 100)["test"]
+    return "classification" if len({tuple(sorted(e["options"])) for e in examples}) == 1 else "multi-choice"
+
+
+def read_split(path: str, places: dict) -> tuple[list[str], list[str], dict[str, str]]:
+    """train, test and types of a split file, {"train": [...], "test": [...], "types": {task: kind}}."""
+    form = '{"train": ["a"], "test": ["b"], "types": {"b": "classification"}}, types left out or whole'
+    try:
+        table = json.loads(Path(path).read_text(encoding="utf-8"))
+        train, test, types = table.get("train", []), table.get("test", []), table.get("types", {})
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise UserError(f"--split {path} cannot be read ({first_line(error)}); expected {form}") from error
+    fine = all(isinstance(names, list) and all(isinstance(n, str) for n in names) for names in (train, test))
+    fine = fine and isinstance(types, dict) and all(isinstance(v, str) for v in types.values())
+    check((fine and bool(train or test), f"--split {path}: expected {form}"))
+    for name in [*train, *test]:
+        check((name in places, f"--split {path}: there is no task {name!r}; {did_you_mean(name, places)}"))
+    return list(dict.fromkeys(train)), list(dict.fromkeys(test)), dict(types)
+
+
+def by_flags(spec: str, places: dict, train_tasks: list[str] | None,
+             test_tasks: list[str] | None) -> tuple[list[str], list[str], dict[str, str]]:
+    """train, test and (no) types by --train-tasks and --test-tasks; what is not given is the rest."""
+    def matching(flag: str, globs: list[str] | None) -> list[str]:
+        for glob in globs or []:
+            check((bool(fnmatch.filter(places, glob)),
+                   f"{flag} {glob} is no task of {spec}; {did_you_mean(glob, places)}"))
+        return [name for name in places if any(fnmatch.fnmatchcase(name, glob) for glob in globs or [])]
+    train, test = matching("--train-tasks", train_tasks), matching("--test-tasks", test_tasks)
+    if not test_tasks:
+        test = [name for name in places if name not in train]
+    elif not train_tasks:
+        train = [name for name in places if name not in test]
+    return train, test, {}
+
+
+def columns_of(pairs: list[str] | None) -> dict[str, str]:
+    """--columns input=text output=label as {"input": "text", ...}."""
+    columns = {"input": "input", "output": "output", "options": "options"}
+    for pair in pairs or []:
+        name, _, column = pair.partition("=")
+        check((name in columns and column, f"--columns {pair}: expected input=NAME, output=, options="))
+        columns[name] = column
+    return columns
+
+
+def read_task(task: str, place: Path | str, columns: dict[str, str]) -> list[dict]:
+    """The examples of one task: {"task", "input", "output", "options"}, which know their line or row.
+
+    Raises:
+        UserError, with file and line: no such column, no text, an output that is none of its options; one
+        label only where the labels would be the options.
+    """
+    examples, form = [], f'{{"{columns["input"]}": ..., "{columns["output"]}": ...}}'
+    for where, row in rows_of(place, form):
+        missing = [c for name, c in columns.items() if name != "options" and row.get(c) is None]
+        check((not missing, f"{where} has no {' and no '.join(missing)}, only {', '.join(map(str, row))[:80]}"
+               f"; expected {form}, or name the columns: --columns input=... output=..."))
+        x, y = (row[columns[name]] for name in ("input", "output"))
+        texts = [str(v) if isinstance(v, int | float) and not isinstance(v, bool) else v for v in (x, y)]
+        options = row.get(columns["options"]) or []
+        check((all(isinstance(t, str) and t.strip() for t in texts),
+               f"{where}: input and output must be texts"),
+              (isinstance(options, list) and all(isinstance(o, str) and o.strip() for o in options),
+               f'{where}: options must be a list of texts, as in ["yes", "no"]'))
+        example = Example(task=task, input=texts[0].strip(), output=texts[1].strip(),
+                          options=[o.strip() for o in options])
+        example.where = where
+        check((not options or example["output"] in example["options"],
+               f"{where}: the output {example['output']!r} is none of its options {example['options']}"))
+        examples.append(example)
+    check((bool(examples), f"{place} is empty; give lines such as {form}"))
+    labels = sorted({e["output"] for e in examples})
+    if not any(e["options"] for e in examples) and len(labels) <= len(examples) // 2:
+        check((len(labels) > 1, f"{place} has one label only, {labels[0]!r}, so there is nothing to choose; "
+               "give options, or examples of another label"))
+        for e in examples:
+            e["options"] = labels
+    return examples
+
+
+def rows_of(place: Path | str, form: str) -> Iterator[tuple[str, dict]]:
+    """(where, row) of a file of lines, a table, or a data set of the hub; class numbers become names."""
+    if str(place).endswith(LINES):
+        yield from json_lines(Path(place), form)
+        return
+    import datasets
+    cache = str(common.CACHE / "datasets")
+    try:
+        if str(place).endswith(".csv"):
+            table = datasets.Dataset.from_csv(str(place), cache_dir=cache)
+        elif str(place).endswith(".parquet"):
+            table = datasets.Dataset.from_parquet(str(place), cache_dir=cache)
+        else:
+            table = datasets.load_dataset(str(place), split="train", cache_dir=cache)
+    except Exception as error:  # each of the libraries below has errors of its own
+        raise UserError(f"--tasks {place} cannot be read ({first_line(error)}); give another file or "
+                        "name") from error
+    names = {c: f.names for c, f in table.features.items() if isinstance(f, datasets.ClassLabel)}
+    for number, row in enumerate(table, 1):
+        yield f"{place}, row {number}", {c: names[c][v] if c in names and v is not None and v >= 0 else v
+                                         for c, v in row.items()}

@@ -1,0 +1,267 @@
+"""Your own tasks. The oracle of a cut is the same data laid out by hand in MetaICL's way."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_distiller, read_lines, save_distiller
+from conftest import write_lines as write_flat
+from training import state_of
+
+import data
+import evaluate
+import train_finetune
+import train_pretrain
+from common import UserError
+from loading import load_checkpoint
+from paper import figures
+from sources.own import OwnTasks, load_own
+from sources.tasks import SEEDS, load_tasks
+
+PLACES = ("harbour", "tower", "market", "bridge", "school", "garden")
+
+
+def write_lines(path: Path, rows: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_flat(path, rows)
+
+
+def rows_of(task: str, n: int) -> list[dict]:
+    """n examples of a task whose label is told by the text's first word."""
+    words = {"support": ("refund", "login"), "reviews": ("bad", "good"), "mails": ("spam", "ham")}[task]
+    return [{"input": f"{words[i % 2]} {PLACES[i % 6]} {PLACES[i // 6 % 6]} {i}", "output": words[i % 2]}
+            for i in range(n)]
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Three tasks of plain lines, one of them as a table."""
+    own = tmp_path / "mine"
+    write_lines(own / "support.jsonl", rows_of("support", 40))
+    write_lines(own / "mails.jsonl", rows_of("mails", 50))
+    lines = ["text,label", *(f'"{r["input"]}",{r["output"]}' for r in rows_of("reviews", 60))]
+    (own / "reviews.csv").write_text("\n".join(lines) + "\n")
+    (own / "notes.txt").write_text("nothing to read\n")
+    return own
+
+
+@pytest.fixture
+def lines_only(folder) -> Path:
+    (folder / "reviews.csv").unlink()
+    return folder
+
+
+@pytest.fixture
+def flags(llama) -> list[str]:
+    return ["--preset", "pocket", "--llm", str(llama), "--device", "cpu", "--dtype", "fp32"]
+
+
+@pytest.fixture
+def training(flags) -> list[str]:
+    return [*flags, "--distiller", "layers:2", "--distill-len", "4", "--steps", "2", "--eval-every", "2",
+            "--batch-size", "2", "--eval-queries", "2", "--vector-start", "matched"]
+
+
+def test_a_cut_is_a_partition_by_seed(lines_only):
+    tasks = load_own(str(lines_only), "class_to_class", 16)
+    assert isinstance(tasks, OwnTasks) and (tasks.train, tasks.test) == ([], ["mails", "support"])
+    for task, n in (("mails", 50), ("support", 40)):
+        orders = set()
+        for seed in SEEDS:
+            parts = tasks.files(task, seed)
+            everything = [(e["input"], e["output"]) for part in parts.values() for e in part]
+            assert sorted(everything) == sorted((r["input"], r["output"]) for r in rows_of(task, n))
+            n_dev = (n - 16) // 3
+            assert [len(parts[p]) for p in ("train", "dev", "test")] == [16, n_dev, n - 16 - n_dev]
+            assert parts == load_own(str(lines_only), "x", 4).files(task, seed)  # K below 16 changes nothing
+            orders.add(tuple(everything))
+        assert len(orders) == len(SEEDS)
+        assert all(e["options"] == sorted({"support": ("refund", "login"), "mails": ("spam", "ham")}[task])
+                   for e in tasks.pool(task)) and tasks.types[task] == "classification"
+    assert tasks.data_hash("mails", 100) != tasks.data_hash("mails", 13)
+
+
+def test_a_cut_evaluates_like_metaicls_layout_by_hand(lines_only, tmp_path, flags):
+    """The same parts, written out as files of MetaICL's."""
+    own = load_own(str(lines_only), "class_to_class", 16)
+    for task in own.test:
+        for part, examples in own.files(task, 100).items():
+            write_lines(tmp_path / "laid" / task / f"{task}_16_100_{part}.jsonl", examples)
+    argv = [*flags, "--methods", "zero_shot", "icl", "majority", "--seeds", "100", "--k", "4", "--out"]
+    evaluate.main([*argv, str(tmp_path / "a.jsonl"), "--tasks", str(lines_only)])
+    evaluate.main([*argv, str(tmp_path / "b.jsonl"), "--tasks", str(tmp_path / "laid")])
+    shown = ("method", "task", "seed", "split", "n", "macro_f1", "accuracy", "headline", "demo_tokens")
+    a, b = ([{name: r[name] for name in shown} for r in read_lines(tmp_path / f"{x}.jsonl")] for x in "ab")
+    assert a == b and {r["split"] for r in a} == {"own"} and len(a) == 6
+
+
+def test_train_on_own_tasks_and_evaluate_on_one_held_out(folder, tmp_path, flags, training, capsys):
+    named = ["--tasks", str(folder), "--columns", "input=text", "output=label"]
+    with pytest.raises(UserError, match=r"mails.jsonl, line 1 has no text and no label, only input, output"):
+        train_finetune.main([*training, *named, "--test-tasks", "support"])
+    text = (folder / "reviews.csv").read_text().replace("text,label", "input,output")
+    (folder / "reviews.csv").write_text(text)
+    out = tmp_path / "run"
+    final = train_finetune.main([*training, "--tasks", str(folder), "--test-tasks", "supp*", "--init-from",
+                                 "none", "--k", "4", "--queries-per-demo", "2", "--out-dir", str(out)])
+    assert final["split"] == "own" and "2 meta-training and 1 meta-test tasks" in capsys.readouterr().out
+    assert [*state_of(out)["trained_on"]["finetune"]["own_tasks"]] == ["mails", "reviews"]
+    argv = [*flags, "--tasks", str(folder), "--methods", "mend", "mend_swapped", "--seeds", "100", "--k", "4",
+            "--checkpoint", str(out), "--limit", "3", "--out", str(tmp_path / "r.jsonl")]
+    with pytest.raises(UserError, match="was finetuned on the examples of mails, reviews; evaluate it on"):
+        evaluate.main(argv)
+    (folder / "mails.jsonl").rename(folder / "renamed.jsonl")  # the examples are the same
+    with pytest.raises(UserError, match="was finetuned on the examples of renamed; evaluate it on others"):
+        evaluate.main([*argv, "--test-tasks", "renamed", "support"])
+    found = evaluate.main([*argv, "--methods", "mend", "--test-tasks", "support"])
+    assert found["tasks"] == 1 and [r["task"] for r in read_lines(tmp_path / "r.jsonl")] == ["support"]
+    with (folder / "reviews.csv").open("a") as file:
+        file.write("bad weather,bad\n")
+    (folder / "renamed.jsonl").rename(folder / "mails.jsonl")
+    with pytest.raises(UserError, match="--resume: .* was trained with finetune hash"):
+        train_finetune.main([*training, "--tasks", str(folder), "--test-tasks", "supp*", "--init-from",
+                             "none", "--k", "4", "--queries-per-demo", "2", "--out-dir", str(out),
+                             "--resume"])
+
+
+def test_a_split_file(folder, tmp_path, flags, training):
+    split = tmp_path / "mine.json"
+    types = {"mails": "multi-choice"}
+    split.write_text(json.dumps({"train": ["support"], "test": ["mails"], "types": types}))
+    tasks = load_tasks(str(folder), str(split))
+    assert (tasks.train, tasks.test, tasks.split) == (["support"], ["mails"], "mine")
+    assert tasks.types == {"mails": "multi-choice", "support": "classification"}
+    final = train_finetune.main([*training, "--tasks", str(folder), "--split", str(split), "--init-from",
+                                 "none", "--k", "4", "--queries-per-demo", "2", "--out-dir",
+                                 str(tmp_path / "run")])
+    assert final["split"] == "mine"
+
+
+@pytest.mark.parametrize("text, message", [
+    ("{", "cannot be read"), ("[]", "cannot be read"), ('{"train": "support"}', "expected {"),
+    ("{}", "expected {"),
+    ('{"test": ["suport"]}', "there is no task 'suport'; did you mean support"),
+    ('{"train": ["mails"], "test": ["mails"]}', "mails cannot be in meta-train and in meta-test")])
+def test_a_split_file_that_is_none(folder, tmp_path, text, message):
+    (tmp_path / "s.json").write_text(text)
+    with pytest.raises(UserError, match=message):
+        load_tasks(str(folder), str(tmp_path / "s.json"))
+
+
+def test_metaicls_tasks_under_a_split_of_ones_own(tasks_dir, tmp_path):
+    """A folder in MetaICL's layout, trained on what the paper tests."""
+    own = {"train_tasks": ["emo"], "test_tasks": ["ag_news"]}
+    tasks = load_tasks(str(tasks_dir), "class_to_class", own=own)
+    files = load_tasks(str(tasks_dir), "class_to_class").files("ag_news", 13)
+    assert tasks.files("ag_news", 13) == files and tasks.is_cut("ag_news")
+    assert len(tasks.pool("emo")) > 20 and tasks.types["ag_news"] == "classification"
+
+
+def test_own_tasks_beside_made_ones(lines_only):
+    tasks = load_tasks(["functions", str(lines_only)], "class_to_class", own={"test_tasks": ["mails"]})
+    assert "support" in tasks.train and "mails" in tasks.test and tasks.is_own() and tasks.split == "own"
+    assert tasks.record().keys() == {"own_tasks"} and len(tasks.files("mails", 100)["train"]) == 16
+    assert tasks.partner("mails", tasks.test) == "mails"
+    with pytest.raises(UserError, match="stands in two collections"):
+        load_tasks([str(lines_only), str(lines_only / "mails.jsonl")], "class_to_class")
+
+
+def test_a_parquet_table_with_class_numbers(tmp_path):
+    import datasets
+    rows = rows_of("reviews", 30)
+    features = datasets.Features({"text": datasets.Value("string"),
+                                  "label": datasets.ClassLabel(names=["bad", "good"])})
+    table = datasets.Dataset.from_dict({
+        "text": [r["input"] for r in rows], "label": [int(r["output"] == "good") for r in rows]},
+        features=features)
+    table.to_parquet(tmp_path / "reviews.parquet")
+    tasks = load_own(str(tmp_path / "reviews.parquet"), "x", 16, columns=["input=text", "output=label"])
+    found = [(e["input"], e["output"]) for e in tasks.pool("reviews")]
+    assert found == [(r["input"], r["output"]) for r in rows]
+
+
+BROKEN = [
+    ({"input": "a"}, "line 3 has no output, only input"), ({"input": " ", "output": "x"}, "must be texts"),
+    ({"input": ["a"], "output": "x"}, "must be texts"), ({"input": "a", "output": True}, "must be texts"),
+    ({"input": "a", "output": "x", "options": "xy"}, "options must be a list"),
+    ({"input": "a", "output": "x", "options": ["y"]}, "the output 'x' is none of its options"),
+    ("[]", "line 3"),
+    (b"\xff", "cannot be read as UTF-8")]
+
+
+@pytest.mark.parametrize("row, message", BROKEN)
+def test_a_broken_line_is_named(tmp_path, row, message):
+    good = b"".join(json.dumps(r).encode() + b"\n" for r in rows_of("mails", 2))
+    last = row if isinstance(row, bytes) else (row if isinstance(row, str) else json.dumps(row)).encode()
+    (tmp_path / "t.jsonl").write_bytes(good + last + b"\n")
+    with pytest.raises(UserError, match=f"t.jsonl.*{message}"):
+        load_own(str(tmp_path), "x", 16)
+
+
+def test_what_cannot_be_a_task(tmp_path, flags, training, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    from sources.hub import hub_reachable
+    hub_reachable.cache_clear()
+    (tmp_path / "empty").mkdir()
+    cases = [("empty", "holds no task; expected files"), ("no/such/place", "does not exist"),
+             ("nosuch", "is no file or folder, and a data set would come from the model hub")]
+    for spec, message in cases:
+        with pytest.raises(UserError, match=message):
+            load_tasks(str(tmp_path / spec) if spec == "empty" else spec, "class_to_class")
+    write_lines(tmp_path / "few" / "t.jsonl", rows_of("mails", 17))
+    with pytest.raises(UserError, match="task t has 17 different examples, and 18 are needed"):
+        load_own(str(tmp_path / "few"), "x", 16).files("t", 100)
+    write_lines(tmp_path / "one" / "t.jsonl", [{"input": str(i), "output": "a"} for i in range(30)])
+    with pytest.raises(UserError, match="has one label only, 'a'"):
+        load_own(str(tmp_path / "one"), "x", 16)
+    write_lines(tmp_path / "free" / "t.jsonl", [{"input": str(i), "output": f"{i} times"} for i in range(30)])
+    with pytest.raises(UserError, match="it has no options"):
+        evaluate.main([*flags, "--tasks", str(tmp_path / "free"), "--methods", "icl", "--seeds", "100",
+                       "--out", str(tmp_path / "r.jsonl")])
+    write_lines(tmp_path / "twice" / "t.jsonl", rows_of("mails", 20))
+    (tmp_path / "twice" / "t.csv").write_text("input,output\na,b\n")
+    with pytest.raises(UserError, match="are both the task t"):
+        load_own(str(tmp_path / "twice"), "x", 16)
+    for columns, message in ((["text"], "--columns text: expected input=NAME"), (["x=y"], "--columns x=y")):
+        with pytest.raises(UserError, match=message):
+            load_own(str(tmp_path / "twice" / "t.csv"), "x", 16, columns=columns)
+    with pytest.raises(UserError, match="--train-tasks bills is no task of"):
+        load_own(str(tmp_path / "few"), "x", 16, train_tasks=["bills"])
+    with pytest.raises(UserError, match="has no meta-training tasks; give another one, or, of your own"):
+        train_finetune.main([*training, "--tasks", str(tmp_path / "few"), "--out-dir", str(tmp_path / "run")])
+
+
+def test_pretraining_needs_no_tasks(training, corpus_dir, tmp_path, capsys):
+    argv = [*training, "--steps", "4", "--corpus", str(corpus_dir), "--window", "64", "--min-doc-len", "32",
+            "--eval-docs", "4", "--out-dir", str(tmp_path / "run")]
+    final = train_pretrain.main(argv)
+    assert "the best checkpoint is the one of the lowest held-out KL" in capsys.readouterr().out
+    kl = [r["heldout_kl"] for r in read_lines(tmp_path / "run" / "metrics.jsonl") if "heldout_kl" in r]
+    assert len(kl) == 3 and final["best_heldout_kl"] == min(kl) and "dev_option_ce" not in final
+    _, best = load_checkpoint(tmp_path / "run")
+    assert best["best_by"] == "heldout_kl" and best["metrics"]["heldout_kl"] == min(kl)
+    assert train_pretrain.main([*argv, "--resume"]) == final
+    figures.main(["curves", str(tmp_path / "run"), "--out", str(tmp_path / "figures")])
+    assert (tmp_path / "figures" / "curves.png").stat().st_size > 5000
+
+
+def test_data_shows_own_tasks(lines_only, flags, capsys):
+    argv = ["--preset", "pocket", "--llm", flags[3], "--tasks", str(lines_only)]
+    found = data.main(argv)
+    assert found["test"]["tasks"] == 2 and found["split"] == "own"
+    with pytest.raises(UserError, match="of your own tasks, name some with --train-tasks"):
+        data.main([*argv, "--show", "2"])
+    assert data.main([*argv, "--show", "2", "--train-tasks", "support"])["task"] == "support"
+    assert "refund" in capsys.readouterr().out
+
+
+def test_vectors_of_own_tasks_and_retrieval(lines_only, flags, tmp_path, llama_llm):
+    checkpoint = save_distiller(tmp_path / "run", make_distiller(llama_llm), llama_llm, "layers:2")
+    argv = [*flags, "--tasks", str(lines_only), "--checkpoint", str(checkpoint), "--seeds", "13", "--k", "4",
+            "--limit", "4", "--out", str(tmp_path / "r.jsonl"), "--methods", "mend"]
+    evaluate.main([*argv, "mend_swapped", "mend_constant"])
+    evaluate.main([*argv, "--retrieve", "bm25"])
+    lines = read_lines(tmp_path / "r.jsonl")
+    assert len(lines) == 8 and {r["tasks"] for r in lines} == {"mine"}
+    assert torch.tensor([r["headline"] for r in lines]).isfinite().all()
