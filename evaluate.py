@@ -108,6 +108,8 @@ def main(argv: list[str] | None = None) -> dict:
         setattr(args, name, getattr(args, name) and list(dict.fromkeys(getattr(args, name))))
     device = setup(args, training=False)
     tasks = tasks_of(args)
+    if len(tasks.test) == 1 and "methods" in args.filled_in:  # there is no other task to average over
+        args.methods.remove("mend_constant")
     for name in args.only or []:
         nearest = common.did_you_mean(name, tasks.test)
         check((name in tasks.test, f"--only {name} is no meta-test task of {args.split} here; {nearest}"))

@@ -1,6 +1,7 @@
 """Your own tasks. The oracle of a cut is the same data laid out by hand in MetaICL's way."""
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,9 @@ from conftest import make_distiller, read_lines, save_distiller
 from conftest import write_lines as write_flat
 from training import state_of
 
+import common
 import data
+import distill
 import evaluate
 import train_finetune
 import train_pretrain
@@ -265,3 +268,32 @@ def test_vectors_of_own_tasks_and_retrieval(lines_only, flags, tmp_path, llama_l
     lines = read_lines(tmp_path / "r.jsonl")
     assert len(lines) == 8 and {r["tasks"] for r in lines} == {"mine"}
     assert torch.tensor([r["headline"] for r in lines]).isfinite().all()
+
+
+def commands(document: str, start: str) -> list[list[str]]:
+    """The commands of the first block of a document that begins with `start`."""
+    text = (common.ROOT / document).read_text(encoding="utf-8")
+    block = text[text.index(f"```\n{start}"):].split("```")[1]
+    return [shlex.split(line)[1:] for line in block.strip().splitlines()]
+
+
+@pytest.mark.parametrize("document, first", [("README.md", "--llm NAME"), ("docs/own.md", "--corpus")])
+def test_the_case_of_the_documents(document, first, folder, training, flags, tmp_path, monkeypatch, llama):
+    """Its commands as they stand, on tiny tasks, with a tiny LLM and few steps."""
+    monkeypatch.chdir(tmp_path)
+    (folder / "support.jsonl").rename(folder / "support_tickets.jsonl")
+    table = (folder / "reviews.csv").read_text()
+    (folder / "reviews.csv").write_text(table.replace("text,label", "input,output"))
+    (tmp_path / "notes.txt").write_text("\n\n".join(f"{p} {q} {r} stands by the {p}." * 6 for p in PLACES
+                                                    for q in PLACES for r in PLACES))
+    scripts = {"train_pretrain.py": (train_pretrain, [*training, "--window", "32", "--min-doc-len", "16",
+                                                      "--eval-docs", "2", "--distill-len", "4"]),
+               "train_finetune.py": (train_finetune, [*training, "--k", "4", "--queries-per-demo", "2"]),
+               "evaluate.py": (evaluate, [*flags, "--k", "4", "--limit", "2", "--seeds", "100"]),
+               "distill.py": (distill, flags[2:])}
+    done = []
+    for name, *argv in commands(document, f"python train_pretrain.py {first}"):
+        script, more = scripts[name]
+        done.append(script.main([*[str(llama) if a == "NAME" else a for a in argv], *more]))
+    assert done[1]["split"] == "own" and done[2]["tasks"] == 1 and "mend" in done[2]["headline"]
+    assert document == "README.md" or (tmp_path / "vectors.safetensors").exists()
