@@ -21,7 +21,7 @@ from common import check, finish, gather, is_main, naming, parse, run_main, setu
 from data import Formatter, flat
 from loading import checkpoint_id, load_all, refuse_seen_tasks, refuse_wrong_method
 from model import vector_prefix
-from paper.controls import majority, partners
+from paper.controls import majority, partners, task_vectors
 from paper.demos import (
     PERTURBATIONS,
     SentenceEncoder,
@@ -32,7 +32,7 @@ from paper.demos import (
     retrieve,
 )
 from paper.summary import gains_of, print_summary, read_results, summarise
-from score import CONTROLS, VECTOR_METHODS, distil, one_prefix, predict, task_metrics
+from score import CONTROLS, VECTOR_METHODS, one_prefix, predict, task_metrics
 from sources.files import append, held
 from sources.signals import Stop
 from sources.tasks import SEEDS, Tasks, demonstration_set, require_options, tasks_of
@@ -43,14 +43,6 @@ METHODS = ("zero_shot", "majority", "icl", "icl_budget", "last_l", "prompt_tunin
 DEFAULT_METHODS = ["zero_shot", "majority", "last_l", "icl", "icl_budget", "mend", "mend_constant"]
 PRESETS = {"paper": {"methods": DEFAULT_METHODS}, "pocket": {"methods": DEFAULT_METHODS}}
 SEEDLESS = ("zero_shot", "prompt_tuning")  # the same for every demonstration set
-
-
-def task_vectors(task: str, seed: int, llm, distiller, formatter: Formatter, tasks: Tasks,
-                 args) -> torch.Tensor:
-    """(1, l, d): the vectors that `mend` has on a task."""
-    demos, files = demonstration_set(tasks, task, seed, args.k)
-    parts = formatter.parts(demos, formatter.limit(demos + files["test"]))
-    return distil(parts, distiller, llm.device, args.dtype, formatter.turns.head)
 
 
 def get_parser() -> argparse.ArgumentParser:

@@ -5,8 +5,12 @@ A distiller that distils needs the demonstrations of this task, with their own l
 
 from collections import Counter
 
+import torch
+
 from common import check
-from sources.tasks import Tasks
+from data import Formatter
+from score import distil
+from sources.tasks import Tasks, demonstration_set
 
 
 def majority(demos: list[dict], queries: list[dict]) -> list[str]:
@@ -33,3 +37,11 @@ def partners(method: str, task: str, evaluated: list[str], tasks: Tasks) -> list
     if method == "mend_swapped":
         return [tasks.partner(task, names)]
     return names[:at] + names[at + 1:]
+
+
+def task_vectors(task: str, seed: int, llm, distiller, formatter: Formatter, tasks: Tasks,
+                 args) -> torch.Tensor:
+    """(1, l, d): the vectors that `mend` has on a task."""
+    demos, files = demonstration_set(tasks, task, seed, args.k)
+    parts = formatter.parts(demos, formatter.limit(demos + files["test"]))
+    return distil(parts, distiller, llm.device, args.dtype, formatter.turns.head)
