@@ -141,7 +141,7 @@ def demo_tokens(method: str, demos: list[dict], limit: int, formatter: Formatter
     return formatter.demonstrations(demos, limit)
 
 
-def distil(parts: list[list[tuple]], distiller, device, dtype: str, head: Sequence[int] = ()) -> Tensor:
+def distil(parts: list[list[tuple]], distiller, device, dtype: str, head: Sequence[int]) -> Tensor:
     """The vectors S_D, (1, S l, d), of one D in S segments (Formatter.parts), to stand behind `head`."""
     ids, mask = (t.to(device) for t in padded_left(list(map(flat, parts))))                 # (S, T_s)
     with torch.no_grad(), autocast(device, dtype):

@@ -143,7 +143,7 @@ class Distiller(PyTorchModelHubMixin, library_name="mend", paper_url="https://ar
                  for text in texts]
         dtype = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(llm.dtype, "fp32")
         parts = formatter.parts(demos, formatter.limit(demos))
-        vectors = distil(parts, module, llm.device, dtype)[0].float()                       # (S l, d)
+        vectors = distil(parts, module, llm.device, dtype, formatter.turns.head)[0].float()  # (S l, d)
         require_finite("a distilled vector", vectors)
         return vectors
 

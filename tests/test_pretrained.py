@@ -50,7 +50,7 @@ def run_folder(llm, spec, module, tmp_path):
 def vectors_by_hand(module, name: str) -> torch.Tensor:
     formatter = Formatter(Tokenizer(name), "space", 900)
     return distil(formatter.parts([example(e["input"], e["output"]) for e in EXAMPLES], 900), module,
-                  torch.device("cpu"), "fp32")[0].float()
+                  torch.device("cpu"), "fp32", [])[0].float()
 
 
 def test_a_folder_holds_all_of_a_distiller(llm, llm_folder, module, run_folder, tmp_path):
@@ -120,7 +120,7 @@ def test_template_and_elastic_length_travel(llama, llama_llm, tmp_path):
     parts = formatter.parts([example(e["input"], e["output"]) for e in EXAMPLES], 900)
     for length in (2, 4, 3):  # longer again after shorter
         module.distill_len = length
-        expected = distil(parts, module, torch.device("cpu"), "fp32")[0]
+        expected = distil(parts, module, torch.device("cpu"), "fp32", [])[0]
         torch.testing.assert_close(distiller.distill(str(llama), EXAMPLES, length), expected)
     assert len(distiller.distill(str(llama), EXAMPLES)) == 4
     with pytest.raises(common.UserError, match="has 4 placeholders"):

@@ -79,7 +79,7 @@ def test_vectors_of_segments_are_those_of_each_alone(llm_folder, tokenizer):
     llm = load_llm(str(llm_folder), CPU, torch.float32)
     distiller = make_distiller(llm)
     parts = formatter_of(tokenizer, 3).parts(DEMOS, 300)
-    found = score.distil(parts, distiller, CPU, "fp32")
+    found = score.distil(parts, distiller, CPU, "fp32", [])
     with torch.no_grad():
         expected = torch.cat([plain.Distiller.forward(distiller, flat(part)) for part in parts])
     torch.testing.assert_close(found[0], expected, atol=1e-5, rtol=1e-4)
@@ -96,11 +96,11 @@ def test_keys_of_segments_stand_one_behind_the_other(llm_folder, tokenizer):
     config, d = llm.config, llm.get_input_embeddings().embedding_dim
     distiller = build_distiller("kv:3", llm, L, "residual", seed=0)
     parts = formatter_of(tokenizer, 3).parts(DEMOS, 300)
-    found = score.distil(parts, distiller, CPU, "fp32")[0]                         # (3 (L - 1) + 1, W)
+    found = score.distil(parts, distiller, CPU, "fp32", [])[0]                         # (3 (L - 1) + 1, W)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     expected = []
     for i, part in enumerate(parts):
-        alone = score.distil([part], distiller, CPU, "fp32")[0]                    # (L, W)
+        alone = score.distil([part], distiller, CPU, "fp32", [])[0]                    # (L, W)
         if config.model_type != "gpt2":  # its positions are not in the keys' angle
             layers = alone[:, :-d].unflatten(1, (config.num_hidden_layers, 2, heads, -1)).clone()
             for layer in range(config.num_hidden_layers):

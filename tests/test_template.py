@@ -30,6 +30,7 @@ from loading import build_distiller, load_checkpoint, load_llm, make_formatter
 from model import head_logits, query_states, vector_prefix
 from paper.demos import predict_each
 from score import demo_tokens, option_scores
+from serving.pretrained import Distiller
 from sources.template import TEMPLATES, chat_turns
 from sources.text import Tokenizer
 
@@ -268,6 +269,23 @@ def test_written_and_chosen_answers_behind_keys_and_values_in_a_chat(chat, chat_
             break
     expected = chat.tokenizer.hf.decode(written, skip_special_tokens=True).strip().split("\n")[0]
     assert distill.write_answer(chat.llm, vectors[0], enc, query, 4) == expected and expected
+
+
+@pytest.mark.parametrize("spec", ["layers:1", "kv:2"])
+@torch.no_grad()
+def test_a_distiller_as_an_object_makes_the_vectors_of_evaluate_in_a_chat(spec, chat, chat_llm, tmp_path):
+    distiller = build_distiller(spec, chat.llm, 4, "plain", 0).eval()
+    folder = save_distiller(tmp_path / "run", distiller, chat.llm, spec, "plain", trained_on={})
+    _, saved = load_checkpoint(folder)
+    saved["model"]["template"] = "chat"
+    save_distiller(folder, distiller, chat.llm, spec, "plain", **saved)
+    vectors = Distiller.from_pretrained(folder, llm=chat.llm).distill(str(chat_llm), SHOWN)
+    found = vector_prefix(chat.llm, vectors[None], chat.formatter.turns.head)
+    expected = evaluate.one_prefix("mend", SHOWN, 900, chat.llm, distiller, chat.formatter, chat.args)
+    assert found.mask.shape[1] == 4 + len(chat.formatter.turns.head)
+    for one, other in zip(found.keys_values, expected.keys_values, strict=True):
+        for ours, theirs in zip(one, other, strict=True):
+            torch.testing.assert_close(ours, theirs)
 
 
 @torch.no_grad()
