@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from common import ROOT, check, finish, run_main
-from paper.summary import gains_of, read_results, scores_of
+from paper.summary import gains_of, read_results, require_one_setting, scores_of
 from paper.tables import paired_interval, require_fields, summary
 
 ORDER = ("zero_shot", "majority", "last_l", "icl_budget", "mend", "mend_swapped", "mend_permuted",
@@ -87,6 +87,7 @@ def main(argv: list[str] | None = None) -> dict:
         records = read_results(Path(file))
         check((bool(records), f"{file} has no lines; make it with evaluate.py --out {file}"))
         require_fields(records, "paper.carried")
+        require_one_setting(file, records)
         made[Path(file).stem] = carried(records)
         print("\n".join(table_lines(Path(file).stem, made[Path(file).stem])) + "\n")
     return finish({"files": args.files}) | {"made": made}

@@ -12,7 +12,7 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
 from common import ROOT, UserError, check
 from loading import load_checkpoint
-from paper.summary import gains_of, read_results
+from paper.summary import gains_of, read_results, require_one_setting
 
 # Okabe and Ito's palette, which stays distinct for colour-blind readers: colour, marker, label
 METHODS = {"mend": ("#0072B2", "o", "MEND"), "icl": ("#D55E00", "s", "Vanilla ICL"),
@@ -232,11 +232,13 @@ def ratios(args) -> tuple[Figure, dict]:
     """Recovered gain over the ratio of demonstration tokens to vectors, a panel for each results file."""
     files = args.results or [str(ROOT / "results" / f"ratios-{name}.jsonl")
                              for name in ("functions", "early", "recall")]
-    read = {Path(f).stem: read_results(Path(f)) for f in files}
+    read = {Path(f).stem: read_results(Path(f), "method", "task", "seed", "headline", "n") for f in files}
     check(*(({"icl", "zero_shot"} <= {r["method"] for r in records}
              and all("demo_tokens" in r for r in records),
              f"{name} lacks icl, zero_shot or demo_tokens; make it with paper/runs/ratios.sh")
             for name, records in read.items()))
+    for name, records in read.items():
+        require_one_setting(name, records)
     fig = Figure(figsize=(4 * len(read), 5), layout="constrained")
     axes, drawn, counts = fig.subplots(1, len(read), squeeze=False)[0], {}, []
     for ax, (name, records) in zip(axes, read.items(), strict=True):

@@ -8,17 +8,33 @@ from pathlib import Path
 
 import numpy as np
 
-from common import UserError
+from common import UserError, check
 
+TEXTS = ("method", "task", "data_hash", "llm", "split", "tasks", "template", "dtype", "commit")
+SHARES, WHOLE = ("headline", "accuracy", "macro_f1"), ("seed", "n", "k", "distill_len", "context_len")
 GAIN = "(method - zero_shot) / (icl - zero_shot)"
 Scores = dict[tuple[str, int], tuple[float, int]]  # (task, seed): headline in percent, n
+
+
+def wrong_field(record: dict) -> str | None:
+    """The first of a line's fields that cannot be what evaluate.py writes there, as "name is value"."""
+    rules = dict.fromkeys(TEXTS, lambda v: isinstance(v, str)) | dict.fromkeys(
+        WHOLE, lambda v: type(v) is int and v >= 0) | dict.fromkeys(
+        SHARES, lambda v: type(v) in (int, float) and 0 <= v <= 1)  # so NaN is none
+    rules |= {"trained_on": lambda v: v is None or isinstance(v, dict) and all(
+                  isinstance(stage, dict) for stage in v.values()),
+              "demo_tokens": lambda v: v is None or type(v) is int and v >= 0,
+              **dict.fromkeys(("checkpoint", "retrieval", "perturbation"),
+                              lambda v: v is None or isinstance(v, str))}
+    return next((f"{name} is {str(record[name])[:60]}" for name, holds in rules.items()
+                 if name in record and not holds(record[name])), None)
 
 
 def read_results(path: Path, *fields: str) -> list[dict]:
     """The lines of a results file; a last line that a kill cut short is left out.
 
     Raises:
-        UserError: another kind of file; a line without one of `fields`.
+        UserError: another kind of file; a line without one of `fields`, or with a value that cannot be one.
     """
     if not path.exists():
         return []
@@ -29,11 +45,27 @@ def read_results(path: Path, *fields: str) -> list[dict]:
             records.append(json.loads(last))
         if not all(isinstance(r, dict) for r in records) or (last and last[0] != "{"):
             raise ValueError("a line is no JSON object")
+        if wrong := next(filter(None, map(wrong_field, records)), None):
+            raise ValueError(f"in a line {wrong}")
         if missing := [name for name in fields if any(name not in r for r in records)]:
             raise ValueError(f"a line has no {missing[0]}")
         return records
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not a results file of evaluate.py ({error}); give another one") from error
+
+
+SETTING = ("llm", "split", "tasks", "k", "context_len", "template", "limit", "dtype", "llm_weights",
+           "retrieval", "perturbation")
+
+
+def require_one_setting(path: str | Path, records: list[dict]) -> None:
+    """Raise UserError unless lines differ in method, task, seed and l alone, and one checkpoint made all
+    vectors: else a mean would run over what does not belong together."""
+    values = {name: sorted({str(r.get(name)) for r in records}) for name in SETTING}
+    values["checkpoint"] = sorted({r["checkpoint"] for r in records if r.get("checkpoint")})
+    mixed = [f"{name} {' and '.join(found)}" for name, found in values.items() if len(found) > 1]
+    check((not mixed, f"{path} has lines of {'; '.join(mixed)}, which cannot share a table; give a file with "
+           "one of them"))
 
 
 def mean_std(values: list[float]) -> tuple[float, float]:

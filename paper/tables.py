@@ -35,7 +35,7 @@ def variant_of(record: dict) -> str:
     if record["method"] != "mend":
         return record["method"]
     # a checkpoint that is older than the flags for it was trained with their defaults
-    pretrain, finetune = (record["trained_on"].get(stage) for stage in ("pretrain", "finetune"))
+    pretrain, finetune = ((record["trained_on"] or {}).get(stage) for stage in ("pretrain", "finetune"))
     objective = pretrain.get("objective", "kl") if pretrain else "no_pretraining"
     changes = [objective] * (objective != "kl")
     changes += ["another beta"] * (bool(pretrain) and pretrain.get("beta", 0.8) != 0.8)  # Fig. 6

@@ -6,6 +6,7 @@ import pytest
 
 from common import UserError
 from paper import carried
+from paper.summary import require_one_setting
 
 
 def lines(method: str, headlines: dict[str, float], distill_len: int, seed: int = 100) -> list[dict]:
@@ -51,3 +52,13 @@ def test_command(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "x: 3 tasks, 24 queries a set, 1 sets, 60 tokens" in out
     assert "| 16 | mend | 40.0 | 20.0 | 67% |  |" in out
+
+
+@pytest.mark.parametrize(("field", "values"), [("checkpoint", ("a@1", "b@2")), ("k", (16, 8)),
+                                               ("limit", (0, 8)), ("template", ("newline", "space"))])
+def test_lines_of_two_settings_share_no_mean(field, values):
+    setting = {"checkpoint": "a@1", "k": 16, "limit": 0, "template": "space"}
+    require_one_setting("r.jsonl", [setting, setting | {"checkpoint": None}])  # as icl's lines have none
+    records = [setting | {field: value} for value in values]
+    with pytest.raises(UserError, match=f"r.jsonl has lines of {field} {values[0]} and "):
+        require_one_setting("r.jsonl", records)

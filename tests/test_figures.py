@@ -144,7 +144,7 @@ def ablation_records() -> list[dict]:
     others = [trained("clm"), trained("clm", lam=1, pred_weight=1.0), trained("kl", lam=1, pred_weight=0.0),
               trained("kl", lam=0, pred_weight=1.0), None,
               {"finetune": {"tasks": "metaicl", "lam": 1, "pred_weight": 1.0}}]
-    return records + [r for other in others for r in grid(shifted(40), trained_on=other)]
+    return records + [r for other in others for r in grid(shifted(25), trained_on=other)]
 
 
 def test_fig6_and_fig7_choose_their_checkpoints(tmp_path):

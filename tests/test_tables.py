@@ -318,6 +318,17 @@ def test_a_line_cut_short_is_left_out_and_the_file_is_not_touched(tmp_path):
             read_results(path)
 
 
+@pytest.mark.parametrize(("field", "value"), [
+    ("headline", "0.5"), ("headline", float("nan")), ("headline", 7.5), ("accuracy", None), ("n", -1),
+    ("seed", "x"), ("task", ["a"]), ("k", 1.5), ("distill_len", None), ("demo_tokens", "x"),
+    ("trained_on", {"pretrain": 5}), ("checkpoint", 3), ("method", True)])
+def test_a_value_that_evaluation_cannot_have_written_is_refused(tmp_path, field, value):
+    path = tmp_path / "results.jsonl"
+    write_lines(path, [record(), record(**{field: value})])
+    with pytest.raises(UserError, match=rf"results.jsonl is not a results file .*in a line {field} is "):
+        read_results(path)
+
+
 def test_table_flag_prints_the_table(tmp_path, capsys):
     path = tmp_path / "results.jsonl"
     write_lines(path, [record(method=m, headline=h) for m, h in (("icl", 0.25), ("majority", 0.5))])
