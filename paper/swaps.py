@@ -7,6 +7,7 @@ A row is a task whose demonstrations were distilled (or, for icl, read), a colum
 asked: a cell is the share of right answers. A distiller that distils has a diagonal. Not in the paper.
 """
 
+import argparse
 import json
 import shlex
 import sys
@@ -18,7 +19,7 @@ from tqdm import tqdm
 
 import common
 from common import check, finish, parse, run_main, setup
-from loading import checkpoint_id, load_all
+from loading import checkpoint_id, load_all, refuse_seen_tasks, refuse_wrong_method
 from score import one_prefix, predict
 from sources.files import write_whole
 from sources.tasks import SEEDS, demonstration_set, require_options, tasks_of
@@ -61,7 +62,9 @@ def main(argv: list[str] | None = None) -> dict:
     device = setup(args, training=False)
     tasks = tasks_of(args)
     check((len(tasks.test) > 1, f"--tasks {' '.join(args.tasks)} has one meta-test task; two are compared"))
-    llm, distiller, _, formatter = load_all(args, device)
+    llm, distiller, state, formatter = load_all(args, device)
+    refuse_wrong_method(["mend"] if "mend" in args.methods else [], state, args.checkpoint)
+    refuse_seen_tasks(state.get("trained_on", {}), tasks, argparse.Namespace(only=None))
     sets = {task: demonstration_set(tasks, task, args.seed, args.k) for task in tasks.test}
     asked = [query for _, files in sets.values() for query in files["test"][:args.limit]]
     require_options(asked)

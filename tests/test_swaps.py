@@ -8,6 +8,7 @@ import torch
 from conftest import save_distiller
 from test_figures import check_files
 
+import common
 import evaluate
 from common import UserError
 from loading import build_distiller
@@ -58,3 +59,21 @@ def test_user_errors(flags, tmp_path):
     (tmp_path / "no.json").write_text("{}")
     with pytest.raises(UserError, match="does not hold what swaps draws"):
         figures.main(["swaps", "--results", str(tmp_path / "no.json"), "--out", str(tmp_path)])
+
+
+@pytest.mark.parametrize(("spec", "split", "lam", "message"), [
+    ("free", "class_to_class", 0, "holds free vectors"),
+    ("layers:2", "class_to_class", 0, "without L_distill"),
+    ("layers:2", "non_class_to_class", 1, "training tasks include emo")])
+def test_no_other_method_is_called_mend_and_no_seen_task_unseen(flags, llama_llm, tmp_path, monkeypatch, spec,
+                                                                split, lam, message):
+    trained_on = {"finetune": {"tasks": "metaicl", "split": split, "lam": lam}}
+    distiller = build_distiller(spec, llama_llm, 4, "matched", 0)
+    run = save_distiller(tmp_path / "run", distiller, llama_llm, spec, trained_on=trained_on)
+    table = json.loads((common.ROOT / "splits.json").read_text())
+    table["metaicl"]["settings"]["non_class_to_class"] = {"train": ["emo"], "test": ["trec"]}
+    (tmp_path / "splits.json").write_text(json.dumps(table))
+    monkeypatch.setattr(common, "ROOT", tmp_path)
+    with pytest.raises(UserError, match=message):
+        swaps.main([*flags, "--checkpoint", str(run), "--out", str(tmp_path / "s.json")])
+    assert not (tmp_path / "s.json").exists()
