@@ -132,8 +132,9 @@ def main(argv: list[str] | None = None) -> dict:
     llm, distiller, _, formatter = load_all(args, device)
     corpus = Corpus(args.corpus, formatter.tokenizer, args.window, args.min_doc_len)
     metrics = evaluate_kl(llm, distiller, corpus, args, device, formatter.tokenizer.bos)
-    return finish({"corpus": corpus.name, "hash": corpus.hash, "windows": args.eval_docs,
-                   "distill_len": args.distill_len, "checkpoint": checkpoint_id(args.checkpoint), **metrics})
+    return finish({"corpus": corpus.name, "hash": corpus.hash,
+                   "windows": len(corpus.held_out[:args.eval_docs]), "distill_len": args.distill_len,
+                   "checkpoint": checkpoint_id(args.checkpoint), **metrics})
 
 
 if __name__ == "__main__":

@@ -14,5 +14,7 @@ def test_held_out_text_of_a_checkpoint_is_what_training_saw(flags, corpus_dir, t
     given = [*flags[:flags.index("--distiller")], "--checkpoint", str(tmp_path), "--device", "cpu"]
     found = paper.held_out.main([*given, *text])
     assert found["distill_len"] == 4 and found["heldout_kl"] == pytest.approx(trained["heldout_kl"], rel=1e-4)
+    many = paper.held_out.main([*given, *text, "--eval-docs", "64"])  # of 60 documents each 20th is held out
+    assert found["windows"] == many["windows"] == 3 and many["heldout_kl"] == found["heldout_kl"]
     with pytest.raises(UserError, match="--beta is 2.0"):
         paper.held_out.main([*given, *text, "--beta", "2"])
