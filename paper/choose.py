@@ -59,9 +59,14 @@ def gain(llm, formatter: Formatter, tasks, seeds: list[int], k: int, args) -> di
 
 def main(argv: list[str] | None = None) -> dict:
     args = parse(get_parser(), argv)
-    check(*common.shared_rules(args), *common.at_least(args, 1, "context_len"))
+    for name in ("llms", "templates", "seeds"):  # each once
+        setattr(args, name, getattr(args, name) and list(dict.fromkeys(getattr(args, name))))
+    llms = args.llms or [args.llm]
+    check(*common.shared_rules(args), *common.at_least(args, 1, "context_len"),
+          (len({Path(name).name for name in llms}) == len(llms),
+           f"--llms {' '.join(llms)}: two folders have one name, which a row is named by; rename one"))
     device, found = setup(args, training=False), {}
-    for name in args.llms or [args.llm]:
+    for name in llms:
         args.llm = name
         llm, tokenizer = load_llm(name, device, common.torch_dtype(args.dtype)), Tokenizer(name)
         tasks = load_tasks(args.tasks, args.split, name, args.k)
