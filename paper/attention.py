@@ -33,7 +33,7 @@ from loading import (
 )
 from model import causal_mask, positions_of, run_backbone, with_head
 from sources.files import write_whole
-from sources.tasks import tasks_of
+from sources.tasks import SEEDS, demonstration_set, tasks_of
 from sources.text import Tokenizer
 
 SEQUENCES, COPY_LEN = 10, 500  # the induction test: random sequences, tokens in each before doubling (App. C)
@@ -130,8 +130,8 @@ def look(args, llm, tokenizer: Tokenizer, heads: list[tuple[int, int]]) -> dict:
     args.only = [task]
     refuse_wrong_method(["mend"], state, args.checkpoint)
     refuse_seen_tasks(state["trained_on"], tasks, args)
-    files, formatter = tasks.files(task, args.seed), make_formatter(args, tokenizer, llm, distiller)
-    demos, queries = files["train"][:args.k], files["test"]
+    demos, files = demonstration_set(tasks, task, args.seed, args.k)
+    queries, formatter = files["test"], make_formatter(args, tokenizer, llm, distiller)
     check((0 <= args.example < len(queries),
            f"--example is {args.example}; {task} has 0 to {len(queries) - 1}"))
     shown = formatter.demonstrations(demos, formatter.limit(demos + queries))
@@ -165,7 +165,9 @@ def get_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> dict:
     args = parse(get_parser(), argv)
-    check(*common.shared_rules(args), *common.at_least(args, 1, "context_len"))
+    check(*common.shared_rules(args), *common.at_least(args, 1, "context_len"),
+          (not args.checkpoint or args.seed in SEEDS, f"--seed {args.seed}: MetaICL's are {sorted(SEEDS)}"),
+          *(common.place_rule("--out", f"{args.out}/{name}.json") for name in ("induction", "attention")))
     device = setup(args, training=False)
     llm = load_llm(args.llm, device, common.torch_dtype(args.dtype), args.llm_weights)
     tokenizer = Tokenizer(args.llm)

@@ -187,7 +187,9 @@ def test_without_a_checkpoint_only_the_scores(argv, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("more", "message"), [
     (["--task", "emoo"], "emoo is no meta-test task"), (["--example", "24"], "emo has 0 to 23"),
-    (["--context-len", "0"], "--context-len is 0")])
+    (["--context-len", "0"], "--context-len is 0"), (["--seed", "3"], "--seed 3: MetaICL's are"),
+    (["--k", "17"], "emo has 16 training examples for seed 100, and --k is 17"),
+    (["--out", __file__], "stands under a file")])
 def test_faulty_flags(argv, checkpoint, tmp_path, monkeypatch, more, message):
     monkeypatch.setattr(attention, "COPY_LEN", 30)
     with pytest.raises(UserError, match=message):
