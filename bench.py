@@ -249,6 +249,8 @@ def real_methods(args: argparse.Namespace, llm, distiller, demo_tokens: int) -> 
 def here(args: argparse.Namespace, llm, distiller) -> dict:
     """The table of the seven methods on this machine: FLOPs, seconds a query, peak memory, storage."""
     require_input_vectors(distiller, "bench.py")
+    check((distiller.backbone is not None, "bench.py times the distiller, and free vectors have none; give "
+           "another --distiller or --checkpoint (prompt_tuning's row is timed with any)"))
     limits = (max_positions(llm.config), max_positions(distiller.backbone.config))
     device, longest = llm.device, min((limit for limit in limits if limit is not None), default=sys.maxsize)
     check((not llm.config.is_encoder_decoder,

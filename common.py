@@ -64,6 +64,10 @@ def run_main(main) -> None:
             dist.destroy_process_group()
 
 
+def number_or_auto(text: str) -> int | str:
+    return text if text == "auto" else int(text)
+
+
 FLAGS = {  # those that more than one script takes; a default of None is filled in by the preset (see `parse`)
     "preset": dict(choices=sorted(PRESETS),
                    help="values for flags that are not given; default: paper where CUDA is, else pocket"),
@@ -73,7 +77,7 @@ FLAGS = {  # those that more than one script takes; a default of None is filled 
                            "(variants.py; R: the adapters' rank), or free for free vectors "
                            "(PromptTuning)"),
     "distill-len": dict(type=int, help="l, number of distilled vectors; a checkpoint brings its own"),
-    "segments": dict(type=lambda text: text if text == "auto" else int(text), default=1, metavar="N|auto",
+    "segments": dict(type=number_or_auto, default=1, metavar="N|auto",
                      help="distil D in so many segments and join their vectors; auto: as many as its "
                           "demonstrations fill at --context-len tokens each"),
     "tasks": dict(nargs="+", help="one or more of metaicl (hub), bigbench (assets), functions, early, recall "

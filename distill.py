@@ -196,8 +196,7 @@ def check_flags(args: argparse.Namespace) -> None:
            f"--publish {folder} is there already and holds something else; give another name"),
           common.place_rule("--out", out or ""),
           common.place_rule("--publish", str(folder / pretrained.WEIGHTS) if folder else ""),
-          *common.device_rules(args),
-          *common.at_least(args, 1, "answer_tokens", "context_len", "distill_len"),
+          *common.shared_rules(args), *common.at_least(args, 1, "answer_tokens", "context_len"),
           (not (args.vectors and args.distill_len),
            "--distill-len has no part in --vectors, which are made; leave it out"))
 

@@ -189,9 +189,9 @@ def build_distiller(spec: str, llm: PreTrainedModel, distill_len: int, start: st
         return FreeVectors(llm_embed, llm.config.vocab_size, distill_len, seed).to(llm.device)
     if spec.startswith("kv:"):
         rank = int(spec[3:]) if spec[3:].isdecimal() else 0
-        check((rank >= 1, f"--distiller {spec}: expected kv:R with R, the adapters' rank, as in kv:32"),
-              (distill_len >= 2, f"--distill-len {distill_len}: kv:R keeps D's first position too; give 2 or "
-                                 "more"),
+        check((1 <= rank <= llm_embed.embedding_dim, f"--distiller {spec}: expected kv:R with R, the "
+               f"adapters' rank, from 1 to the LLM's width {llm_embed.embedding_dim}, as in kv:32"),
+              (distill_len >= 2, f"--distill-len {distill_len}: kv:R takes D's first too; give 2 or more"),
               (not llm.config.is_encoder_decoder, f"--distiller {spec} hands over what a decoder-only LLM "
                "keeps of its prefix, and this one is an encoder-decoder; give layers:N or a sibling"),
               (not getattr(llm, "is_loaded_in_8bit", False), f"--distiller {spec} adapts the LLM's weights, "

@@ -62,7 +62,7 @@ def training_rules(args: argparse.Namespace) -> list[tuple[bool, str]]:
     return [
         *common.at_least(args, 1, "steps", "batch_size", "grad_accum", "eval_every", "save_every",
                          "eval_queries"),
-        (0 < args.lr < math.inf, f"--lr is {args.lr}; give a positive number"),
+        (0 < args.lr < 1e6, f"--lr is {args.lr}; give a positive number below a million"),
         place_rule("--out-dir", f"{args.out_dir or common.OUT}/last.safetensors"),
         (0 <= args.warmup <= 1, f"--warmup is {args.warmup}; give a share between 0 and 1"),
         *common.finite(args, "clip"),

@@ -194,6 +194,8 @@ def test_flag_faults(flags, tiny):
                     "--checkpoint", "x"])
     with pytest.raises(UserError, match="passes the 2048 tokens"):
         bench.main([*flags, "--demo-tokens", "2045", "--repeats", "1"])
+    with pytest.raises(UserError, match="free vectors have none"):
+        bench.main([*flags, "--distiller", "free", "--repeats", "1"])
     with pytest.raises(UserError, match="t5-large-lm-adapt is an encoder-decoder"):
         bench.main([*flags, "--llm", "t5-large-lm-adapt", "--distiller", "t5-small-lm-adapt",
                     "--random-init"])

@@ -198,7 +198,8 @@ def test_what_is_published_is_small_says_no_path_and_can_be_evaluated(llama, lla
     ("--demos D --out D", "is there already"), ("--demos D --out D/x.safetensors", "stands under a file"),
     ("--demos D --ask x --device gpu", "--device gpu is unknown"), ("--publish .", "is there already"),
     ("--demos D --ask ' '", "--ask holds an empty text"),
-    ("--demos D --ask x --context-len 0", "--context-len is 0")])
+    ("--demos D --ask x --context-len 0", "--context-len is 0"),
+    ("--demos D --ask x --segments 0", "--segments is below 1")])
 def test_bad_flags(flags, message, demos):
     argv = [a.replace("D", demos(DEMOS), 1) if a[:1] == "D" else a for a in shlex.split(flags)]
     with pytest.raises(common.UserError, match=re.escape(message)):

@@ -143,6 +143,7 @@ def test_flag_faults_come_together(script, argv):
      "--distiller free reads no text, so there is nothing to pretrain"),
     (train_pretrain, ["--gamma", "2"], "--gamma only has a meaning with --objective clm.kl"),
     (train_pretrain, ["--gamma", "0", "--objective", "clm+kl"], "--gamma is 0.0; give a positive number"),
+    (train_pretrain, ["--lr", "1e38"], "--lr is 1e.38; give a positive number below a million"),
     (train_pretrain, ["--eval-docs", "0"], "--eval-docs"), (train_pretrain, ["--context-len", "0"],
                                                             "--context-len"),
     (train_pretrain, ["--distiller", "layers:9"], "give layers:1 to layers:3"),

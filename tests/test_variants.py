@@ -235,6 +235,7 @@ def test_pretraining_runs_on_text(flags, corpus_dir, tmp_path):
 
 
 @pytest.mark.parametrize("spec, length, fault", [("kv:0", 4, "adapters' rank"), ("kv:x", 4, "adapters' rank"),
+                                                ("kv:33", 4, "from 1 to the LLM's width 32"),
                                                  ("kv:2", 1, "give 2 or more")])
 def test_what_cannot_be_built_is_refused(llm, spec, length, fault):
     with pytest.raises(UserError, match=fault):
