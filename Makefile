@@ -27,6 +27,10 @@ setup: .venv/done
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -r requirements.txt
 	touch .venv/done
 
+.venv/extra: .venv/done requirements-extra.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -r requirements.txt -r requirements-extra.txt
+	touch .venv/extra
+
 assets: setup
 	$(BIN)/python -m sources.assets $(if $(filter gemma,$(LLM)),--only gemma)
 
@@ -42,7 +46,7 @@ demo: setup
 tables table1 table2 table3 table6 table7 fig3 fig4 fig5 ablations lr ratios: setup
 	PYTHON=$(BIN)/python paper/runs/$@.sh
 
-test: setup
+test: .venv/extra
 	$(BIN)/python -m pytest
 
 lint: setup

@@ -107,11 +107,14 @@ FLAGS = {  # those that more than one script takes; a default of None is filled 
                   help="of the LLM and the distiller's autocast (its weights stay fp32); auto: on CUDA bf16, "
                        "else fp16; on mps fp32; on a CPU fp32, but bf16 for training where the CPU has it in "
                        "hardware"),
+    "log": dict(choices=("none", "tensorboard", "wandb"), default="none",
+                help="where the curves go beside metrics.jsonl"),
     # DEVIATION: Table 5 keeps GPT-2 in 8 bit; here it is a choice, as CUDA or bitsandbytes may be missing.
     "llm-weights": dict(choices=("fp32", "bf16", "8bit"), help="keep the frozen LLM in this instead of "
                         "--dtype; 8bit needs CUDA and the packages bitsandbytes and accelerate"),
 }
 
+RUNNING = ("seed", "max-minutes", "device", "dtype", "llm-weights", "log")  # of either stage
 OWN = ("split", "train-tasks", "test-tasks", "columns")  # which tasks are meta-train and meta-test
 
 
@@ -214,6 +217,8 @@ def shared_rules(args: argparse.Namespace) -> list[tuple[bool, str]]:
          "--segments is below 1; give a number or auto"), *at_least(args, 0, "seed"), *device_rules(args),
         (getattr(args, "seed", 0) < 2 ** 32, "--seed is above 2 ** 32 - 1; give less"),
         *finite(args, "max_minutes"),
+        ((log := getattr(args, "log", "none")) == "none" or importlib.util.find_spec(log) is not None,
+         f"--log {log} needs the package {log}: pip install {log}"),
         (not eight_bit or (args.device != "cpu" and cuda),
          "--llm-weights 8bit needs a CUDA device; use fp32 or bf16 on a CPU"),
         *((not eight_bit or importlib.util.find_spec(package) is not None,

@@ -21,16 +21,8 @@ from common import check, finish, gather, is_main, naming, parse, run_main, setu
 from data import Formatter, flat
 from loading import checkpoint_id, load_all, refuse_seen_tasks, refuse_wrong_method
 from model import vector_prefix
-from paper.controls import majority, partners, task_vectors
-from paper.demos import (
-    PERTURBATIONS,
-    SentenceEncoder,
-    permute_labels,
-    perturb,
-    perturbable,
-    predict_each,
-    retrieve,
-)
+from paper.controls import majority, partners, permute_labels, task_vectors
+from paper.demos import PERTURBATIONS, SentenceEncoder, perturb, perturbable, predict_each, retrieve
 from paper.summary import gains_of, print_summary, read_results, summarise
 from score import CONTROLS, VECTOR_METHODS, one_prefix, predict, task_metrics
 from sources.files import append, held

@@ -22,6 +22,7 @@ from common import UserError, check, commit, is_main, place_rule, sum_over_ranks
 from loading import load_checkpoint, load_weights
 from sources.files import append, hold, keep_lines, release, write_tensors
 from sources.headers import check_moments, check_resumable, sealed
+from sources.logs import make_logger
 from sources.signals import Stop
 
 
@@ -146,6 +147,7 @@ class Run:
         self.metrics = self.out_dir / "metrics.jsonl"
         if is_main():
             keep_lines(self.metrics, self.knows)
+        self.logger = make_logger(args.log if is_main() else "none", self.out_dir, vars(args), self.step)
         self.stop = Stop(args.max_minutes)
         self.ddp = DistributedDataParallel(distiller) if self.ranks > 1 else distiller
         self.bar = tqdm(total=args.steps, initial=self.step, desc=name.split("-")[0], unit="step",
@@ -251,7 +253,8 @@ class Run:
     def log(self, **record) -> None:
         """Append one record to metrics.jsonl."""
         if is_main():
-            append(self.metrics, {"step": self.step, **record})
+            append(self.metrics, record := {"step": self.step, **record})
+            self.logger(record)
 
     def save(self) -> None:
         """Write last.safetensors."""

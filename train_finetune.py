@@ -37,7 +37,7 @@ PRESETS = {  # the paper's Table 5, and what two CPU cores do in minutes
 
 def get_parser() -> argparse.ArgumentParser:
     parser = common.make_parser(__doc__, "preset", "llm", "distiller", "distill-len", "tasks", *common.OWN,
-                                "k", "template", "seed", "max-minutes", "device", "dtype", "llm-weights")
+                                "k", "template", *common.RUNNING)
     add_training_flags(parser, "finetune-LLM-SPLIT")
     group = parser.add_argument_group("finetuning")
     group.add_argument("--lam", type=float, default=1.0, help="lambda, weight of L_distill in Eq. (4)")

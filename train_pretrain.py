@@ -36,7 +36,7 @@ PRESETS = {  # the paper's Table 5, and what two CPU cores do in minutes
 
 def get_parser() -> argparse.ArgumentParser:
     parser = common.make_parser(__doc__, "preset", "llm", "distiller", "distill-len", "tasks", "corpus", "k",
-                                "template", "seed", "max-minutes", "device", "dtype", "llm-weights")
+                                "template", *common.RUNNING)
     add_training_flags(parser, "pretrain-LLM")
     group = parser.add_argument_group("pretraining")
     group.add_argument("--window", type=int, help="tokens taken from each document")

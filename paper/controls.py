@@ -10,7 +10,7 @@ import torch
 from common import check
 from data import Formatter
 from score import distil
-from sources.tasks import Tasks, demonstration_set
+from sources.tasks import Tasks, demonstration_set, require_options
 
 
 def majority(demos: list[dict], queries: list[dict]) -> list[str]:
@@ -45,3 +45,13 @@ def task_vectors(task: str, seed: int, llm, distiller, formatter: Formatter, tas
     demos, files = demonstration_set(tasks, task, seed, args.k)
     parts = formatter.parts(demos, formatter.limit(demos + files["test"]))
     return distil(parts, distiller, llm.device, args.dtype, formatter.turns.head)
+
+
+def permute_labels(examples: list[dict]) -> list[dict]:
+    """Each label replaced by the next of its example's options by the alphabet: consistent, and wrong."""
+    require_options(examples)
+    changed = []
+    for example in examples:
+        options = sorted(set(example["options"]))
+        changed.append(example | {"output": options[(options.index(example["output"]) + 1) % len(options)]})
+    return changed

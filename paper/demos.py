@@ -20,7 +20,7 @@ from data import MAX_INPUT, Formatter, collate
 from model import demo_prefix, vector_prefix
 from score import VECTOR_METHODS, demo_tokens, score_options
 from sources.hub import require_model
-from sources.tasks import Tasks, demonstration_set, require_options
+from sources.tasks import Tasks, demonstration_set
 from sources.text import Tokenizer
 
 PERTURBATIONS = ("no_label", "no_input", "random_label", "wrong_label")
@@ -52,16 +52,6 @@ def perturb(examples: list[dict], kind: str, seed: int) -> list[dict]:
         else:
             labels = options if kind == "random_label" else [o for o in options if o != example["output"]]
             changed.append(example | {"output": labels[rng.integers(len(labels))]})
-    return changed
-
-
-def permute_labels(examples: list[dict]) -> list[dict]:
-    """Each label replaced by the next of its example's options by the alphabet: consistent, and wrong."""
-    require_options(examples)
-    changed = []
-    for example in examples:
-        options = sorted(set(example["options"]))
-        changed.append(example | {"output": options[(options.index(example["output"]) + 1) % len(options)]})
     return changed
 
 
