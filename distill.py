@@ -18,11 +18,10 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 import common
-from common import UserError, check, finish, require_finite, run_main, setup
+from common import check, finish, require_finite, run_main, setup
 from data import MAX_INPUT, Formatter
 from loading import (
     checkpoint_file,
@@ -34,11 +33,10 @@ from loading import (
     method_of,
     set_length,
 )
-from model import vector_prefix, with_head
 from score import distil, predict
 from serving import pretrained
-from sources.files import write_tensors
-from sources.headers import check_tensors, read_vectors_header, require_same_llm, sealed
+from serving.vectors import is_vectors_file, read_vectors, save_vectors
+from serving.writer import Writer
 from sources.tasks import require_options
 from sources.text import Tokenizer, json_lines
 
@@ -46,7 +44,7 @@ PUBLISHED = common.ROOT / "checkpoints" / "smollm2-135m.safetensors"
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = common.make_parser(__doc__, "segments", "device", "dtype")
+    parser = common.make_parser(__doc__, "segments", "seed", "device", "dtype")
     parser.add_argument("--demos", metavar="FILE", help="demonstrations, one JSON object a line")
     parser.add_argument("--vectors", metavar="FILE", help="vectors that --out wrote, in place of --demos")
     parser.add_argument("--ask", nargs="+", default=[], metavar="TEXT", help="inputs to answer")
@@ -62,6 +60,12 @@ def get_parser() -> argparse.ArgumentParser:
                         "as many as --checkpoint was trained for; fewer need --elastic in its training")
     parser.add_argument("--context-len", type=int, default=900, help="demonstration tokens at most")
     parser.add_argument("--answer-tokens", type=int, default=16, help="tokens of a written answer at most")
+    parser.add_argument("--temperature", type=float, default=0.0,
+                        help="of a written answer's softmax; 0: the likeliest token each time")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P",
+                        help="draw among the likeliest tokens that hold this share of the probability")
+    parser.add_argument("--stop", default="\n", metavar="TEXT", help="a written answer ends before this "
+                        "text; default: with its line; '': where the LLM ends it")
     return parser
 
 
@@ -99,73 +103,17 @@ def labels_of(demos: list[dict]) -> list[str]:
     return options or (sorted(counts) if max(counts.values()) > 1 else [])
 
 
-def save_vectors(path: str, vectors: Tensor, about: dict) -> None:
-    """Write (l, d) fp32 as the tensor "vectors", with what they belong to in the header."""
-    write_tensors(Path(path), {"vectors": vectors.contiguous().cpu()}, sealed("about", about))
-
-
-def is_vectors_file(path: str) -> bool:
-    """Whether `save_vectors` has written it, so that new vectors may take its place."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return "about" in (file.metadata() or {})
-    except (OSError, SafetensorError):
-        return False
-
-
-def read_vectors(path: str, llm) -> tuple[Tensor, dict]:
-    """The (l, d) vectors of a file and what they are of; raise UserError where they belong to another LLM."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            vectors, header = file.get_tensor("vectors"), file.metadata()
-    except (OSError, SafetensorError, KeyError, TypeError) as error:
-        raise UserError(f"--vectors {path} is no file that --out has written ({error})") from error
-    about, config = read_vectors_header(path, header), llm.config
-    require_same_llm(f"--vectors {path}", "belong to", about["llm"], identity(llm))
-    d, heads = llm.get_input_embeddings().embedding_dim, getattr(config, "num_attention_heads", 1)
-    head_width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    keys = 2 * config.num_hidden_layers * (getattr(config, "num_key_value_heads", None) or heads) * head_width
-    check((vectors.dim() == 2 and len(vectors) > 0 and vectors.shape[1] in (d, keys + d),
-           f"--vectors {path} has vectors of shape {tuple(vectors.shape)}, expected (l, {d}), or (l, "
-           f"{keys + d}) of kv:R; take another file"))
-    check_tensors(f"--vectors {path}", {"vectors": vectors})
-    return vectors.to(llm.device), about
-
-
-@torch.no_grad()
-def write_answer(llm, prefix: Tensor, formatter: Formatter, query: dict, tokens: int) -> str:
-    """An answer of `tokens` at most, decoded greedily behind a prefix of embeddings (P, d), or of keys and
-    values (P, W), and the query."""
-    ids = torch.tensor([formatter.query(query, first=len(prefix) == 0)], device=llm.device)
-    embed, end = llm.get_input_embeddings(), llm.config.eos_token_id or 0
-    head, mask = formatter.turns.head, torch.ones((1, len(prefix)), dtype=torch.bool, device=llm.device)
-    if prefix.shape[1] == embed.embedding_dim:
-        embeds, _ = with_head(llm, prefix[None].to(llm.dtype), mask, head)
-        given = {"inputs_embeds": torch.cat([embeds, embed(ids)], dim=1)}               # (1, P + T, d)
-    else:  # generate() wants an id for each position that is in the cache, and does not look at it
-        read = vector_prefix(llm, prefix[None], head)
-        given = {"input_ids": torch.cat([read.mask.long(), ids], dim=1),                # (1, h + P + T)
-                 "past_key_values": read.cache()}
-    length = next(iter(given.values())).shape[1]
-    seen = torch.ones((1, length), dtype=torch.long, device=llm.device)
-    made = llm.generate(**given, attention_mask=seen, max_new_tokens=tokens, do_sample=False,
-                        pad_token_id=end if isinstance(end, int) else end[0], output_logits=True,
-                        return_dict_in_generate=True)
-    require_finite(f"what the LLM predicts behind {query['input'][:60]!r}", torch.stack(made.logits))
-    written = made.sequences[:, length if "input_ids" in given else 0:]
-    return formatter.tokenizer.hf.decode(written[0], skip_special_tokens=True).strip().split("\n")[0]
-
-
-def answer(llm, formatter: Formatter, prefix: Tensor, queries: list[dict], tokens: int) -> list[str]:
-    """Each query's answer behind a prefix of embeddings (P, d): nothing, the demonstrations' or the vectors.
-    Queries with options are scored, the others' answers written, `tokens` at most."""
+def answer(llm, formatter: Formatter, prefix: Tensor, queries: list[dict], how: dict) -> list[str]:
+    """Each query's answer behind a prefix of embeddings (P, d), nothing, the demonstrations' or the vectors,
+    or of keys and values (P, W). Queries with options are scored, the others' answers written; `how` as in
+    Writer.stream."""
     choosing = [query for query in queries if query["options"]]
     require_options([query | {"output": query["output"] or query["options"][0]} for query in choosing],
                     formatter.answer)
-    read = vector_prefix(llm, prefix[None], formatter.turns.head) if choosing else None
-    chosen = iter(predict(llm, read, formatter, choosing, first=len(prefix) == 0) if choosing else [])
-    return [next(chosen) if query["options"] else write_answer(llm, prefix, formatter, query, tokens)
-            for query in queries]
+    writer = Writer(llm, formatter, prefix)
+    chosen = iter(predict(llm, writer.prefix, formatter, choosing, writer.first) if choosing else [])
+    written = iter(writer.write([query["input"] for query in queries if not query["options"]], **how))
+    return [next(chosen if query["options"] else written) for query in queries]
 
 
 def room(formatter: Formatter, examples: list[dict], args: argparse.Namespace) -> int:
@@ -197,6 +145,8 @@ def check_flags(args: argparse.Namespace) -> None:
           common.place_rule("--out", out or ""),
           common.place_rule("--publish", str(folder / pretrained.WEIGHTS) if folder else ""),
           *common.shared_rules(args), *common.at_least(args, 1, "answer_tokens", "context_len"),
+          *common.finite(args, "temperature"),
+          (0 < args.top_p <= 1, f"--top-p is {args.top_p}; give more than 0, and 1 at most"),
           (not (args.vectors and args.distill_len),
            "--distill-len has no part in --vectors, which are made; leave it out"))
 
@@ -253,10 +203,12 @@ def main(argv: list[str] | None = None) -> dict:
                    and q["output"] not in q["options"]]
         check((not unknown,
                f"{args.queries}: the output {''.join(unknown[:1])!r} is no label of {about['labels']}"))
+        how = {"max_new_tokens": args.answer_tokens, "temperature": args.temperature, "top_p": args.top_p,
+               "seed": args.seed, "stop": args.stop}
         found = {}
         for way, prefix in (prefixes | {about.get("method", "mend"): vectors}).items():
             started = time.time()
-            found[way] = answer(llm, formatter, prefix, queries, args.answer_tokens), time.time() - started
+            found[way] = answer(llm, formatter, prefix, queries, how), time.time() - started
         result |= show(queries, found)
     return finish(result)
 

@@ -21,10 +21,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from common import UserError, check, require_finite
+from data import Formatter
 from loading import load_checkpoint, make_formatter, restored, set_length
 from score import distil
+from serving.writer import Writer
 from sources.files import write_tensors, write_whole
-from sources.headers import check_fields, sealed
+from sources.headers import check_fields, check_llm_config, sealed
 from sources.text import Tokenizer, first_line
 from variants import FreeVectors
 
@@ -81,8 +83,11 @@ class Distiller(PyTorchModelHubMixin, library_name="mend", paper_url="https://ar
 
     def __init__(self, tensors: dict[str, Tensor], state: dict, llm: PreTrainedModel | None = None,
                  source: str = "the checkpoint"):
+        if llm is not None:
+            check_llm_config("the LLM", llm.config)
         self.state, self.llm, self.source = state, llm, source
         self.module: nn.Module | None = None if llm is None else restored(source, tensors, state, llm).eval()
+        self.read: tuple | None = None  # the last tokenizer, given and ours
         kept = tensors if llm is None else {}
         self.tensors = {name: t for name, t in kept.items() if name.startswith("distiller.")}
 
@@ -147,11 +152,19 @@ class Distiller(PyTorchModelHubMixin, library_name="mend", paper_url="https://ar
         require_finite("a distilled vector", vectors)
         return vectors
 
+    def writer(self, tokenizer: PreTrainedTokenizerBase | str, vectors: Tensor) -> Writer:
+        """What answers queries behind `vectors`: the LLM reads them here, once."""
+        formatter = Formatter(self.tokenizer(tokenizer), self.state["model"]["template"], 0)
+        return Writer(self.llm, formatter, vectors)
+
     def tokenizer(self, tokenizer: PreTrainedTokenizerBase | str) -> Tokenizer:
         """Ours of the LLM's; UserError where it is not the one that the distiller was trained with."""
+        if self.read is not None and self.read[0] is tokenizer:
+            return self.read[1]
         ours, trained = Tokenizer(tokenizer), self.state["model"]["llm"].get("tokenizer_hash")
         check((trained in (None, ours.fingerprint), f"{self.source} was trained with a tokenizer of hash "
                f"{trained}, and {ours.name} has {ours.fingerprint}; give the LLM's own, as it was loaded"))
+        self.read = tokenizer, ours
         return ours
 
     def _save_pretrained(self, save_directory: Path) -> None:

@@ -29,6 +29,7 @@ from model import demo_prefix, loss_mask, query_states, vector_prefix
 from paper import measure
 from run import save_checkpoint
 from score import distill_loss, pred_loss
+from serving.writer import Text
 from sources import assets
 from sources.tasks import load_tasks
 from sources.text import Tokenizer as OurTokenizer
@@ -404,6 +405,14 @@ def plain_scores(llm, rows: list[dict], prefixes: list[torch.Tensor]) -> list[li
     """Scores by plain.py as [row][query][option]; a prefix for each row."""
     return [[plain.score_options(llm, prefix, x, options).tolist() for x, options in row["queries"]]
             for row, prefix in zip(rows, prefixes, strict=True)]
+
+
+@pytest.fixture
+def texts(monkeypatch) -> list[Text]:
+    """Every answer that a Writer begins from here on."""
+    begun, init = [], Text.__init__
+    monkeypatch.setattr(Text, "__init__", lambda self, *args: (begun.append(self), init(self, *args))[1])
+    return begun
 
 
 # Training

@@ -28,6 +28,7 @@ import train_pretrain
 from common import UserError
 from data import Corpus
 from loading import load_checkpoint, load_distiller, load_llm
+from serving.vectors import read_vectors, save_vectors
 from sources import assets, files
 from sources.tasks import read_examples, require_options
 
@@ -675,15 +676,15 @@ def test_texts_and_names_that_are_no_utf8(setting, llama, checkpoint, demos_file
 
 
 def test_a_header_that_was_changed_is_an_error(checkpoint, setting, tmp_path):
-    distill.save_vectors(str(tmp_path / "v"), torch.ones(4, 32), {"llm": loading.identity(setting.llm),
+    save_vectors(str(tmp_path / "v"), torch.ones(4, 32), {"llm": loading.identity(setting.llm),
                                                                   "template": "space", "labels": ["sad"]})
-    distill.read_vectors(str(tmp_path / "v"), setting.llm)
+    read_vectors(str(tmp_path / "v"), setting.llm)
     for path, old, new in ((checkpoint, b"1e-06", b"1e-01"), (tmp_path / "v", b"space", b"SPACE")):
         content = path.read_bytes()
         assert content.count(old) == 1
         path.write_bytes(content.replace(old, new))
         with pytest.raises(UserError, match="its header was changed"):
-            load_checkpoint(path) if path is checkpoint else distill.read_vectors(str(path), setting.llm)
+            load_checkpoint(path) if path is checkpoint else read_vectors(str(path), setting.llm)
 
 
 # Many processes

@@ -19,6 +19,7 @@ import loading
 from common import UserError
 from loading import load_checkpoint, load_distiller
 from paper.summary import read_results
+from serving.vectors import read_vectors
 from sources.tasks import read_examples, require_options
 
 many = settings(max_examples=int(os.environ.get("FUZZ", "100")), deadline=None, derandomize=True,
@@ -153,7 +154,7 @@ def test_headers_of_vectors(setting, tmp_path_factory, data):
     header = data.draw(changed(about))
     save_file({"vectors": vectors}, path, metadata={"about": json.dumps(header)})
     try:
-        found, read = distill.read_vectors(str(path), setting.llm)
+        found, read = read_vectors(str(path), setting.llm)
     except UserError as error:
         assert str(path) in str(error)
     else:

@@ -40,5 +40,6 @@ def test_the_passages_of_serving_run(spec, llama, tmp_path, monkeypatch):
     (tmp_path / "passages.py").write_text("".join(passages("docs/serving.md")), encoding="utf-8")
     scope = runpy.run_path(str(tmp_path / "passages.py"))
     distiller, vectors = scope["again"], scope["vectors"]
-    assert vectors.dim() == 2 and len(vectors) == 8
+    assert vectors.dim() == 2 and len(vectors) == 8 and len(scope["answers"]) == 3
+    assert scope["first"] == scope["answers"][:2] and len(scope["drawn"]) == 2
     assert torch.equal(distiller.distill(scope["tokenizer"], scope["examples"]), vectors)

@@ -31,6 +31,7 @@ from model import head_logits, query_states, vector_prefix
 from paper.demos import predict_each
 from score import demo_tokens, option_scores
 from serving.pretrained import Distiller
+from serving.writer import Writer
 from sources.template import TEMPLATES, chat_turns
 from sources.text import Tokenizer
 
@@ -251,7 +252,7 @@ def test_both_stages_and_every_method_take_it(spec, chat_llm, chat, tasks_dir, c
 
 @torch.no_grad()
 def test_written_and_chosen_answers_behind_keys_and_values_in_a_chat(chat, chat_llm, tmp_path):
-    """distill.py's generate(), which counts positions by the cache, against scores of the same answer."""
+    """What is written, token by token behind the cache, against scores of the same answer."""
     distiller = build_distiller("kv:2", chat.llm, 4, "plain", 0).eval()
     for p in distiller.parameters():
         p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
@@ -268,7 +269,8 @@ def test_written_and_chosen_answers_behind_keys_and_values_in_a_chat(chat, chat_
         if written[-1] == chat.llm.config.eos_token_id:
             break
     expected = chat.tokenizer.hf.decode(written, skip_special_tokens=True).strip().split("\n")[0]
-    assert distill.write_answer(chat.llm, vectors[0], enc, query, 4) == expected and expected
+    found = Writer(chat.llm, enc, vectors[0]).write([query["input"]], max_new_tokens=4)
+    assert found == [expected] and expected
 
 
 @pytest.mark.parametrize("spec", ["layers:1", "kv:2"])

@@ -15,6 +15,7 @@ from data import Formatter, collate
 from loading import build_distiller, load_checkpoint, load_llm
 from model import head_logits, loss_mask, query_states, teacher_and_student, vector_prefix
 from score import distill_loss
+from serving.writer import Writer
 from sources.text import Tokenizer
 from variants import Adapter, KeyValueDistiller
 
@@ -211,7 +212,7 @@ def test_an_answer_is_written_as_the_oracle_would(llm, llm_folder, distiller):
         written.append(int(by_hand(llm, D, x, [*written, 0])[-1].argmax()))
         # by_hand's last row predicts the token after all but the last, which is a stand-in
     expected = formatter.tokenizer.hf.decode(written, skip_special_tokens=True).strip().split("\n")[0]
-    assert distill.write_answer(llm, vectors, formatter, query, 4) == expected
+    assert Writer(llm, formatter, vectors).write([query["input"]], max_new_tokens=4) == [expected]
 
 
 def test_it_learns_what_the_hidden_demonstrations_say(llm, distiller):
