@@ -8,6 +8,7 @@ once and left out: it never ends or changes a training.
 """
 
 import contextlib
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def make_logger(kind: str, folder: Path, flags: dict, step: int) -> Callable[[di
             import wandb
             kept = folder / "wandb-id"
             if not kept.exists():
-                write_whole(kept, wandb.util.generate_id().encode())
+                write_whole(kept, secrets.token_hex(4))
             run = wandb.init(project="mend", name=folder.name, id=kept.read_text(), resume="allow",
                              config=flags, dir=str(folder))
             return safe(kind, lambda record: run.log({n: v for n, v in record.items() if n != "step"},
