@@ -5,14 +5,15 @@
 
 import argparse
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
+from tqdm import tqdm
 from transformers import PreTrainedModel
 
 import common
-from common import check, finish, parse, run_main, setup, sum_over_ranks, world
+from common import check, finish, is_main, parse, run_main, setup, sum_over_ranks, world
 from data import Corpus, Formatter, collate
 from loading import checkpoint_id, load_all
 from model import answer_mask, demo_prefix, loss_mask, query_states, teacher_and_student
@@ -35,6 +36,11 @@ def full_precision(llm: PreTrainedModel) -> Iterator[None]:
             t.data = t.data.to(dtype)
 
 
+def bar(steps: Sequence, what: str, unit: str) -> tqdm:
+    """A progress bar that goes away: the first evaluation takes minutes, before the first step is made."""
+    return tqdm(steps, desc=what, unit=unit, leave=False, disable=not is_main())
+
+
 @torch.no_grad()
 def dev_metrics(llm, distiller, tasks: Tasks, formatter: Formatter, args, device) -> dict:
     """Both terms of Eq. (4), choice and headline on the meta-test tasks' dev examples, tasks shared out over
@@ -53,7 +59,7 @@ def dev_metrics(llm, distiller, tasks: Tasks, formatter: Formatter, args, device
     sums = dict.fromkeys(("pred", "answers", "kl", "clm", "tokens", "headline", "option_ce", "tasks"), 0.0)
     exact = argparse.Namespace(dtype="fp32")
     distiller.eval()
-    for task in tasks.test[rank::ranks]:
+    for task in bar(tasks.test[rank::ranks], "dev examples", "task"):
         demos, files = demonstration_set(tasks, task, seed, args.k)
         queries = files["dev"][:args.eval_queries]
         require_options(queries, formatter.answer)
@@ -93,7 +99,7 @@ def evaluate_kl(llm, distiller, corpus: Corpus, args, device, bos: list[int]) ->
     sums = dict.fromkeys(("tokens", "vectors", "no_context", "last_l"), 0.0)
     documents = corpus.held_out[:args.eval_docs][rank::ranks]
     distiller.eval()
-    for i in range(0, len(documents), args.batch_size):
+    for i in bar(range(0, len(documents), args.batch_size), "held-out text", "batch"):
         batch = collate([corpus.row(d, args.beta) for d in documents[i:i + args.batch_size]], device)
         mask = loss_mask(llm, batch) & (batch["position"] > 0)
         demo_ids, demo_mask, last = batch["demo_ids"], batch["demo_mask"], slice(-args.distill_len, None)
