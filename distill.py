@@ -30,13 +30,13 @@ from loading import (
     load_distiller,
     load_llm,
     make_formatter,
-    method_of,
     set_length,
 )
 from score import distil, predict
 from serving import pretrained
 from serving.vectors import is_vectors_file, read_vectors, save_vectors
 from serving.writer import Writer
+from sources.headers import method_of
 from sources.tasks import require_options
 from sources.text import Tokenizer, json_lines
 

@@ -19,13 +19,14 @@ from tqdm import tqdm
 import common
 from common import check, finish, gather, is_main, naming, parse, run_main, setup, world
 from data import Formatter, flat
-from loading import checkpoint_id, load_all, refuse_seen_tasks, refuse_wrong_method
+from loading import checkpoint_id, load_all, refuse_seen_tasks
 from model import vector_prefix
 from paper.controls import majority, partners, permute_labels, task_vectors
 from paper.demos import PERTURBATIONS, SentenceEncoder, perturb, perturbable, predict_each, retrieve
 from paper.summary import gains_of, print_summary, read_results, summarise
 from score import CONTROLS, VECTOR_METHODS, one_prefix, predict, task_metrics
 from sources.files import append, held
+from sources.headers import refuse_wrong_method
 from sources.signals import Stop
 from sources.tasks import SEEDS, Tasks, demonstration_set, require_options, tasks_of
 from sources.text import llm_hash

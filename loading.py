@@ -368,27 +368,6 @@ def load_all(args: argparse.Namespace, device: torch.device) -> tuple:
     return llm, distiller, state, make_formatter(args, Tokenizer(args.llm), llm, distiller)
 
 
-def method_of(state: dict) -> str:
-    """The method that a checkpoint's training makes it, by the checkpoint's state."""
-    if state["model"]["distiller"] == "free":
-        return "prompt_tuning"
-    stages = state.get("trained_on", {})
-    # a checkpoint that is older than the flags for it was trained with their defaults
-    distils = "pretrain" in stages and stages["pretrain"].get("objective", "kl") != "clm" or \
-        "finetune" in stages and stages["finetune"].get("lam", 1) > 0
-    return "mend" if distils or not stages else "hypertuning"
-
-
-def refuse_wrong_method(methods: list[str], state: dict, path: str) -> None:
-    """Raise when a checkpoint was not trained in the way that the method's name says."""
-    own = method_of(state)
-    holds = {"prompt_tuning": "free vectors (--distiller free)",
-             "mend": "a distiller that was trained with L_distill",
-             "hypertuning": "a distiller that was trained without L_distill"}[own]
-    check((methods in ([], [own]), f"{path} holds {holds}; evaluate it with --methods {own}, or give a "
-                                   f"checkpoint of {' '.join(methods)} (docs/reference.md)"))
-
-
 def refuse_seen_tasks(trained_on: dict, tasks: Tasks, args) -> None:
     """Raise when the checkpoint was finetuned on a task to evaluate: meta-test tasks must be unseen."""
     stage = trained_on.get("finetune", {})

@@ -28,11 +28,11 @@ from loading import (
     make_formatter,
     max_positions,
     refuse_seen_tasks,
-    refuse_wrong_method,
     require_input_vectors,
 )
 from model import causal_mask, positions_of, run_backbone, with_head
 from sources.files import write_whole
+from sources.headers import refuse_wrong_method
 from sources.tasks import SEEDS, demonstration_set, tasks_of
 from sources.text import Tokenizer
 

@@ -19,9 +19,10 @@ from tqdm import tqdm
 
 import common
 from common import check, finish, parse, run_main, setup
-from loading import checkpoint_id, load_all, refuse_seen_tasks, refuse_wrong_method
+from loading import checkpoint_id, load_all, refuse_seen_tasks
 from score import one_prefix, predict
 from sources.files import write_whole
+from sources.headers import refuse_wrong_method
 from sources.tasks import SEEDS, demonstration_set, require_options, tasks_of
 
 METHODS = ("mend", "icl", "last_l")

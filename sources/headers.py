@@ -132,6 +132,27 @@ def is_pretraining(path: str | Path, state: dict) -> bool:
     return True
 
 
+def method_of(state: dict) -> str:
+    """The method that a checkpoint's training makes it, by the checkpoint's state."""
+    if state["model"]["distiller"] == "free":
+        return "prompt_tuning"
+    stages = state.get("trained_on", {})
+    # a checkpoint that is older than the flags for it was trained with their defaults
+    distils = "pretrain" in stages and stages["pretrain"].get("objective", "kl") != "clm" or \
+        "finetune" in stages and stages["finetune"].get("lam", 1) > 0
+    return "mend" if distils or not stages else "hypertuning"
+
+
+def refuse_wrong_method(methods: list[str], state: dict, path: str) -> None:
+    """Raise when a checkpoint was not trained in the way that the method's name says."""
+    own = method_of(state)
+    holds = {"prompt_tuning": "free vectors (--distiller free)",
+             "mend": "a distiller that was trained with L_distill",
+             "hypertuning": "a distiller that was trained without L_distill"}[own]
+    check((methods in ([], [own]), f"{path} holds {holds}; evaluate it with --methods {own}, or give a "
+                                   f"checkpoint of {' '.join(methods)} (docs/reference.md)"))
+
+
 def check_model(path: str | Path, model: dict, shapes: dict[str, list[int]], vocab: int) -> None:
     """Raise UserError unless a checkpoint's distiller can be built from its header: fields of the right kind,
     a length that is that of its tensors, and a configuration that names no code and no size beyond them.

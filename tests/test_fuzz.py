@@ -20,6 +20,7 @@ from common import UserError
 from loading import load_checkpoint, load_distiller
 from paper.summary import read_results
 from serving.vectors import read_vectors
+from sources import headers
 from sources.tasks import read_examples, require_options
 
 many = settings(max_examples=int(os.environ.get("FUZZ", "100")), deadline=None, derandomize=True,
@@ -136,7 +137,7 @@ def test_headers_of_checkpoints(checkpoint, setting, tmp_path_factory, data):
     save_file(tensors, path, metadata={"state": json.dumps(header)})
     try:
         distiller, found = load_distiller(path, setting.llm)
-        method = loading.method_of(found)
+        method = headers.method_of(found)
     except UserError as error:
         assert str(path) in str(error)
     else:

@@ -34,6 +34,7 @@ from loading import (
     max_positions,
 )
 from run import save_checkpoint
+from sources import headers
 
 
 def test_the_fused_gelu_is_gpt2s(gpt2):
@@ -262,9 +263,9 @@ WITHOUT = "holds .* was trained without L_distill; evaluate it with --methods hy
 def test_a_checkpoint_is_not_taken_for_another_methods(method, distiller, stages, message):
     state = {"model": {"distiller": distiller}, "trained_on": stages}
     if message is None:
-        return loading.refuse_wrong_method([method], state, "run")
+        return headers.refuse_wrong_method([method], state, "run")
     with pytest.raises(UserError, match=f"run {message}"):
-        loading.refuse_wrong_method([method], state, "run")
+        headers.refuse_wrong_method([method], state, "run")
 
 
 def test_tasks_that_the_checkpoint_was_finetuned_on_are_refused(tiny_tasks):
