@@ -34,7 +34,7 @@ from loading import (
 )
 from score import distil, predict
 from serving import pretrained
-from serving.vectors import is_vectors_file, read_vectors, save_vectors
+from serving.vectors import EXPORTS, is_vectors_file, read_vectors, save_vectors
 from serving.writer import Writer
 from sources.headers import method_of
 from sources.tasks import require_options
@@ -50,6 +50,9 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--ask", nargs="+", default=[], metavar="TEXT", help="inputs to answer")
     parser.add_argument("--queries", metavar="FILE", help="inputs to answer, one JSON object a line")
     parser.add_argument("--out", metavar="FILE", help="write the vectors here")
+    parser.add_argument("--export", choices=sorted(EXPORTS), help="write --out in another program's form: "
+                        "vllm's prompt embeddings (also of each query), a folder for peft, or kv, the LLM's "
+                        "past_key_values (docs/serving.md)")
     parser.add_argument("--publish", metavar="FOLDER", help="write --checkpoint here, in bf16 and without "
                         "optimiser and flags: model.safetensors, config.json and a card, ready for the hub")
     parser.add_argument("--checkpoint", default=str(PUBLISHED), help="run folder, checkpoint file or "
@@ -136,8 +139,9 @@ def check_flags(args: argparse.Namespace) -> None:
           (bool(args.demos) != bool(args.vectors) or folder, "give --demos FILE or --vectors FILE"),
           (args.ask or args.queries or out or folder,
            "nothing to do: --ask or --queries to answer, --out to keep the vectors"),
-          (not (args.vectors and out),
+          (not (args.vectors and out and not args.export),
            "--out writes the vectors of --demos; --vectors are in a file already"),
+          (not args.export or out, f"--export {args.export} needs a place: give --out"),
           (not out or not Path(out).exists() or is_vectors_file(out),
            f"--out {out} is there already and holds something else; give another name"),
           (not folder or not folder.is_dir() or not any(folder.iterdir()),
@@ -178,7 +182,7 @@ def main(argv: list[str] | None = None) -> dict:
         set_length(distiller, state, args.distill_len or distiller.distill_len, args.checkpoint)
         args.distill_len, args.template = distiller.distill_len, state["model"]["template"]
     formatter = make_formatter(args, Tokenizer(args.llm), llm, distiller)
-    limit, prefixes = room(formatter, demos + queries, args), {}
+    limit, prefixes = room(formatter, demos + queries, args) if demos or queries else 0, {}
     if demos:
         parts = formatter.parts(demos, limit)
         kept, pieces = zip(*sum(parts, []), strict=True)
@@ -194,8 +198,7 @@ def main(argv: list[str] | None = None) -> dict:
         print(f"{len(kept)} of {len(demos)} demonstrations, {about['tokens']} tokens, distilled into "
               f"{len(vectors)} vectors" + (f", {len(parts)} segments one by one" if len(parts) > 1 else ""))
     if args.out:
-        save_vectors(args.out, vectors, about)
-        print(f"written to {args.out}: {vectors.numel() * 4 / 1e3:.0f} kB")
+        keep(args, llm, formatter, vectors, queries, about)
     result = {name: about[name] for name in ("demonstrations", "tokens")} | {"vectors": len(vectors)}
     if queries:
         queries = [query | {"options": query["options"] or about["labels"]} for query in queries]
@@ -211,6 +214,19 @@ def main(argv: list[str] | None = None) -> dict:
             found[way] = answer(llm, formatter, prefix, queries, how), time.time() - started
         result |= show(queries, found)
     return finish(result)
+
+
+@torch.no_grad()
+def keep(args: argparse.Namespace, llm, formatter: Formatter, vectors: Tensor, queries: list[dict],
+         about: dict) -> None:
+    """Write the vectors to --out, in the form of --export."""
+    if args.export:
+        EXPORTS[args.export](Path(args.out), llm, formatter, vectors, queries, about)
+        read = formatter.turns.between + "{input}" + formatter.tokenizer.hf.decode(formatter.turns.tail)
+        print(f"written to {args.out} for {args.export}; behind it a query is read as {read!r}, without BOS")
+    else:
+        save_vectors(args.out, vectors, about)
+        print(f"written to {args.out}: {vectors.numel() * 4 / 1e3:.0f} kB")
 
 
 def show(queries: list[dict], found: dict[str, tuple[list[str], float]]) -> dict:

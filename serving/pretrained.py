@@ -24,6 +24,7 @@ from common import UserError, check, require_finite
 from data import Formatter
 from loading import load_checkpoint, make_formatter, restored, set_length
 from score import distil
+from serving.vectors import EXPORTS
 from serving.writer import Writer
 from sources.files import write_tensors, write_whole
 from sources.headers import check_fields, check_llm_config, sealed
@@ -156,6 +157,16 @@ class Distiller(PyTorchModelHubMixin, library_name="mend", paper_url="https://ar
         """What answers queries behind `vectors`: the LLM reads them here, once."""
         formatter = Formatter(self.tokenizer(tokenizer), self.state["model"]["template"], 0)
         return Writer(self.llm, formatter, vectors)
+
+    @torch.no_grad()
+    def export(self, kind: str, place: str | Path, tokenizer: PreTrainedTokenizerBase | str,
+               vectors: Tensor) -> None:
+        """Write vectors as `distill.py --export` does. kind: vllm, peft or kv."""
+        check((kind in EXPORTS, f"no export is called {kind}; give {', '.join(EXPORTS)}"),
+              (not Path(place).exists(), f"{place} is there already; give another name"))
+        formatter = Formatter(self.tokenizer(tokenizer), self.state["model"]["template"], 0)
+        about = {"llm": self.state["model"]["llm"], "template": self.state["model"]["template"]}
+        EXPORTS[kind](Path(place), self.llm, formatter, vectors, [], about)
 
     def tokenizer(self, tokenizer: PreTrainedTokenizerBase | str) -> Tokenizer:
         """Ours of the LLM's; UserError where it is not the one that the distiller was trained with."""

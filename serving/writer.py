@@ -118,6 +118,10 @@ class Writer:
         vectors, about = read_vectors(path, llm)
         return cls(llm, Formatter(Tokenizer(tokenizer), about["template"], 0), vectors)
 
+    def query_ids(self, text: str) -> list[int]:
+        """An input as the LLM reads it behind the prefix: the template's text around it, and no BOS."""
+        return self.formatter.query({"input": text.strip()}, self.first)
+
     def write(self, inputs: Sequence[str], **how) -> list[str]:
         """The answer to each input; `how` as in `stream`."""
         answers = [""] * len(inputs)
@@ -144,7 +148,7 @@ class Writer:
               (max_new_tokens >= 1 and batch_size >= 1, "give 1 or more as max_new_tokens and as batch_size"),
               (0 <= temperature < float("inf"), f"temperature is {temperature}; give 0 (greedy) or more"),
               (0 < top_p <= 1, f"top_p is {top_p}; give more than 0, and 1 at most"))
-        encoded = [self.formatter.query({"input": text.strip()}, self.first) for text in inputs]
+        encoded = [self.query_ids(text) for text in inputs]
         longest = self.prefix.mask.shape[1] + max(map(len, encoded), default=0) + max_new_tokens
         most = None if self.llm.config.is_encoder_decoder else max_positions(self.llm.config)
         check((not encoded or most is None or longest <= most,
