@@ -136,6 +136,13 @@ def main(argv: list[str] | None = None) -> dict:
     vars(args).update(dtype="fp32", template="space", context_len=args.window, batch_size=8)
     device = setup(args, training=False)
     llm, distiller, _, formatter = load_all(args, device)
+    demo, most, own = round(args.beta * args.window), formatter.llm_positions, formatter.distiller_positions
+    reads = len(formatter.tokenizer.bos) + max(args.window, args.window - demo + args.distill_len)
+    check((most is None or reads <= most,
+           f"--window {args.window} makes {reads} tokens, and the LLM reads at most {most}; give less"),
+          (own is None or demo + args.distill_len <= own,
+           f"--beta {args.beta} of --window {args.window} makes {demo + args.distill_len} tokens, and the "
+           f"distiller reads at most {own}; give less"))
     corpus = Corpus(args.corpus, formatter.tokenizer, args.window, args.min_doc_len)
     metrics = evaluate_kl(llm, distiller, corpus, args, device, formatter.tokenizer.bos)
     return finish({"corpus": corpus.name, "hash": corpus.hash,

@@ -16,5 +16,9 @@ def test_held_out_text_of_a_checkpoint_is_what_training_saw(flags, corpus_dir, t
     assert found["distill_len"] == 4 and found["heldout_kl"] == pytest.approx(trained["heldout_kl"], rel=1e-4)
     many = paper.held_out.main([*given, *text, "--eval-docs", "64"])  # of 60 documents each 20th is held out
     assert found["windows"] == many["windows"] == 3 and many["heldout_kl"] == found["heldout_kl"]
+    with pytest.raises(UserError, match="--window 2049 makes 2049 tokens, and the LLM reads at most 2048"):
+        paper.held_out.main([*given, *text, "--window", "2049"])
+    with pytest.raises(UserError, match="makes 2049 tokens, and the distiller reads at most 2048"):
+        paper.held_out.main([*given, *text, "--window", "2045", "--beta", "0.9999"])
     with pytest.raises(UserError, match="--beta is 2.0"):
         paper.held_out.main([*given, *text, "--beta", "2"])
