@@ -92,14 +92,14 @@ def print_summary(records: list[dict], methods: list[str]) -> None:
     in one of the seeds, one label was all that a method answered."""
     table, accuracy = summarise(records, methods), summarise(records, methods, "accuracy")["average"]
     gains, one = gains_of(records), {(r["task"], r["method"]) for r in records if r.get("n_predicted") == 1}
-    width = max(len("recovered gain"), *map(len, table)) + 2
+    width, several = max(len("recovered gain"), *map(len, table)) + 2, len({r["seed"] for r in records}) > 1
 
     def text(name: str, cells: Iterable[str]) -> str:
         return name.ljust(width) + "".join(cell.rjust(17) for cell in cells)
 
     def line(name: str, row: dict) -> str:
         star = {m: "*" if (name, m) in one else " " for m in methods}
-        form = "{:.2f} ±{:5.2f}".format
+        form = ("{:.2f} ±{:5.2f}" if several else "{:.2f}").format  # one seed has no deviation, not that of 0
         return text(name, (form(*row[m]) + star[m] if m in row else "– " for m in methods))
     print(text("task", (f"{m} " for m in methods)))
     for task, row in table.items():
