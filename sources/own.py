@@ -28,7 +28,7 @@ from sources.tasks import Example, Tasks, different, is_plain_name
 from sources.text import first_line, json_lines
 
 LINES, TABLES = (".jsonl", ".jsonl.gz"), (".csv", ".parquet")
-N_DEV = 16
+N_DEV, SKETCH = 16, 64  # dev examples at most; hashes that a checkpoint keeps of a task
 
 
 @dataclass
@@ -43,16 +43,19 @@ class OwnTasks(Tasks):
         return True
 
     def record(self) -> dict:
-        return {"own_tasks": {task: self.pool_hash(task) for task in self.train}}
+        return {"own_tasks": {task: " ".join(sorted(self.hashes(task))[:SKETCH]) for task in self.train}}
 
-    def pool_hash(self, task: str) -> str:
-        """Content hash of all examples of a task, whatever their order, and whatever its name."""
-        texts = sorted((e["input"], e["output"]) for e in self.pool(task))
-        return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:12]
+    def hashes(self, task: str) -> set[str]:
+        """A hash of each example of a task. The smallest ones are a sample that does not know the file's
+        name, its order, or what was added to it."""
+        return {hashlib.sha256(json.dumps([e["input"], e["output"]]).encode()).hexdigest()[:8]
+                for e in self.pool(task)}
 
     def seen(self, own_tasks: dict[str, str]) -> list[str]:
-        """Those of the meta-test tasks that a checkpoint with this record was trained on."""
-        return [task for task in self.test if self.pool_hash(task) in own_tasks.values()]
+        """Those of the meta-test tasks whose examples are, to more than a half, a task's of this record."""
+        trained = [set(text.split()) for text in own_tasks.values()]
+        return [task for task in self.test
+                if any(2 * len(sample & self.hashes(task)) > len(sample) for sample in trained)]
 
     def examples(self, task: str) -> list[dict]:
         """All different examples of a task that is not cut yet."""
@@ -75,8 +78,8 @@ class OwnTasks(Tasks):
     def files(self, task: str, seed: int) -> dict[str, list[dict]]:
         if self.is_cut(task):
             return super().files(task, seed)
-        pool, shots = self.pool(task), max(16, self.k)
-        check((len(pool) >= shots + 2, f"task {task} has {len(pool)} different examples, and {shots + 2} are "
+        pool, shots = list({e["input"]: e for e in reversed(self.pool(task))}.values())[::-1], max(16, self.k)
+        check((len(pool) >= shots + 2, f"task {task} has {len(pool)} different inputs, and {shots + 2} are "
                f"needed: {shots} demonstrations, one dev example, one query; add some, or give a lower --k"))
         order = np.random.default_rng((seed, zlib.crc32(task.encode()))).permutation(len(pool))
         n_dev = min(N_DEV, max(1, (len(pool) - shots) // 3))
@@ -125,7 +128,8 @@ def load_own(spec: str, split: str, k: int, train_tasks: list[str] | None = None
              test_tasks: list[str] | None = None, columns: list[str] | None = None) -> OwnTasks:
     """The tasks of a file, folder or data set, shared out by a split file, by --train-tasks and --test-tasks,
     or, without any of these, all to meta-test."""
-    places, name, by_file = find_places(spec), Path(spec).name, split.endswith(".json")
+    places, by_file = find_places(spec), split.endswith(".json")
+    name = "own-" + "_".join(Path(spec).name.split())  # not the name of a collection of ours
     train, test, types = read_split(split, places) if by_file else by_flags(spec, places, train_tasks,
                                                                             test_tasks)
     both = sorted({*train} & {*test})
@@ -136,6 +140,9 @@ def load_own(spec: str, split: str, k: int, train_tasks: list[str] | None = None
     if is_main():
         print(f"{spec}: {len(train)} meta-training and {len(test)} meta-test tasks of your own"
               + ("" if train else "; name some with --train-tasks to train on them"))
+        if whole := [task for task in test if not tasks.is_cut(task)]:
+            print(f"a seed cuts each of {', '.join(whole[:3])}{', ...' * (len(whole) > 3)} into {max(16, k)} "
+                  f"demonstrations, up to {N_DEV} dev examples and, from the rest, the queries")
     for task in [*train, *test]:
         types.setdefault(task, kind_of(tasks, task))
     return tasks

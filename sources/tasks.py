@@ -159,7 +159,8 @@ class Mixture(Tasks):
         return self.part_of(task).size(task)
 
     def draw(self, rng: np.random.Generator, k: int, queries: int) -> tuple[str, list[dict], list[dict]]:
-        return self.parts[rng.integers(len(self.parts))].draw(rng, k, queries)
+        trained = [part for part in self.parts if part.train]
+        return trained[rng.integers(len(trained))].draw(rng, k, queries)
 
     def limit(self, task: str, limit_of: Callable[[list[dict]], int]) -> int:
         return self.part_of(task).limit(task, limit_of)
@@ -204,7 +205,8 @@ def load_tasks(spec: str | list[str], split: str, llm: str = "", k: int = 16,
         types = {task: kind for part in parts for task, kind in part.types.items()}
         twice = [task for task, n in Counter(task for p in parts for task in p.types).items() if n > 1]
         check((not twice, f"--tasks: {', '.join(twice[:3])} stands in two collections; rename one"))
-        split = next((p.split for p in parts if p.is_own()), split)
+        if all(p.is_own() or p.collection in ("functions", "early", "recall") for p in parts):
+            split = next((p.split for p in parts if p.is_own()), split)
         return Mixture(Path(), " ".join(p.collection for p in parts), split, **lists, types=types,
                        parts=parts)
     spec = names[0]

@@ -114,14 +114,15 @@ def test_train_on_own_tasks_and_evaluate_on_one_held_out(folder, tmp_path, flags
             "--checkpoint", str(out), "--limit", "3", "--out", str(tmp_path / "r.jsonl")]
     with pytest.raises(UserError, match="was finetuned on the examples of mails, reviews; evaluate it on"):
         evaluate.main(argv)
-    (folder / "mails.jsonl").rename(folder / "renamed.jsonl")  # the examples are the same
+    (folder / "mails.jsonl").rename(folder / "renamed.jsonl")  # the examples are the same, but one less
+    write_lines(folder / "renamed.jsonl", rows_of("mails", 49)[::-1])
     with pytest.raises(UserError, match="was finetuned on the examples of renamed; evaluate it on others"):
         evaluate.main([*argv, "--test-tasks", "renamed", "support"])
     found = evaluate.main([*argv, "--methods", "mend", "--test-tasks", "support"])
     assert found["tasks"] == 1 and [r["task"] for r in read_lines(tmp_path / "r.jsonl")] == ["support"]
     with (folder / "reviews.csv").open("a") as file:
         file.write("bad weather,bad\n")
-    (folder / "renamed.jsonl").rename(folder / "mails.jsonl")
+    write_lines(folder / "mails.jsonl", rows_of("mails", 50))
     with pytest.raises(UserError, match="--resume: .* was trained with finetune hash"):
         train_finetune.main([*training, "--tasks", str(folder), "--test-tasks", "supp*", "--init-from",
                              "none", "--k", "4", "--queries-per-demo", "2", "--out-dir", str(out),
@@ -170,6 +171,27 @@ def test_own_tasks_beside_made_ones(lines_only):
         load_tasks([str(lines_only), str(lines_only / "mails.jsonl")], "class_to_class")
 
 
+def test_own_tasks_beside_metaicls_keep_its_split(lines_only, tasks_dir, tmp_path, flags, training):
+    """So that a checkpoint of both is refused on what either has trained it on."""
+    both = ["--tasks", str(tasks_dir), str(lines_only)]
+    argv = [*training, *both, "--init-from", "none", "--k", "4", "--queries-per-demo", "2"]
+    own = load_tasks(both[1:], "class_to_class")
+    assert own.split == "class_to_class" and {"mails", "support", "ag_news", "emo"} <= {*own.test}
+    final = train_finetune.main([*argv, "--out-dir", str(tmp_path / "run")])
+    assert final["split"] == "class_to_class"
+    found = evaluate.main([*flags, *both, "--methods", "mend", "--seeds", "13", "--k", "4", "--limit", "2",
+                           "--checkpoint", str(tmp_path / "run"), "--out", str(tmp_path / "r.jsonl")])
+    assert found["tasks"] == 4
+
+
+def test_no_input_stands_in_two_parts_whatever_its_labels(tmp_path):
+    rows = [{"input": f"text {i}", "output": label} for i in range(40) for label in ("a", "b")]
+    write_lines(tmp_path / "t.jsonl", rows)
+    parts = load_own(str(tmp_path), "x", 16).files("t", 100)
+    inputs = [e["input"] for part in parts.values() for e in part]
+    assert len(inputs) == len(set(inputs)) == 40
+
+
 def test_a_parquet_table_with_class_numbers(tmp_path):
     import datasets
     rows = rows_of("reviews", 30)
@@ -213,7 +235,7 @@ def test_what_cannot_be_a_task(tmp_path, flags, training, monkeypatch):
         with pytest.raises(UserError, match=message):
             load_tasks(str(tmp_path / spec) if spec == "empty" else spec, "class_to_class")
     write_lines(tmp_path / "few" / "t.jsonl", rows_of("mails", 17))
-    with pytest.raises(UserError, match="task t has 17 different examples, and 18 are needed"):
+    with pytest.raises(UserError, match="task t has 17 different inputs, and 18 are needed"):
         load_own(str(tmp_path / "few"), "x", 16).files("t", 100)
     write_lines(tmp_path / "one" / "t.jsonl", [{"input": str(i), "output": "a"} for i in range(30)])
     with pytest.raises(UserError, match="has one label only, 'a'"):
@@ -266,7 +288,7 @@ def test_vectors_of_own_tasks_and_retrieval(lines_only, flags, tmp_path, llama_l
     evaluate.main([*argv, "mend_swapped", "mend_constant"])
     evaluate.main([*argv, "--retrieve", "bm25"])
     lines = read_lines(tmp_path / "r.jsonl")
-    assert len(lines) == 8 and {r["tasks"] for r in lines} == {"mine"}
+    assert len(lines) == 8 and {r["tasks"] for r in lines} == {"own-mine"}
     assert torch.tensor([r["headline"] for r in lines]).isfinite().all()
 
 
