@@ -59,7 +59,9 @@ def load_json(args: argparse.Namespace, name: str, needs: tuple[str, ...], comma
     check((len(paths) == 1, f"--results {' '.join(paths)}: {args.name} takes one file"))
     try:
         record = json.loads(Path(paths[0]).read_text(encoding="utf-8"))
-        if lacking := [key for key in needs if key not in record]:
+        is_object = isinstance(record, dict)
+        if lacking := [key for key in needs if not (
+                is_object and isinstance(record.get(key), list | dict) and record[key])]:
             raise ValueError(f"it lacks {', '.join(lacking)}")
         return record
     except (OSError, ValueError) as error:

@@ -274,7 +274,7 @@ def swaps(args) -> tuple[Figure, dict]:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         matrices, families = record["matrices"], record["families"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} does not hold what swaps draws ({error}); make it with "
                         "`python -m paper.swaps`") from error
     fig = Figure(figsize=(4.8 * len(matrices), 5.6), layout="constrained")

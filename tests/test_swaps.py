@@ -56,9 +56,15 @@ def test_the_diagonal_and_the_swapped_cells_are_those_of_evaluation(flags, llama
 def test_user_errors(flags, tmp_path):
     with pytest.raises(UserError, match="--seed 7: MetaICL's are.*--limit is 0"):
         swaps.main([*flags, "--checkpoint", "x", "--seed", "7", "--limit", "0"])
-    (tmp_path / "no.json").write_text("{}")
-    with pytest.raises(UserError, match="does not hold what swaps draws"):
-        figures.main(["swaps", "--results", str(tmp_path / "no.json"), "--out", str(tmp_path)])
+
+
+@pytest.mark.parametrize("name", ["swaps", "fig3", "scaling", "fig5", "fig8"])
+@pytest.mark.parametrize("content", ["{}", "[]", "5", "no", '{"settings": [], "scaling": [], "scores": 5, '
+                                     '"heads": [], "icl": 1, "mend": null, "families": []}'])
+def test_a_file_of_another_kind_is_no_figure(tmp_path, name, content):
+    (tmp_path / "no.json").write_text(content)
+    with pytest.raises(UserError, match=f"no.json does not hold what {name} draws"):
+        figures.main([name, "--results", str(tmp_path / "no.json"), "--out", str(tmp_path)])
 
 
 @pytest.mark.parametrize(("spec", "split", "lam", "message"), [
