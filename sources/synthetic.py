@@ -224,5 +224,9 @@ class Recall(Made):
 
     def files(self, task: str, seed: int) -> dict[str, list[dict]]:
         """Demonstrations are all k pairs; dev asks for every other one, test for the rest."""
-        pairs = self.pairs(self.words[1], np.random.default_rng((seed, zlib.crc32(task.encode()))), self.k)
-        return {"train": pairs, "dev": pairs[::2], "test": pairs[1::2]}
+        rng = np.random.default_rng((seed, zlib.crc32(task.encode())))
+        pairs = self.pairs(self.words[1], rng, self.k)
+        dev, test = pairs[::2], pairs[1::2]
+        if self.k > 16:  # --limit 8 would ask for the first 16 pairs alone
+            test = [test[i] for i in rng.permutation(len(test))]
+        return {"train": pairs, "dev": dev, "test": test}

@@ -34,6 +34,13 @@ def test_the_parts_of_a_test_task_share_no_input_and_differ_by_seed():
         assert tasks.data_hash(task, 13) != tasks.data_hash(task, 21)
 
 
+def test_the_first_queries_ask_for_pairs_from_everywhere():
+    tasks = Recall(Words(2000), 28)
+    places = [tasks.files(task, 100)["train"].index(q) for task in tasks.test
+              for q in tasks.files(task, 100)["test"][:8]]
+    assert 11 < np.mean(places) < 17 and min(places) < 4 and max(places) > 24
+
+
 def test_more_demonstrations_leave_the_first_ones_and_the_queries_as_they_are():
     few, many = Functions(16), Functions(160)
     for task in ("trio: first", "date: month"):
