@@ -9,7 +9,16 @@ import torch
 from conftest import load, save_distiller, write_lines
 from safetensors.torch import load_file, save_file
 from tokenizers import processors
-from transformers import AutoTokenizer, DynamicCache, T5Config, T5ForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    Gemma3TextConfig,
+    MistralConfig,
+    OPTConfig,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import common
 import distill
@@ -17,6 +26,7 @@ import plain
 from data import Formatter
 from loading import build_distiller
 from serving.pretrained import Distiller
+from serving.vectors import EXPORTS
 from serving.writer import Writer
 from sources.text import Tokenizer
 
@@ -171,9 +181,37 @@ def test_free_vectors_go_to_peft_too(llama, llama_llm, tmp_path):
             distiller.export(*wrong, str(llama), vectors)
 
 
+SMALL = dict(vocab_size=383, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+LLAMA = SMALL | dict(intermediate_size=64, num_key_value_heads=2, initializer_range=0.3)
+OTHERS = [MistralConfig(**LLAMA, sliding_window=6),  # a window that is shorter than the prefix
+          Gemma3TextConfig(**LLAMA, head_dim=8, sliding_window=6,  # scales its embeddings
+                           layer_types=["sliding_attention", "full_attention"]),
+          OPTConfig(**SMALL, ffn_dim=64, word_embed_proj_dim=32, init_std=0.3)]
+
+
+@pytest.mark.parametrize("config", OTHERS, ids=lambda config: config.model_type)
+@torch.no_grad()
+def test_other_families(config, llama, tmp_path):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    llm = AutoModelForCausalLM.from_config(config).eval()
+    formatter = Formatter(Tokenizer(str(llama)), "space", 900)
+    formatter.turns.head = [BOS]
+    vectors, query = 0.3 * torch.randn(9, 32), {"input": ASKED[0]}
+    ids = formatter.query(query)
+    for kind, export in EXPORTS.items():
+        export(tmp_path / kind, llm, formatter, vectors, [query], {})
+    kv = load_file(tmp_path / "kv")
+    cache = DynamicCache(ddp_cache_data=[(kv[f"keys.{i}"], kv[f"values.{i}"]) for i in range(2)])
+    found = [llm(torch.tensor([ids]), past_key_values=cache).logits,
+             llm(inputs_embeds=load_file(tmp_path / "vllm")["prompt.0"][None]).logits,
+             peft.PeftModel.from_pretrained(llm, tmp_path / "peft").eval()(torch.tensor([ids])).logits]
+    for logits in found:
+        close(logits[0, -len(ids):], expected_logits(llm, formatter, vectors, ids))
+
+
 @pytest.mark.parametrize("kind", ["vllm", "peft", "kv"])
 def test_what_is_not_exported(kind, llama, tmp_path):
-    from serving.vectors import EXPORTS
     llm = T5ForConditionalGeneration(T5Config(vocab_size=383, d_model=32, d_kv=8, d_ff=64, num_layers=1,
                                               num_heads=4, decoder_start_token_id=0))
     formatter = Formatter(Tokenizer(str(llama)), "space", 900)
