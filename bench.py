@@ -317,7 +317,7 @@ def get_parser() -> argparse.ArgumentParser:
     group.add_argument("--memory", action="store_true", help="on a CPU, measure peak memory, in processes")
     group.add_argument("--repeats", type=int, default=3, help="timed runs; with --fig3 0 = only count")
     group.add_argument("--out", default="",
-                       help="results file; default with --suite, --fig3: bench.json, fig3.json of results/")
+                       help="results file; default with --suite, --fig3: bench.json, fig3.json of out/")
     return parser
 
 
@@ -344,7 +344,7 @@ def main(argv: list[str] | None = None) -> dict:
                "commit": common.commit(), "date": common.today(), "machine": machine(device),
                "torch": torch.__version__, **results}
     default = {"suite": "bench.json", "fig3": "fig3.json"}.get(mode)
-    if out := args.out or (default and common.ROOT / "results" / default):
+    if out := args.out or (default and common.OUT / default):
         write_whole(out, json.dumps(results, indent=1) + "\n")
     long = ("details", "lines", "settings", "scaling", "measured")  # only in the file
     return finish({name: value for name, value in results.items() if name not in long})

@@ -113,11 +113,12 @@ def main(argv: list[str] | None = None) -> dict:
     averages = {m: summarise(records, args.methods, m)["average"] for m in ("headline", "accuracy")}
     n_tasks = len({r["task"] for r in records})
     print(f"\n{args.split}: headline (macro-F1 for classification, accuracy otherwise) in percent, mean ± "
-          f"std over {len(args.seeds)} seeds; {n_tasks} of {len(tasks.test + tasks.missing_test)} tasks")
+          f"std over {len(args.seeds)} seed(s); {n_tasks} of {len(tasks.test + tasks.missing_test)} tasks")
     print_summary(records, args.methods)
     print(f"written to {out}")
     return finish({"split": args.split, "tasks": n_tasks, "out": str(out),
-                   **{metric: {m: {"mean": round(v, 2), "std": round(std, 2)} for m, (v, std) in row.items()}
+                   **{metric: {m: {"mean": round(v, 2), "std": round(std, 2) if len(args.seeds) > 1 else None}
+                               for m, (v, std) in row.items()}
                       for metric, row in averages.items()},
                    "recovered_gain": {m: round(gain["gain"], 3) for m, gain in gains_of(records).items()}})
 

@@ -152,7 +152,7 @@ def learn(what: str, trained: nn.Module, sample_loss: Callable[[], Tensor], step
 def pretrain_sample(llm: PreTrainedModel, distiller: Distiller, rng: random.Random) -> Tensor:
     """Stage 1, Sec. 3.2: the first beta of a text (the paper's: C4) is D, the rest x; Eq. (3) over x."""
     text = concat(examples(rng, rng.choice(SEEN), K + 4))
-    D, x = text[:int(BETA * len(text))], text[int(BETA * len(text)):]
+    D, x = text[:round(BETA * len(text))], text[round(BETA * len(text)):]
     teacher, student = teacher_and_student(llm, D, distiller(D), x, [])
     return distill_loss(student, teacher)
 

@@ -144,6 +144,8 @@ class Run:
         elif last.exists():
             raise UserError(f"{self.out_dir} holds a run already; add --resume to go on with it, or give "
                             "another --out-dir")
+        elif args.resume and is_main():
+            print(f"note: --resume: {self.out_dir} holds no checkpoint; the run begins")
         self.metrics = self.out_dir / "metrics.jsonl"
         if is_main():
             keep_lines(self.metrics, self.knows)

@@ -5,7 +5,7 @@
     python -m paper.figures fig5                                 # draws the latter
     python -m paper.figures fig8                                 # draws the former
 
-Writes results/induction.json and results/attention.json.
+Writes out/induction.json and out/attention.json.
 """
 
 import argparse
@@ -158,7 +158,7 @@ def get_parser() -> argparse.ArgumentParser:
     group.add_argument("--task", help="meta-test task of Fig. 5; default: the first that is there")
     group.add_argument("--example", type=int, default=0, help="which of its test examples, from 0")
     group.add_argument("--context-len", type=int, default=900, help="demonstration tokens at most")
-    group.add_argument("--out", default=str(common.ROOT / "results"),
+    group.add_argument("--out", default=str(common.OUT),
                        help="folder of induction.json and attention.json")
     return parser
 

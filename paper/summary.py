@@ -55,7 +55,7 @@ def read_results(path: Path, *fields: str) -> list[dict]:
 
 
 SETTING = ("llm", "split", "tasks", "k", "context_len", "template", "limit", "dtype", "llm_weights",
-           "retrieval", "perturbation")
+           "retrieval", "perturbation", "segments")
 
 
 def require_one_setting(path: str | Path, records: list[dict]) -> None:

@@ -1,7 +1,7 @@
 """Does a distiller distil? Every task's vectors asked every task's queries, as a matrix.
 
     python -m paper.swaps --tasks functions --template newline --checkpoint out/finetune-LLM --distill-len 32
-    python -m paper.figures swaps                                 # draws results/swaps.json
+    python -m paper.figures swaps --results out/swaps.json
 
 A row is a task whose demonstrations were distilled (or, for icl, read), a column one whose queries were
 asked: a cell is the share of right answers. A distiller that distils has a diagonal. Not in the paper.
@@ -37,7 +37,7 @@ def get_parser():
                        help="a matrix for each")
     group.add_argument("--limit", type=int, default=4, help="queries of each task, its first ones")
     group.add_argument("--context-len", type=int, default=900, help="demonstration tokens at most")
-    group.add_argument("--out", default=str(common.ROOT / "results" / "swaps.json"), help="file to write")
+    group.add_argument("--out", default=str(common.OUT / "swaps.json"), help="file to write")
     return parser
 
 

@@ -21,6 +21,7 @@ from sources import assets
 from sources.files import held, temporary_of
 from sources.text import HUB_REVISIONS, HUB_TASKS, Tokenizer, hub_rows, json_lines
 
+MADE = {"functions", "early", "recall"}  # tasks of sources/synthetic.py
 SEEDS = (100, 13, 21, 42, 87)
 
 
@@ -135,7 +136,7 @@ class Mixture(Tasks):
     parts: list[Tasks] = field(default_factory=list)
 
     def part_of(self, task: str) -> Tasks:
-        return next(part for part in self.parts if task in part.types)
+        return next(part for part in self.parts if task in part.train or task in part.test)
 
     def is_own(self) -> bool:
         return any(part.is_own() for part in self.parts)
@@ -170,7 +171,7 @@ class Mixture(Tasks):
 
     def partner(self, task: str, among: list[str]) -> str:
         own = self.part_of(task)
-        return own.partner(task, [t for t in among if t in own.types])
+        return own.partner(task, [t for t in among if t in own.test])
 
     def retrieval_files(self, task: str) -> list[Path]:
         return self.part_of(task).retrieval_files(task)
@@ -182,6 +183,8 @@ class Mixture(Tasks):
 def tasks_of(args: argparse.Namespace, split: str | None = None) -> Tasks:
     """load_tasks of a script's flags, or of another split; that of own tasks takes its place in args."""
     own = {name: getattr(args, name, None) for name in ("train_tasks", "test_tasks", "columns")}
+    check((split or args.split in ("class_to_class", FUNCTIONS) or not {*args.tasks} <= MADE,
+           f"--split {args.split} has no part in made tasks; leave it out"))
     tasks = load_tasks(args.tasks, split or args.split, args.llm, getattr(args, "k", 16), own)
     if "split" in args and split is None:
         args.split = tasks.split if tasks.is_own() else args.split
@@ -203,14 +206,15 @@ def load_tasks(spec: str | list[str], split: str, llm: str = "", k: int = 16,
         lists = {name: [task for part in parts for task in getattr(part, name)]
                  for name in ("train", "test", "missing_train", "missing_test")}
         types = {task: kind for part in parts for task, kind in part.types.items()}
-        twice = [task for task, n in Counter(task for p in parts for task in p.types).items() if n > 1]
+        here = [task for p in parts for task in {*p.train, *p.test}]
+        twice = [task for task, n in Counter(here).items() if n > 1]
         check((not twice, f"--tasks: {', '.join(twice[:3])} stands in two collections; rename one"))
-        if all(p.is_own() or p.collection in ("functions", "early", "recall") for p in parts):
+        if all(p.is_own() or p.collection in MADE for p in parts):
             split = next((p.split for p in parts if p.is_own()), split)
         return Mixture(Path(), " ".join(p.collection for p in parts), split, **lists, types=types,
                        parts=parts)
     spec = names[0]
-    if spec in ("functions", "early", "recall"):
+    if spec in MADE:
         from sources import synthetic
         made = {"functions": lambda: synthetic.Functions(k), "early": synthetic.Early,
                 "recall": lambda: synthetic.Recall(Tokenizer(llm), k)}

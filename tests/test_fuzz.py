@@ -35,13 +35,13 @@ GOOD = {"task": "t", "input": "a b", "output": "happy", "options": ["happy", "sa
 
 
 @st.composite
-def lines(draw) -> bytes:
+def lines(draw, good: dict = GOOD) -> bytes:
     """A file of up to three lines: good ones, ones with other fields, and what is no object or no JSON."""
     made = []
     for _ in range(draw(st.integers(0, 3))):
-        row = GOOD | draw(st.dictionaries(st.sampled_from([*GOOD, "more"]), value, max_size=2))
-        row.pop(draw(st.sampled_from([*GOOD, *"abcdefgh"])), None)
-        line = json.dumps(draw(st.sampled_from([row] * 4 + [GOOD] * 4) | value)).encode()
+        row = good | draw(st.dictionaries(st.sampled_from([*good, "more"]), value, max_size=2))
+        row.pop(draw(st.sampled_from([*good, *"abcdefgh"])), None)
+        line = json.dumps(draw(st.sampled_from([row] * 4 + [good] * 4) | value)).encode()
         line = line[:draw(st.sampled_from([len(line)] * 9 + [9]))]
         made.append(draw(st.sampled_from([line] * 9 + [b"\xff\xfe", b"{", b"\0", b"[" * 3000])))
     return draw(st.sampled_from([b"\n", b"\r\n", b"\n\n"])).join(made)
@@ -75,13 +75,17 @@ def test_lines_of_tasks_and_of_ones_own(tmp_path_factory, data):
                 [stripped(row, "input", "output") for row in said(data)]
 
 
+RESULT = {"method": "icl", "task": "t", "seed": 100, "headline": 0.5, "n": 8, "k": 16, "demo_tokens": 90,
+          "trained_on": {"finetune": {"lam": 1.0}}, "checkpoint": None}
+
+
 @many
-@given(lines())
+@given(lines(RESULT))
 def test_lines_of_results(tmp_path_factory, data):
     path = tmp_path_factory.getbasetemp() / "r.jsonl"
     path.write_bytes(data)
     try:
-        found = read_results(path, "task", "input")
+        found = read_results(path, "method", "task", "seed", "headline")
     except UserError as error:
         assert str(path) in str(error)
     else:
@@ -91,6 +95,8 @@ def test_lines_of_results(tmp_path_factory, data):
             with pytest.raises((ValueError, RecursionError)):
                 json.loads(rows.pop())
         assert json.dumps(found) == json.dumps([json.loads(row) for row in rows])
+        for row in found:
+            assert 0 <= row["headline"] <= 1 and isinstance(row["seed"], int) and isinstance(row["task"], str)
 
 
 def places(tree: dict, at: tuple = ()) -> list[tuple]:
