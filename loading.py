@@ -326,8 +326,9 @@ def check_backbone(path: str | Path, backbone_config: dict, tensors: dict[str, T
 
 def set_length(distiller: nn.Module, state: dict, length: int, path: str) -> None:
     """Let the distiller of an elastic checkpoint make `length` vectors; raise UserError where it cannot."""
-    own = distiller.distill_len
-    check((length == own or state["model"].get("elastic", False), f"--distill-len is {length}; {path} was "
+    own, least = distiller.distill_len, 2 if isinstance(distiller, KeyValueDistiller) else 1
+    check((length >= least, f"--distill-len is {length}, and {path} makes {least} or more; give more"),
+          (length == own or state["model"].get("elastic", False), f"--distill-len is {length}; {path} was "
            f"trained for {own} vectors; leave the flag out, or train with --elastic"),
           (length <= own, f"--distill-len is {length}, and {path} has {own} placeholders; give less"))
     distiller.distill_len = length

@@ -135,12 +135,15 @@ class Distiller(PyTorchModelHubMixin, library_name="mend", paper_url="https://ar
                "distil; give that: from_pretrained(..., llm=...)"))
         model, module, llm = self.state["model"], self.module, self.llm
         module.distill_len = model["distill_len"]
-        set_length(module, self.state, distill_len or model["distill_len"], self.source)
+        length = model["distill_len"] if distill_len is None else distill_len
+        set_length(module, self.state, length, self.source)
         if isinstance(module, FreeVectors):
             return module.vectors[:module.distill_len].detach().float()                     # (l, d)
         texts = [{name: example.get(name) for name in ("input", "output")} for example in examples]
         wrong = [text for text in texts if not all(isinstance(t, str) and t.strip() for t in text.values())]
         check((bool(texts), "no example is given; distill at least one"),
+              (context_len >= 1 and (segments == "auto" or segments >= 1),
+               "give 1 or more as context_len and as segments (or auto)"),
               (not wrong, f"an example needs texts as input and output, and {str(wrong[:1])[:200]} has not"))
         asked = SimpleNamespace(template=model["template"], context_len=context_len, segments=segments,
                                 distill_len=module.distill_len)

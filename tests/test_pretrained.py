@@ -90,6 +90,11 @@ def test_the_card_and_the_configuration_say_what_it_is(llm, run_folder, tmp_path
         assert said in card.text, said
     assert "{{" not in card.text and "{%" not in card.text and str(tmp_path) not in card.text
     assert json.loads((folder / "config.json").read_text()) == Distiller.from_pretrained(folder).state
+    distiller.llm, before = load(llm.config._name_or_path), distiller.generate_model_card()
+    distiller.llm.config._name_or_path = "someone/llm"  # a name on the hub, and no folder
+    after = distiller.generate_model_card()
+    assert before.data.base_model is None and after.data.base_model == "someone/llm"
+    assert 'from_pretrained("someone/llm")' in after.text and f'from_pretrained("{name}")' in before.text
     (folder / "README.md").write_text("mine")
     distiller.save_pretrained(folder)
     assert (folder / "README.md").read_text() == "mine"
@@ -125,6 +130,10 @@ def test_template_and_elastic_length_travel(llama, llama_llm, tmp_path):
     assert len(distiller.distill(str(llama), EXAMPLES)) == 4
     with pytest.raises(common.UserError, match="has 4 placeholders"):
         distiller.distill(str(llama), EXAMPLES, 5)
+    for wrong, message in (({"distill_len": 0}, "makes 1 or more"), ({"context_len": 0}, "1 or more as"),
+                           ({"segments": 0}, "1 or more as"), ({"segments": 3}, "segments of up to")):
+        with pytest.raises(common.UserError, match=message):
+            distiller.distill(str(llama), EXAMPLES, **wrong)
     two = distiller.distill(str(llama), EXAMPLES, segments=2)
     each = [distiller.distill(str(llama), [e]) for e in EXAMPLES]
     assert torch.equal(two[:4], each[0]) and two.shape == (8, 32)

@@ -197,6 +197,7 @@ def test_elastic_training_makes_a_checkpoint_for_shorter_l(flags, tmp_path, monk
     lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert {r["distill_len"] for r in lines} == {5, 9}
     for folder, length, fault in ((fixed, "5", "was trained for 9 vectors"),
+                                  (tmp_path, "1", "makes 2 or more"),
                                   (tmp_path, "10", "has 9 placeholders")):
         with pytest.raises(UserError, match=fault):
             evaluate.main([*flags, "--checkpoint", str(folder), "--distill-len", length, *out])
