@@ -183,9 +183,10 @@ class Mixture(Tasks):
 def tasks_of(args: argparse.Namespace, split: str | None = None) -> Tasks:
     """load_tasks of a script's flags, or of another split; that of own tasks takes its place in args."""
     own = {name: getattr(args, name, None) for name in ("train_tasks", "test_tasks", "columns")}
-    check((split or args.split in ("class_to_class", FUNCTIONS) or not {*args.tasks} <= MADE,
-           f"--split {args.split} has no part in made tasks; leave it out"))
-    tasks = load_tasks(args.tasks, split or args.split, args.llm, getattr(args, "k", 16), own)
+    asked = split or args.split
+    check((asked in ("class_to_class", FUNCTIONS) or not {*args.tasks} <= MADE,
+           f"--split {asked} has no part in made tasks; leave it out"))
+    tasks = load_tasks(args.tasks, asked, args.llm, getattr(args, "k", 16), own)
     if "split" in args and split is None:
         args.split = tasks.split if tasks.is_own() else args.split
     return tasks
