@@ -107,6 +107,7 @@ FLAGS = {  # those that more than one script takes; a default of None is filled 
                   help="of the LLM and the distiller's autocast (its weights stay fp32); auto: on CUDA bf16, "
                        "else fp16; on mps fp32; on a CPU fp32, but bf16 for training where the CPU has it in "
                        "hardware"),
+    "shard-llm": dict(action="store_true", help="share the frozen LLM's layers out over torchrun's ranks"),
     "log": dict(choices=("none", "tensorboard", "wandb"), default="none",
                 help="where the curves go beside metrics.jsonl"),
     # DEVIATION: Table 5 keeps GPT-2 in 8 bit; here it is a choice, as CUDA or bitsandbytes may be missing.
@@ -114,7 +115,7 @@ FLAGS = {  # those that more than one script takes; a default of None is filled 
                         "--dtype; 8bit needs CUDA and the packages bitsandbytes and accelerate"),
 }
 
-RUNNING = ("seed", "max-minutes", "device", "dtype", "llm-weights", "log")  # of either stage
+RUNNING = ("seed", "max-minutes", "device", "dtype", "llm-weights", "shard-llm", "log")
 OWN = ("split", "train-tasks", "test-tasks", "columns")  # which tasks are meta-train and meta-test
 
 

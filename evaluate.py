@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 import common
-from common import check, finish, gather, is_main, naming, parse, run_main, setup, world
+from common import check, finish, gather, is_main, naming, parse, run_main, setup
 from data import Formatter, flat
 from loading import checkpoint_id, load_all, refuse_seen_tasks
 from model import vector_prefix
@@ -27,6 +27,7 @@ from paper.summary import gains_of, print_summary, read_results, summarise
 from score import CONTROLS, VECTOR_METHODS, one_prefix, predict, task_metrics
 from sources.files import append, held
 from sources.headers import refuse_wrong_method
+from sources.shard import shares
 from sources.signals import Stop
 from sources.tasks import SEEDS, Tasks, demonstration_set, require_options, tasks_of
 from sources.text import llm_hash
@@ -40,7 +41,7 @@ SEEDLESS = ("zero_shot", "prompt_tuning")  # the same for every demonstration se
 
 def get_parser() -> argparse.ArgumentParser:
     parser = common.make_parser(__doc__, "preset", "llm", "distill-len", "segments", "tasks", *common.OWN,
-                                "k", "template", "max-minutes", "device", "dtype", "llm-weights")
+                                "k", "template", "max-minutes", "device", "dtype", "llm-weights", "shard-llm")
     group = parser.add_argument_group("evaluation")
     group.add_argument("--methods", nargs="+", choices=METHODS, help="what stands before the query")
     group.add_argument("--checkpoint", help="run folder or checkpoint file; needed for mend, its controls, "
@@ -150,7 +151,8 @@ def evaluate(args, llm, distiller, trained_on: dict | None, formatter: Formatter
     plan = [(task, seed, m) for task in names for seed in args.seeds for m in args.methods
             if m != "mend_permuted" or task in permutable]
     distilled = functools.cache(lambda t, seed: task_vectors(t, seed, llm, distiller, formatter, tasks, args))
-    (rank, ranks), stop = world(), Stop(args.max_minutes)
+    (rank, ranks), stop = shares(llm), Stop(args.max_minutes)
+    gather([])  # all have read the file before rank 0 writes to it
     for first in tqdm(range(0, len(plan), ranks), desc="evaluate", unit="set", disable=not is_main()):
         made = []
         for task, seed, method in plan[first + rank:first + rank + 1]:
@@ -173,7 +175,7 @@ def evaluate(args, llm, distiller, trained_on: dict | None, formatter: Formatter
                 record |= metrics | {"trained_on": trained_on if uses_checkpoint else None,
                                      "commit": common.commit(), "date": common.today()}
             made.append((key, done.get(key, record)))
-        for key, record in gather(made):  # of all ranks, in the order of the plan; rank 0 writes
+        for key, record in gather(made) if ranks > 1 else made:  # of all ranks, in the plan's order
             if key not in done and is_main():
                 append(out, record)
             records.append(done.setdefault(key, record))

@@ -23,6 +23,7 @@ from model import ENCODER_DECODERS, Distiller, answer_mask, demo_prefix, head_lo
 from sources import headers
 from sources.hub import require_model
 from sources.pairs import own_layers
+from sources.shard import shard_llm
 from sources.tasks import Tasks
 from sources.text import Tokenizer, check_same_tokens, first_line, model_hashes
 from variants import FreeVectors, KeyValueDistiller
@@ -136,6 +137,13 @@ def check_llm(llm: PreTrainedModel, name: str) -> None:
                                       "--dtype fp32"),
           (not difference > rounding, f"{which} gives other predictions for embeddings than for tokens (by "
            f"{difference:.0%}); {headers.USABLE}"))
+
+
+def load_llm_of(args: argparse.Namespace, device: torch.device) -> PreTrainedModel:
+    """load_llm of a script's flags; in memory, where --shard-llm takes it to the devices layer by layer."""
+    place = torch.device("cpu") if getattr(args, "shard_llm", False) else device
+    return load_llm(args.llm, place, torch_dtype(args.dtype), getattr(args, "llm_weights", None),
+                    getattr(args, "grad_checkpoint", False))
 
 
 def checkpoint_layers(llm: PreTrainedModel) -> None:
@@ -352,13 +360,21 @@ def make_formatter(args: argparse.Namespace, tokenizer: Tokenizer, llm, distille
     return made
 
 
+def prepare(args: argparse.Namespace, llm, distiller, device: torch.device) -> Formatter:
+    """The last step before an LLM and its distiller are used: share them out over the ranks where --shard-llm
+    asks for it, and make the formatter of their examples."""
+    if getattr(args, "shard_llm", False):
+        shard_llm(llm, distiller, device)
+    return make_formatter(args, Tokenizer(args.llm), llm, distiller)
+
+
 def load_all(args: argparse.Namespace, device: torch.device) -> tuple:
     """The LLM of --llm, the distiller of --checkpoint in eval mode, the latter's state, and the formatter.
 
     Without a checkpoint there is no distiller (None, {}); with one, its l takes the place of --distill-len
     where that is not given.
     """
-    llm = load_llm(args.llm, device, torch_dtype(args.dtype), getattr(args, "llm_weights", None))
+    llm = load_llm_of(args, device)
     distiller, state = None, {}
     if args.checkpoint:
         distiller, state = load_distiller(args.checkpoint, llm)
@@ -366,7 +382,7 @@ def load_all(args: argparse.Namespace, device: torch.device) -> tuple:
         if "distill_len" in args and "distill_len" not in args.filled_in:
             set_length(distiller, state, args.distill_len, args.checkpoint)
         args.distill_len = distiller.distill_len
-    return llm, distiller, state, make_formatter(args, Tokenizer(args.llm), llm, distiller)
+    return llm, distiller, state, prepare(args, llm, distiller, device)
 
 
 def refuse_seen_tasks(trained_on: dict, tasks: Tasks, args) -> None:

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import common
 import loading
-from common import check, is_main, parse, run_main, setup
+from common import check, parse, run_main, setup
 from data import MAX_INPUT, collate, sample_row, step_rows
-from loading import build_distiller, distiller_config, load_distiller, load_llm, make_formatter
+from loading import build_distiller, distiller_config, load_distiller, load_llm_of, prepare
 from model import answer_mask, loss_mask, teacher_and_student
 from paper.held_out import dev_metrics, full_precision
 from run import Run, add_training_flags, training_rules
@@ -24,7 +24,6 @@ from score import distill_loss, finetune_loss, pred_loss
 from sources.headers import is_pretraining, same_llm
 from sources.pairs import settle_distiller
 from sources.tasks import tasks_of
-from sources.text import Tokenizer
 
 PRESETS = {  # the paper's Table 5, and what two CPU cores do in minutes
     "paper": {"steps": 30000, "batch_size": 8, "grad_accum": 1, "lr": 5e-5, "queries_per_demo": 1,
@@ -75,11 +74,10 @@ def start(args, llm):
     source = args.init_from
     if source is None:
         source = find_pretrained(llm, args) or "none"
-        if is_main():
-            print(f"starting from the pretraining checkpoint {source}" if source != "none" else
-                  "NO PRETRAINING CHECKPOINT for this LLM and distiller under out/: starting from the "
-                  "distiller's own weights, which costs accuracy (Tab. 4). Run train_pretrain.py first, or "
-                  "give --init-from DIR.")
+        print(f"starting from the pretraining checkpoint {source}" if source != "none" else
+              "NO PRETRAINING CHECKPOINT for this LLM and distiller under out/: starting from the "
+              "distiller's own weights, which costs accuracy (Tab. 4). Run train_pretrain.py first, or "
+              "give --init-from DIR.")
     if source == "none":
         return build_distiller(args.distiller, llm, args.distill_len, args.vector_start, args.seed), {}
     distiller, state = load_distiller(source, llm)
@@ -111,17 +109,15 @@ def main(argv: list[str] | None = None) -> dict:
     tasks = tasks_of(args)
     check((bool(tasks.train), f"--split {args.split} has no meta-training tasks; give another one, or, of "
                               "your own tasks, --train-tasks"))
-    if is_main():
-        print(f"{args.split}: {len(tasks.train)} meta-training and {len(tasks.test)} meta-test tasks of "
-              f"{tasks.collection} are here; reading them")
+    print(f"{args.split}: {len(tasks.train)} meta-training and {len(tasks.test)} meta-test tasks of "
+          f"{tasks.collection} are here; reading them")
     need = args.k + args.queries_per_demo
     check(*((tasks.size(t) >= need, f"task {t} has {tasks.size(t)} different examples, and "
              f"--k {args.k} with --queries-per-demo {args.queries_per_demo} needs {need}")
             for t in tasks.train))
-    llm = load_llm(args.llm, device, common.torch_dtype(args.dtype), args.llm_weights, args.grad_checkpoint)
+    llm = load_llm_of(args, device)
     distiller, trained_on = start(args, llm)
-    formatter = make_formatter(args, Tokenizer(args.llm), llm, distiller)
-    return train(args, device, llm, distiller, trained_on, tasks, formatter)
+    return train(args, device, llm, distiller, trained_on, tasks, prepare(args, llm, distiller, device))
 
 
 def train(args, device, llm, distiller, trained_on, tasks, formatter) -> dict:

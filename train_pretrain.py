@@ -17,7 +17,7 @@ from pathlib import Path
 import common
 from common import check, parse, run_main, setup
 from data import Corpus, collate, step_rows
-from loading import build_distiller, distiller_config, load_llm, make_formatter, max_positions
+from loading import build_distiller, distiller_config, load_llm_of, max_positions, prepare
 from model import loss_mask, teacher_and_student
 from paper.held_out import dev_metrics, evaluate_kl, full_precision
 from run import Run, add_training_flags, training_rules
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> dict:
           *common.at_least(args, 1, "eval_docs", "context_len"))
     device = setup(args, training=True)
     settle_distiller(args)
-    llm = load_llm(args.llm, device, common.torch_dtype(args.dtype), args.llm_weights, args.grad_checkpoint)
+    llm = load_llm_of(args, device)
     limit, tokenizer = max_positions(llm.config), Tokenizer(args.llm)
     bos, demo = len(tokenizer.bos), round(args.beta * args.window)
     check((limit is None or args.window + bos <= limit,
@@ -78,14 +78,14 @@ def main(argv: list[str] | None = None) -> dict:
     # early stopping looks at the Class->Class meta-test validation data (App. A), as dev_metrics says
     own_text = "tasks" in args.filled_in and "corpus" not in args.filled_in
     tasks = None if own_text else tasks_of(args, "class_to_class")
-    if own_text and common.is_main():
+    if own_text:
         print("--corpus without --tasks: the best checkpoint is the one of the lowest held-out KL")
     distiller = build_distiller(args.distiller, llm, args.distill_len, args.vector_start, args.seed)
     limit = max_positions(distiller.backbone.config)
     check((limit is None or demo + args.distill_len <= limit,
            f"--beta {args.beta} of --window {args.window} and --distill-len {args.distill_len} make "
            f"{demo + args.distill_len} tokens, and the distiller reads at most {limit}; give less"))
-    return train(args, device, llm, distiller, corpus, tasks, make_formatter(args, tokenizer, llm, distiller))
+    return train(args, device, llm, distiller, corpus, tasks, prepare(args, llm, distiller, device))
 
 
 def train(args, device, llm, distiller, corpus, tasks, formatter) -> dict:

@@ -13,19 +13,21 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 import common
-from common import check, finish, is_main, parse, run_main, setup, sum_over_ranks, world
+from common import check, finish, is_main, parse, run_main, setup, sum_over_ranks
 from data import Corpus, Formatter, collate
 from loading import checkpoint_id, load_all
 from model import answer_mask, demo_prefix, loss_mask, query_states, teacher_and_student
 from score import distill_loss, one_prefix, option_scores, passes, pred_loss, task_metrics
+from sources.shard import shares
 from sources.tasks import SEEDS, Tasks, demonstration_set, require_options
 
 
 @contextlib.contextmanager
 def full_precision(llm: PreTrainedModel) -> Iterator[None]:
     """The frozen LLM in fp32 inside, and each tensor as it was behind it: a KL in bf16 has a floor of 0.0015
-    nats. Weights in 8 bit stay."""
-    tensors = [] if getattr(llm, "is_loaded_in_8bit", False) else [*llm.parameters(), *llm.buffers()]
+    nats. Weights in 8 bit stay, and so do those of a sharded LLM."""
+    keep = getattr(llm, "is_loaded_in_8bit", False) or getattr(llm, "is_sharded", False)
+    tensors = [] if keep else [*llm.parameters(), *llm.buffers()]
     dtypes = [t.dtype for t in tensors]
     try:
         for t in tensors:
@@ -54,7 +56,7 @@ def dev_metrics(llm, distiller, tasks: Tasks, formatter: Formatter, args, device
         dev_option_ce (nats a query, mean over each task's queries, then over tasks), dev_pred (nats per
         answer token), dev_kl and dev_clm (negative log-likelihood; nats per token), dev_headline.
     """
-    rank, ranks = world()
+    rank, ranks = shares(llm)
     seed = args.seed if args.seed in SEEDS else SEEDS[0]
     sums = dict.fromkeys(("pred", "answers", "kl", "clm", "tokens", "headline", "option_ce", "tasks"), 0.0)
     exact = argparse.Namespace(dtype="fp32")
@@ -83,7 +85,8 @@ def dev_metrics(llm, distiller, tasks: Tasks, formatter: Formatter, args, device
                                             for q, row in zip(queries, scores, strict=True)]))
         sums["tasks"] += 1
     distiller.train()
-    pred, answers, kl, clm, tokens, headline, option_ce, n_tasks = sum_over_ranks(list(sums.values()), device)
+    totals = sum_over_ranks(list(sums.values()), device) if ranks > 1 else sums.values()
+    pred, answers, kl, clm, tokens, headline, option_ce, n_tasks = totals
     return {"dev_option_ce": option_ce / n_tasks, "dev_pred": pred / answers, "dev_kl": kl / tokens,
             "dev_clm": clm / tokens, "dev_headline": headline / n_tasks}
 
@@ -95,7 +98,7 @@ def evaluate_kl(llm, distiller, corpus: Corpus, args, device, bos: list[int]) ->
 
     The first token of x is left out of all: without context nothing predicts it. Ranks share the windows.
     """
-    rank, ranks = world()
+    rank, ranks = shares(llm)
     sums = dict.fromkeys(("tokens", "vectors", "no_context", "last_l"), 0.0)
     documents = corpus.held_out[:args.eval_docs][rank::ranks]
     distiller.eval()
@@ -112,7 +115,7 @@ def evaluate_kl(llm, distiller, corpus: Corpus, args, device, bos: list[int]) ->
         for name, found in states.items():
             sums[name] += distill_loss(llm, found[mask], teacher[mask], 1).item()
     distiller.train()
-    tokens, *kl = sum_over_ranks(list(sums.values()), device)
+    tokens, *kl = sum_over_ranks(list(sums.values()), device) if ranks > 1 else sums.values()
     vectors, no_context, last_l = (value / tokens for value in kl)
     return {"heldout_kl": vectors, "heldout_kl_no_context": no_context, "heldout_kl_last_l": last_l,
             "recovered": 1 - vectors / no_context if no_context else 0.0}
