@@ -94,9 +94,8 @@ def test_no_corpus_and_no_task_is_read_before_the_pair_is_refused(script, more, 
     def read(*_, **__):
         raise AssertionError("read too early")
 
-    for name in ("Corpus", "load_tasks", "load_llm"):
-        if hasattr(script, name):
-            monkeypatch.setattr(script, name, read)
+    for name in ("tasks_of", "load_llm_of", *(["Corpus"] if script is train_pretrain else [])):
+        monkeypatch.setattr(script, name, read)
     with pytest.raises(UserError, match=said):
         script.main(["--preset", "paper", "--llm", str(llama), "--device", "cpu", *more])
 

@@ -296,7 +296,7 @@ def test_checkpointing_the_llm_changes_no_step(finetuning, quick_dev, tmp_path):
 
 def test_llm_weights_overrule_dtype_for_the_llm_alone(finetuning, quick_dev, tmp_path, monkeypatch):
     loaded, load = [], loading.load_llm
-    monkeypatch.setattr(train_finetune, "load_llm", lambda *a: (loaded.append(load(*a)), loaded[-1])[1])
+    monkeypatch.setattr(loading, "load_llm", lambda *a: (loaded.append(load(*a)), loaded[-1])[1])
     for i, more in enumerate(([], ["--llm-weights", "bf16"], ["--dtype", "bf16"],
                               ["--dtype", "bf16", "--llm-weights", "fp32"])):
         train(train_finetune, finetuning, tmp_path / f"run{i}", "--steps", "1", *more)
