@@ -335,7 +335,8 @@ def main(argv: list[str] | None = None) -> dict:
         results = speed.suite(args, device, rows)
         print(speed.markdown(results))
     elif mode == "plan":
-        results = {"plan": plan.plan(args)}
+        results = {"plan": plan.plan(args)} | (
+            {"sharded": plan.plan_sharded(args)} if "llm" in args.filled_in else {})
     elif mode == "fig3":
         results = fig3(args, device)
     else:

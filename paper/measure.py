@@ -158,7 +158,18 @@ CONFIGS = {  # the published architectures, so that neither counting nor --rando
                    "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8,
                    "head_dim": 128, "vocab_size": 151936, "max_position_embeddings": 40960,
                    "tie_word_embeddings": True},
+    "Llama-3.1-8B": {"model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336,
+                     "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+                     "vocab_size": 128256, "max_position_embeddings": 131072},
+    "Llama-3.1-70B": {"model_type": "llama", "hidden_size": 8192, "intermediate_size": 28672,
+                      "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8,
+                      "vocab_size": 128256, "max_position_embeddings": 131072},
+    "Qwen3-32B": {"model_type": "qwen3", "hidden_size": 5120, "intermediate_size": 25600,
+                  "num_hidden_layers": 64, "num_attention_heads": 64, "num_key_value_heads": 8,
+                  "head_dim": 128, "vocab_size": 151936, "max_position_embeddings": 40960},
 }
+# LLMs that a card may not hold, and siblings of one tokenizer as their distillers
+SHARDED = {"Llama-3.1-8B": "Llama-3.2-1B", "Qwen3-32B": "Qwen3-0.6B", "Llama-3.1-70B": "Llama-3.2-1B"}
 PAIRS = {"gpt2-large": "gpt2", "gpt2-xl": "gpt2",
          "opt-6.7b": "opt-125m"}  # the paper's LLMs and their distillers
 T5_PAIRS = {"t5-large-lm-adapt": "t5-small-lm-adapt", "flan-t5-xl": "flan-t5-base"}

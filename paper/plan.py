@@ -9,17 +9,29 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 import score
 from data import collate
 from loading import checkpoint_layers
 from model import Prefix
-from paper.measure import CONFIGS, OWN_PAIRS, PAIRS, T5_PAIRS, Count, build_random, no_weights, weight_bytes
+from paper.measure import (
+    CONFIGS,
+    OWN_PAIRS,
+    PAIRS,
+    SHARDED,
+    T5_PAIRS,
+    Count,
+    build_random,
+    no_weights,
+    weight_bytes,
+)
 from paper.speed import training_step
 from sources.pairs import settle_distiller
 
 CARDS = (16, 24, 40, 80)  # GB of memory
+SIZES, RANKS = (24, 80), (2, 4, 8)  # of cards in GB, and how many share an LLM
 GB = 1e9
 ANSWER = 4                # tokens of the answer in a planned step
 STEPS, RATE = 30000, 50e12  # of a stage (Table 5); FLOP/s, 40% of an A10's 16-bit peak
@@ -55,8 +67,9 @@ def plan_one(name: str, args: argparse.Namespace, batch_size: int, checkpointing
                 if isinstance(m, nn.Linear | Conv1D) and m is not head and not n.endswith(kept)]
     adam = 8 * sum(p.numel() for p in distiller.parameters() if p.requires_grad)
     memory = {"llm": weight_bytes(llm), "distiller": weight_bytes(distiller) + adam, "alive": count.peak}
+    layers = [weight_bytes(m) for m in llm.modules() if isinstance(m, GradientCheckpointingLayer)]
     in_8_bit = memory | {"llm": memory["llm"] - sum(matrices) + 2 * max(matrices)}
-    return {"flops": count.flops, "bytes": memory,
+    return {"flops": count.flops, "bytes": memory, "layer_bytes": layers,
             "peak_bytes": {"16 bit": sum(memory.values()), "8 bit": sum(in_8_bit.values())}}
 
 
@@ -115,4 +128,21 @@ def plan(args: argparse.Namespace) -> list[dict]:
         print(line)
         found.append({"llm": name, "distiller": distiller, "batch_size": batch_size,
                       "checkpointing": checkpointing, **r, "fits_gb": fits})
+    return found
+
+
+def plan_sharded(args: argparse.Namespace) -> list[dict]:
+    """The memory of each of 1, 2, 4 and 8 cards in a step of one row a card, the LLM whole on each or, by
+    --shard-llm, its layers in parts: a rank keeps its part, and of two layers the whole while they run."""
+    print(f"\none row a card, --grad-checkpoint, 16 bit: GB a card by --shard-llm, and which of {SIZES} fit")
+    print(f"{'LLM':16s}{'distiller':14s}" + "".join(f"{f'{n} card(s)':>18s}" for n in (1, *RANKS)))
+    found = []
+    for name, distiller in SHARDED.items():
+        r = plan_one(name, args, 1, True, distiller)
+        layers, whole = r["layer_bytes"], r["peak_bytes"]["16 bit"]
+        peaks = {1: whole} | {n: whole - sum(layers) + sum(layers) / n + 2 * max(layers) for n in RANKS}
+        fits = {n: [card for card in SIZES if peak + 1.5 * GB <= card * GB] for n, peak in peaks.items()}
+        print(f"{name:16s}{distiller:14s}" + "".join(
+            f"{peaks[n] / GB:10.1f}{' '.join(map(str, fits[n])) or 'none':>8s}" for n in peaks))
+        found.append({"llm": name, "distiller": distiller, "peak_bytes": peaks, "fits_gb": fits})
     return found

@@ -22,6 +22,9 @@ TINY = {
     "Llama-3.2-1B": {"model_type": "llama", "hidden_size": 64, "intermediate_size": 160,
                      "num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 2,
                      "head_dim": 16, "vocab_size": 500},
+    **{name: {"model_type": kind, "hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 9,
+              "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 24, "vocab_size": 500}
+       for name, kind in (("Llama-3.1-8B", "llama"), ("Llama-3.1-70B", "llama"), ("Qwen3-32B", "qwen3"))},
     "Qwen3-0.6B": {"model_type": "qwen3", "hidden_size": 48, "intermediate_size": 96,
                    "num_hidden_layers": 10, "num_attention_heads": 4, "num_key_value_heads": 2,
                    "head_dim": 16, "vocab_size": 500},

@@ -121,7 +121,10 @@ def test_plan_of_a_readers_own_llm_by_hand(tiny, name):
 
 
 @pytest.mark.parametrize("name, parameters", [("Llama-3.2-1B", 1_235_814_400), ("Qwen3-0.6B", 596_049_920),
-                                              ("gpt2-large", 774_030_080), ("gpt2-xl", 1_557_611_200)])
+                                              ("gpt2-large", 774_030_080), ("gpt2-xl", 1_557_611_200),
+                                              ("Llama-3.1-8B", 8_030_261_248),
+                                              ("Llama-3.1-70B", 70_553_706_496),
+                                              ("Qwen3-32B", 32_762_123_264)])
 def test_the_sizes_written_down_are_the_published_ones(name, parameters):
     """The parameters that each model's card names."""
     with torch.device("meta"):
@@ -180,3 +183,17 @@ def test_plan_says_which_cards_fit(tiny, monkeypatch, capsys):
     assert [r["llm"] for r in found[::4]] == ["gpt2-large", "gpt2-xl", "opt-6.7b", "t5-large-lm-adapt",
                                               "flan-t5-xl", "Llama-3.2-1B", "Qwen3-0.6B"]
     assert "none" in capsys.readouterr().out
+
+
+def test_the_plan_of_sharded_layers_by_hand(tiny, capsys):
+    """What is not in the layers is whole on each card, and the layers are in n parts, with two gathered."""
+    found = plan.plan_sharded(plan_args())
+    assert [r["llm"] for r in found] == ["Llama-3.1-8B", "Qwen3-32B", "Llama-3.1-70B"]
+    layer = 2 * (96 * 96 * 2 + 2 * 96 * 48 + 3 * 96 * 192 + 2 * 96)  # bytes: attention, the gated MLP, norms
+    for r in found:
+        one = layer + (2 * 2 * 24 if r["llm"] == "Qwen3-32B" else 0)  # norms of queries and keys
+        whole = r["peak_bytes"][1]
+        for n in (2, 4, 8):
+            assert r["peak_bytes"][n] == pytest.approx(whole - 9 * one * (1 - 1 / n) + 2 * one)
+        assert r["fits_gb"][1] == [24, 80]
+    assert "8 card(s)" in capsys.readouterr().out
