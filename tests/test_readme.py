@@ -26,8 +26,8 @@ DOCUMENTS = ["README.md", "results/LOG.md", "results/SPEED.md", "checkpoints/REA
 PLACES = [*DOCUMENTS, "Makefile", *(f"{name.replace('.', '/')}.py" for name in SCRIPTS)]
 CALLED = {f"-m {name}" if "." in name else f"{name}.py": script for name, script in SCRIPTS.items()}
 VARIABLES = {"$(DEMO)": "out/demo", "$(PUBLISHED)": "x.safetensors",
-             "$(NEWLINE)": "", "$(MADE)": "--preset pocket --tasks functions", "$(SMALL)": "--distiller kv:32",
-             "$(TABLE)": "--seeds 100",
+             "$(NEWLINE)": "", "$(MADE)": "--preset pocket --tasks functions",
+             "$(SMALL)": "--distiller kv:32", "$(TABLE)": "--seeds 100",
              "$(if $(filter gemma,$(LLM)),--only gemma)": "", "$": ""}
 MODULES = [path.stem for path in common.ROOT.glob("*.py")] + ["paper", "serving", "sources"]
 
