@@ -203,17 +203,7 @@ def load_tasks(spec: str | list[str], split: str, llm: str = "", k: int = 16,
     """
     names = [spec] if isinstance(spec, str) else spec
     if len(names) > 1:
-        parts = [load_tasks(name, split, llm, k, own) for name in names]
-        lists = {name: [task for part in parts for task in getattr(part, name)]
-                 for name in ("train", "test", "missing_train", "missing_test")}
-        types = {task: kind for part in parts for task, kind in part.types.items()}
-        here = [task for p in parts for task in {*p.train, *p.test}]
-        twice = [task for task, n in Counter(here).items() if n > 1]
-        check((not twice, f"--tasks: {', '.join(twice[:3])} stands in two collections; rename one"))
-        if all(p.is_own() or p.collection in MADE for p in parts):
-            split = next((p.split for p in parts if p.is_own()), split)
-        return Mixture(Path(), " ".join(p.collection for p in parts), split, **lists, types=types,
-                       parts=parts)
+        return mixture([load_tasks(name, split, llm, k, own) for name in names], split)
     spec = names[0]
     if spec in MADE:
         from sources import synthetic
@@ -255,6 +245,19 @@ def load_tasks(spec: str | list[str], split: str, llm: str = "", k: int = 16,
     train = [t for t in train if t not in setting["test"]]
     return Tasks(folder, collection, split, train, test, [t for t in setting["train"] if t not in train],
                  [t for t in setting["test"] if t not in test], types)
+
+
+def mixture(parts: list[Tasks], split: str) -> Mixture:
+    """Several collections in one; its split is own tasks' only where no part has one of the paper's."""
+    lists = {name: [task for part in parts for task in getattr(part, name)]
+             for name in ("train", "test", "missing_train", "missing_test")}
+    types = {task: kind for part in parts for task, kind in part.types.items()}
+    here = [task for p in parts for task in {*p.train, *p.test}]
+    twice = [task for task, n in Counter(here).items() if n > 1]
+    check((not twice, f"--tasks: {', '.join(twice[:3])} stands in two collections; rename one"))
+    if all(p.is_own() or p.collection in MADE for p in parts):
+        split = next((p.split for p in parts if p.is_own()), split)
+    return Mixture(Path(), " ".join(p.collection for p in parts), split, **lists, types=types, parts=parts)
 
 
 def hub_tasks() -> Path:
