@@ -48,7 +48,8 @@ def assert_shared_out(out: str, ranks: int, llm) -> None:
     assert said == pytest.approx(whole, abs=6e-4) and share < 1.15 * whole / ranks
 
 
-@pytest.mark.parametrize("script, ranks", [(train_finetune, 2), (train_pretrain, 3)], indirect=["script"])
+@pytest.mark.parametrize("script, ranks", [
+    (train_finetune, 2), pytest.param(train_pretrain, 3, marks=pytest.mark.slow)], indirect=["script"])
 def test_sharded_training_equals_one_process(script, argv, ranks, tmp_path, llama_llm):
     argv = [*argv, "--batch-size", str(ranks), "--steps", "3", "--eval-every", "3", "--eval-queries", "2"]
     train(script, argv, tmp_path / "one")
@@ -68,7 +69,7 @@ def test_sharded_training_equals_one_process(script, argv, ranks, tmp_path, llam
             torch.testing.assert_close(found, tensor, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_sharded_evaluation_equals_one_process(flags, tmp_path, llama_llm, ranks):
     checkpoint = save_distiller(tmp_path / "run", make_distiller(llama_llm), llama_llm, "layers:2")
     argv = [f for f in flags if f not in ("--distiller", "layers:2")] + [
