@@ -4,10 +4,13 @@
     python train_finetune.py --log wandb                    # WANDB_MODE=offline keeps it here
 
 metrics.jsonl stays what a run goes on from. A logger that fails, for want of a network or a disk, is told
-once and left out: it never ends or changes a training.
+once and left out: it never ends or changes a training. Where a killed run makes steps again, TensorBoard
+shows the later values; wandb keeps the earlier ones, as it takes no step before its last, and lacks an
+evaluation that the kill came before: that one is in metrics.jsonl alone.
 """
 
 import contextlib
+import json
 import secrets
 from collections.abc import Callable
 from pathlib import Path
@@ -19,19 +22,24 @@ def make_logger(kind: str, folder: Path, flags: dict, step: int) -> Callable[[di
     """What takes each record of a run's metrics.jsonl, {"step": ..., name: number}.
 
     Args:
-        kind: of --log. folder: of the run; flags: its flags. step: the run goes on from here: what an earlier
-            process logged of later steps, which are made again, is dropped or written over.
+        kind: of --log. folder: of the run, with the metrics.jsonl that it goes on from; flags: its flags.
+        step: the run goes on behind it; what an earlier process logged of later ones will be made again.
     """
     with guarded(kind):
         if kind == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
-            writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+            # this step goes too, as its evaluation may be made again; what metrics.jsonl has of it comes back
+            writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
 
             def to_tensorboard(record: dict) -> None:
                 for name, value in record.items():
                     if name != "step":
                         writer.add_scalar(name, value, record["step"])
                 writer.flush()
+            metrics = folder / "metrics.jsonl"
+            for line in metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []:
+                if (record := json.loads(line))["step"] == step:
+                    to_tensorboard(record)
             return safe(kind, to_tensorboard)
         if kind == "wandb":
             import wandb

@@ -53,18 +53,53 @@ def test_tensorboard_holds_what_metrics_hold(finetuning, quick_dev, tmp_path, mo
         assert found == [(step, pytest.approx(v, rel=1e-6)) for step, v in sorted(values.items())], name
 
 
+@pytest.mark.parametrize("where", ["before the first save", "before an evaluation is saved"])
+def test_tensorboard_keeps_no_second_value_of_a_step(finetuning, quick_dev, tmp_path, monkeypatch, where):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    argv = [*finetuning, "--steps", "6", "--save-every", "2", "--eval-every", "4", "--log", "tensorboard"]
+    with monkeypatch.context() as patch:
+        if where == "before the first save":
+            argv[argv.index("--save-every") + 1] = "6"  # the only checkpoint is of step 0
+            cut_at(patch, 3)
+        else:
+            log = run.Run.log
+
+            def killed(self, **record):
+                log(self, **record)
+                if self.step == 4 and "dev_option_ce" in record:
+                    raise KeyboardInterrupt
+            patch.setattr(run.Run, "log", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(train_finetune, argv, tmp_path / "run")
+    train(train_finetune, argv, tmp_path / "run", "--resume")
+    board = EventAccumulator(str(tmp_path / "run" / "tensorboard"), size_guidance={"scalars": 0})
+    board.Reload()
+    for name, values in expected_of(tmp_path / "run").items():
+        found = [(e.step, e.value) for e in board.Scalars(name)]
+        assert found == [(step, pytest.approx(v, rel=1e-6)) for step, v in sorted(values.items())], name
+
+
 @pytest.fixture
 def wandb(monkeypatch) -> SimpleNamespace:
-    """Its calls in `made`: ("init", arguments) and ("log", values, step)."""
+    """Its calls in `made`: ("init", arguments) and ("log", values, step), but for those that the real client
+    leaves out: of a step behind the last one logged, and, of a run that is resumed, of that one too."""
     made = []
     module = SimpleNamespace(
-        made=made, fails=False, __spec__=importlib.machinery.ModuleSpec("wandb", None))
+        made=made, fails=False, least=0, __spec__=importlib.machinery.ModuleSpec("wandb", None))
+
+    def init(**given):
+        module.least += any(kind == "log" for kind, *_ in made)
+        made.append(("init", given))
+        return SimpleNamespace(log=log)
 
     def log(values, step):
         if module.fails:
             raise ConnectionError("no network")
-        made.append(("log", values, step))
-    module.init = lambda **given: made.append(("init", given)) or SimpleNamespace(log=log)
+        if step >= module.least:
+            module.least = step
+            made.append(("log", values, step))
+    module.init = init
     monkeypatch.setitem(sys.modules, "wandb", module)
     return module
 
@@ -83,8 +118,11 @@ def test_wandb_goes_on_with_the_same_run(finetuning, quick_dev, tmp_path, monkey
     for kind, *given in wandb.made:
         if kind == "log":
             for name, value in given[0].items():
-                found.setdefault(name, {})[given[1]] = value  # a step that is logged again is written over
-    assert found == expected_of(tmp_path / "run")
+                assert given[1] not in found.setdefault(name, {}), "a step is logged twice"
+                found[name][given[1]] = value
+    expected = expected_of(tmp_path / "run")
+    assert found.pop("seconds").keys() == expected.pop("seconds").keys()  # step 5 took another time again
+    assert found == expected
 
 
 def test_a_logger_that_fails_changes_nothing(finetuning, quick_dev, tmp_path, wandb, capsys):
