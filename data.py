@@ -12,6 +12,7 @@ with the queries that share it, packed side by side:
     demo_ids    (B, T_d) long   demonstration tokens, padded on the left
     demo_mask   (B, T_d) bool   True at demonstration tokens
     part_ids, part_mask   (B S, T_s)   the same as the distiller reads them: each row cut into S segments
+    used        (B S, l) bool   with --elastic in training: True for the row's own l, the last ones of all
     query_ids   (B, T)   long   query and answer tokens, padded on the right
     query_mask  (B, T)   bool   True at query and answer tokens
     segment     (B, T)   long   which of the row's queries a token belongs to: 0, 1, ...
@@ -21,7 +22,6 @@ with the queries that share it, packed side by side:
     predictor   (B, T)   long   whose state predicts this token: 0 = the last prefix token, 1 + c = column c
 """
 
-import argparse
 import functools
 import hashlib
 from collections.abc import Callable
@@ -34,8 +34,8 @@ import torch
 
 import common
 import sources.text
-from common import UserError, at_least, check, finish, parse, run_main, shared_rules
-from sources.tasks import Tasks, tasks_of
+from common import UserError, check, run_main
+from sources.tasks import Tasks
 from sources.template import make_turns
 from sources.text import Tokenizer, cached_tokens, corpus_files, hub_documents, read_documents
 
@@ -296,7 +296,7 @@ def collate(rows: list[dict], device: torch.device | str = "cpu",
     segments: S, where every row has so many starts of demonstrations ("starts"), else as many as all have.
     """
     demo_ids, demo_mask = padded_left([row["demo"] for row in rows])
-    part_ids, part_mask = demo_ids, demo_mask
+    part_ids, part_mask, S = demo_ids, demo_mask, 1
     if segments > 1:
         S = min(segments, *(len(row["starts"]) for row in rows))
         cuts = [[*(row["starts"][i] for i in even(len(row["starts"]), S)[:-1]), None] for row in rows]
@@ -318,6 +318,8 @@ def collate(rows: list[dict], device: torch.device | str = "cpu",
     query_mask = torch.arange(packed.shape[1])[None] < lengths[:, None]                              # (B, T)
     batch = {"demo_ids": demo_ids, "demo_mask": demo_mask, "part_ids": part_ids, "part_mask": part_mask,
              "query_mask": query_mask}
+    if "length" in rows[0]:
+        batch["used"] = padded_left([[0] * row["length"] for row in rows for _ in range(S)])[1]
     batch |= {name: packed[:, :, i].contiguous()
               for i, name in enumerate(("query_ids", "segment", "branch", "position", "predictor"))}
     if torch.device(device).type == "cuda":
@@ -325,25 +327,10 @@ def collate(rows: list[dict], device: torch.device | str = "cpu",
     return batch
 
 
-def get_parser() -> argparse.ArgumentParser:
-    parser = common.make_parser(__doc__, "preset", "llm", "tasks", *common.OWN, "template")
-    parser.add_argument("--show", type=int, metavar="K", 
-                        help="show one example with K demonstrations instead of Table 1")
-    return parser
-
-
 def main(argv: list[str] | None = None) -> dict:
-    args = parse(get_parser(), argv)
-    check(*shared_rules(args), *at_least(args, 1, "show"))
-    tasks = tasks_of(args)
-    formatter = Formatter(Tokenizer(args.llm), args.template, context_len=900)
-    from paper.collection import show, table1
-    if args.show:
-        check((bool(tasks.train), f"--show needs a meta-training task, and {args.split} has none; of your "
-                                  "own tasks, name some with --train-tasks"))
-        show(tasks, formatter, args.show)
-        return finish({"split": args.split, "task": tasks.train[0]})
-    return finish({"split": args.split, "collection": tasks.collection, **table1(tasks, formatter)})
+    """Table 1, or one example's whole way from file to batch."""
+    from paper.collection import main
+    return main(argv)
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ class Distiller(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         vocab = backbone.config.vocab_size
         self.placeholders = nn.Parameter(random_rows(embed, vocab, distill_len, generator))  # (l, d_s)
-        self.distill_len = distill_len  # free to shrink: then the first l placeholders are used
+        self.distill_len = distill_len  # free to shrink: then the last l placeholders are used
         d_s, d = self.placeholders.shape[1], llm_width  # OPT-350m's hidden_size is not its embeddings' width
         self.project = nn.Identity() if d_s == d else nn.Sequential(nn.Linear(d_s, d), nn.Tanh())
         self.gain = None
@@ -81,30 +81,32 @@ class Distiller(nn.Module):
         object.__setattr__(self, "residual_embed", residual_embed)
 
     def forward(self, demo_ids: Tensor, demo_mask: Tensor, segments: int = 1,
-                head: Sequence[int] = ()) -> Tensor:
+                head: Sequence[int] = (), used: Tensor | None = None) -> Tensor:
         """Distil each row's demonstrations.
 
         Args:
             demo_ids: (B, T_d) long, padded on the left: the placeholders follow the last demonstration token.
             demo_mask: (B, T_d) bool. segments: S rows that follow one another are parts of one D.
+            used: (B, l) bool: the last placeholders, as many as a row may use; default: distill_len in each.
         Returns:
             (B, l, d) vectors S_D, fp32; of segments, joined: (B / S, S l, d).
         """
-        placeholders = self.placeholders[:self.distill_len].expand(len(demo_ids), -1, -1)   # (B, l, d_s)
+        used = demo_mask.new_ones(len(demo_ids), self.distill_len) if used is None else used     # (B, l)
+        n, placeholders = used.shape[1], self.placeholders[-used.shape[1]:].expand(len(used), -1, -1)
         embeds = torch.cat([self.embed(demo_ids).to(placeholders.dtype), placeholders], dim=1)
-        mask = F.pad(demo_mask, (0, self.distill_len), value=True)                          # (B, T_d + l)
+        embeds, mask = padding_first(embeds, torch.cat([demo_mask, used], dim=1))           # (B, T_d + l)
         if self.backbone.config.model_type in ENCODER_DECODERS:  # looks both ways, by relative positions
             out = self.backbone(inputs_embeds=embeds, attention_mask=mask)
         else:
             out = run_backbone(self.backbone, embeds, causal_mask(mask), positions_of(mask))
-        vectors = self.project(out.last_hidden_state[:, -self.distill_len:]).float()        # (B, l, d)
+        vectors = self.project(out.last_hidden_state[:, -n:]).float()                       # (B, l, d)
         if self.gain is not None:
             vectors = vectors * self.gain
         if self.residual_embed is not None:
             # DEVIATION: the vectors start next to what the LLM can read already, the last l demonstration
             # tokens, and the distiller learns what to change. The paper's start is behind these for long.
-            short = max(0, self.distill_len - demo_ids.shape[1])
-            ids, kept = (F.pad(t, (short, 0))[:, -self.distill_len:] for t in (demo_ids, demo_mask))
+            short = max(0, n - demo_ids.shape[1])
+            ids, kept = (F.pad(t, (short, 0))[:, -n:] for t in (demo_ids, demo_mask))
             vectors = vectors + self.residual_embed(ids).float() * kept[:, :, None]         # (B, l, d)
         return vectors.unflatten(0, (-1, segments)).flatten(1, 2)                           # (B / S, S l, d)
 
@@ -114,8 +116,7 @@ def random_rows(embed: nn.Module, vocab: int, n: int, generator: torch.Generator
     if n < 1:
         raise ValueError(f"distill_len is {n}; at least one vector is needed (l >= 1)")
     ids = torch.randint(min(100, vocab // 2), vocab, (n,), generator=generator)
-    with torch.no_grad():
-        return embed(ids.to(next(embed.parameters()).device)).detach().float().clone()
+    return embed(ids.to(next(embed.parameters()).device)).detach().float().clone()
 
 
 # --------------------------------------------------------------------------------------- What the LLM reads
@@ -148,11 +149,17 @@ def demo_prefix(llm: PreTrainedModel, demo_ids: Tensor, demo_mask: Tensor,
     return prefill(llm, *with_head(llm, llm.get_input_embeddings()(demo_ids), demo_mask, head))
 
 
-def vector_prefix(llm: PreTrainedModel, vectors: Tensor, head: Sequence[int] = ()) -> Prefix:
+def vector_prefix(llm: PreTrainedModel, vectors: Tensor, head: Sequence[int] = (),
+                  used: Tensor | None = None) -> Prefix:
     """The LLM reads distilled vectors: [head ; S_D], Eq. (2). vectors: (B, l, d), or, of other width, keys
-    and values of variants.py, among them those of D's first token in BOS's place, behind a chat's head."""
-    mask = torch.ones(vectors.shape[:2], dtype=torch.bool, device=vectors.device)
-    if (d := llm.get_input_embeddings().embedding_dim) == vectors.shape[2]:
+    and values of variants.py, among them those of D's first token in BOS's place, behind a chat's head.
+    used: as the distiller had it."""
+    d, mask = llm.get_input_embeddings().embedding_dim, vectors.new_ones(vectors.shape[:2], dtype=torch.bool)
+    first = int(vectors.shape[2] != d)  # D's first position, once for all segments
+    if used is not None:
+        mask[:, first:] = used[:, :used.shape[1] - first].reshape(len(vectors), -1)
+        vectors, mask = padding_first(vectors, mask)
+    if not first:
         return prefill(llm, *with_head(llm, vectors, mask, head))
     config, vectors = llm.config, vectors.to(llm.dtype)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -183,15 +190,14 @@ def teacher_and_student(llm: PreTrainedModel, distiller: nn.Module, batch: dict[
     Returns:
         teacher (None where `with_teacher` is False), student: (B, T, d), as query_states.
     """
-    teacher, demo_ids, part_ids = None, batch["demo_ids"], batch["part_ids"]                # (B [S], T_d)
+    teacher, used, demo_ids, part_ids = None, batch.get("used"), batch["demo_ids"], batch["part_ids"]
     if with_teacher:
         with torch.no_grad():
             teacher = query_states(llm, demo_prefix(llm, demo_ids, batch["demo_mask"], head), batch)
     with autocast(demo_ids.device, dtype):
-        segments = len(part_ids) // len(demo_ids)                                           # S
-        vectors = distiller(part_ids, batch["part_mask"], segments, head)                   # (B, S l, d)
+        vectors = distiller(part_ids, batch["part_mask"], len(part_ids) // len(demo_ids), head, used)
     # not under no_grad: the LLM is frozen, but the gradient flows through it to the vectors
-    return teacher, query_states(llm, vector_prefix(llm, vectors, head), batch)
+    return teacher, query_states(llm, vector_prefix(llm, vectors, head, used), batch)
 
 
 def with_head(llm: PreTrainedModel, embeds: Tensor, mask: Tensor,
@@ -201,9 +207,13 @@ def with_head(llm: PreTrainedModel, embeds: Tensor, mask: Tensor,
         return embeds, mask
     fixed = llm.get_input_embeddings()(torch.tensor(head, device=embeds.device)).to(embeds.dtype)   # (h, d)
     embeds = torch.cat([fixed.expand(len(embeds), -1, -1), embeds], dim=1)                  # (B, h + P, d)
-    # 0 in the padding, 1 in the head, 2 in the row's own: in this order, which keeps that of equals
-    kind, order = F.pad(2 * mask.long(), (len(head), 0), value=1).sort(dim=1, stable=True)  # (B, h + P)
-    return embeds.gather(1, order[:, :, None].expand_as(embeds)), kind > 0
+    return padding_first(embeds, F.pad(mask, (len(head), 0), value=True))
+
+
+def padding_first(embeds: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row's padding to the left of what counts, which keeps its order: (B, P, d), (B, P) -> the same."""
+    mask, order = mask.long().sort(dim=1, stable=True)                                      # (B, P)
+    return embeds.gather(1, order[:, :, None].expand_as(embeds)), mask > 0
 
 
 def prefill(llm: PreTrainedModel, embeds: Tensor, mask: Tensor) -> Prefix:

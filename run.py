@@ -42,7 +42,7 @@ def add_training_flags(parser: argparse.ArgumentParser, run_name: str) -> None:
                        help="how the vectors start: the distiller's states as they are; brought to the "
                             "scale of the LLM's embeddings by a learned scalar; or a tenth of that, added to "
                             "D's last l token embeddings")
-    group.add_argument("--elastic", action="store_true", help="draw each step's l among 8, 16, 32, ... and "
+    group.add_argument("--elastic", action="store_true", help="draw each row's l among 8, 16, 32, ... and "
                        "--distill-len, so that one checkpoint serves every l up to that")
     group.add_argument("--max-segments", type=int, default=1, metavar="N",
                        help="cut the D of a step's rows into 1 to N segments, for --segments in evaluation")
@@ -199,9 +199,6 @@ class Run:
         torch.manual_seed(args.seed * 1_000_003 + self.step)
         if self.device.type == "cpu":
             trim_heap()
-        if args.elastic:
-            lengths = [2 ** i for i in range(3, 20) if 2 ** i < args.distill_len] + [args.distill_len]
-            self.distiller.distill_len = int(np.random.default_rng((args.seed, self.step)).choice(lengths))
         self.segments = int(np.random.default_rng((args.seed, self.step, 1)).integers(args.max_segments)) + 1
         for group in self.optimizer.param_groups:
             group["lr"] = lr_at(self.step, args.steps, args.warmup, args.lr)
@@ -209,7 +206,11 @@ class Run:
 
     def micro_batches(self, rows: list[dict]) -> Iterator[list[dict]]:
         """This rank's share of a step's rows, --grad-accum times --batch-size, by micro-batch."""
-        size = self.args.batch_size
+        size, longest = self.args.batch_size, self.args.distill_len
+        if self.args.elastic:
+            lengths = [2 ** i for i in range(3, 20) if 2 ** i < longest] + [longest]
+            drawn = np.random.default_rng((self.args.seed, self.step)).choice(lengths, len(rows)).tolist()
+            rows = [row | {"length": length} for row, length in zip(rows, drawn, strict=True)]
         for first in range(0, len(rows), size):
             # under DDP, the last backward pass of a step exchanges the gradients of all
             self.ddp.require_backward_grad_sync = first + size >= len(rows)
@@ -229,7 +230,6 @@ class Run:
         *sums, stop = sum_over_ranks([*self.losses.values(), self.stop.asked()], self.device)  # any rank's
         losses = dict(zip(self.losses, sums, strict=True))
         self.require_finite("loss", sum(losses.values()))
-        self.distiller.distill_len = self.args.distill_len
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.distiller.parameters(), self.args.clip or float("inf")).item()
         if self.scaler.get_scale() <= 1:  # a larger scale of fp16 may be too large: it falls, without a step

@@ -96,9 +96,9 @@ def main(argv: list[str] | None = None) -> dict:
           *common.finite(args, "lam", "pred_weight"),
           (args.lam + args.pred_weight > 0,
            "--lam and --pred-weight are both 0, so there is no loss; give one of them"),
-          (args.distiller != "free" or (args.init_from == "none" and args.lam == 0),
-           "--distiller free is PromptTuning, without pretraining and L_distill; "
-           "add --init-from none --lam 0"),
+          (args.distiller != "free" or (args.init_from, args.lam, args.max_segments) == ("none", 0, 1),
+           "--distiller free is PromptTuning, without pretraining, L_distill and segments; "
+           "add --init-from none --lam 0, leave --max-segments out"),
           *common.at_least(args, 1, "queries_per_demo", "least_k"),
           (not args.least_k or args.least_k <= args.k,
            f"--least-k is {args.least_k}, above --k {args.k}; give less"),

@@ -75,26 +75,28 @@ class KeyValueDistiller(nn.Module):
         self.distill_len = distill_len  # free to shrink: then the last l - 1 placeholders are used
 
     def forward(self, demo_ids: Tensor, demo_mask: Tensor, segments: int = 1,
-                head: Sequence[int] = ()) -> Tensor:
+                head: Sequence[int] = (), used: Tensor | None = None) -> Tensor:
         """Distil each row's demonstrations.
 
         Args:
             demo_ids: (B, T_d) long, padded on the left. demo_mask: (B, T_d) bool. segments: S rows
                 that follow one another are parts of one D; the first one's first position serves all.
             head: a chat's ids, behind whose positions the keys and values will stand.
+            used: (B, l) bool, as in model.Distiller: a row of m has D's first position and the last m - 1.
         Returns:
             (B / S, S (l - 1) + 1, layers * 2 * heads * head width + d) fp32: a position's keys and values,
             layer by layer, and its final hidden state.
         """
-        n, embeds = self.distill_len - 1, self.embed(demo_ids)                              # (B, T_d, d)
+        used = demo_mask.new_ones(len(demo_ids), self.distill_len) if used is None else used     # (B, l)
+        n, used, embeds = used.shape[1] - 1, used[:, :-1], self.embed(demo_ids)             # (B, T_d, d)
         short = max(0, n - demo_ids.shape[1])
         last = F.pad(embeds * demo_mask[:, :, None], (0, 0, short, 0))[:, -n:]              # (B, n, d)
         last = (last + self.placeholders[-n:]).to(embeds.dtype)
         embeds = torch.cat([embeds, last], dim=1)                                           # (B, T_d + n, d)
-        mask = F.pad(demo_mask, (0, n), value=True)
+        mask = torch.cat([demo_mask, used], dim=1)                                          # (B, T_d + n)
         positions, cache = positions_of(mask) + places(head), DynamicCache()
         if hasattr(self.backbone, "rotary_emb"):  # only distances count: the query stands at l, whatever T_d
-            behind = n * (torch.arange(len(demo_ids), device=mask.device) % segments)       # (B,)
+            behind = used.sum(dim=1) * (torch.arange(len(used), device=used.device) % segments)     # (B,)
             positions = positions + (1 - demo_mask.sum(dim=1) + behind)[:, None]
         out = run_backbone(self.backbone, embeds, causal_mask(mask), positions, cache)
         first = (~demo_mask).sum(dim=1, keepdim=True)                                       # (B, 1)
@@ -124,6 +126,7 @@ class FreeVectors(nn.Module):
         self.distill_len = distill_len
 
     def forward(self, demo_ids: Tensor, demo_mask: Tensor, segments: int = 1,
-                head: Sequence[int] = ()) -> Tensor:
+                head: Sequence[int] = (), used: Tensor | None = None) -> Tensor:
         """(B, T_d), (B, T_d) -> (B / S, l, d); what the demonstrations say does not matter."""
-        return self.vectors[:self.distill_len].expand(len(demo_ids) // segments, -1, -1)
+        n = self.distill_len if used is None else used.shape[1]
+        return self.vectors[-n:].expand(len(demo_ids) // segments, -1, -1)

@@ -1,13 +1,37 @@
 """What `python data.py` prints: Table 1 (Sec. 4.1) for what is here, or one example's whole way."""
 
+import argparse
 import json
 
 import numpy as np
 from tqdm import tqdm
 
-from common import check
+import common
+import data
+from common import at_least, check, finish, parse, shared_rules
 from data import Formatter, collate
-from sources.tasks import SEEDS, Tasks
+from sources.tasks import SEEDS, Tasks, tasks_of
+from sources.text import Tokenizer
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = common.make_parser(data.__doc__, "preset", "llm", "tasks", *common.OWN, "template")
+    parser.add_argument("--show", type=int, metavar="K",
+                        help="show one example with K demonstrations instead of Table 1")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> dict:
+    args = parse(get_parser(), argv)
+    check(*shared_rules(args), *at_least(args, 1, "show"))
+    tasks = tasks_of(args)
+    formatter = Formatter(Tokenizer(args.llm), args.template, context_len=900)
+    if not args.show:
+        return finish({"split": args.split, "collection": tasks.collection, **table1(tasks, formatter)})
+    check((bool(tasks.train), f"--show needs a meta-training task, and {args.split} has none; of your own "
+                              "tasks, name some with --train-tasks"))
+    show(tasks, formatter, args.show)
+    return finish({"split": args.split, "task": tasks.train[0]})
 
 
 def table1(tasks: Tasks, formatter: Formatter) -> dict:

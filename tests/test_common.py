@@ -9,14 +9,14 @@ import requests
 import torch
 
 import common
-import data
 import evaluate
 import train_finetune
 import train_pretrain
 from common import UserError, did_you_mean, run_main
+from paper import collection
 from sources import hub
 
-SCRIPTS = [data, evaluate, train_pretrain, train_finetune]
+SCRIPTS = [collection, evaluate, train_pretrain, train_finetune]
 
 
 def parsed(script, argv):
@@ -63,7 +63,7 @@ def test_help_shows_both_presets_values(script, capsys):
 @pytest.mark.parametrize("script, flag, value", [
     (train_pretrain, "--split", "qa_to_qa"), (train_finetune, "--corpus", "sotu"),
     (evaluate, "--distiller", "layers:2"), (evaluate, "--corpus", "sotu"), (evaluate, "--seed", "13"),
-    (data, "--distill-len", "4"), (data, "--corpus", "sotu")])
+    (collection, "--distill-len", "4"), (collection, "--corpus", "sotu")])
 def test_a_flag_without_a_part_is_refused(script, flag, value, capsys):
     with pytest.raises(SystemExit) as stop:
         script.main([flag, value])
@@ -71,7 +71,7 @@ def test_a_flag_without_a_part_is_refused(script, flag, value, capsys):
 
 
 def test_long_name_of_the_paraphrase_split():
-    assert parsed(data, ["--split", "non_paraphrase_to_paraphrase"]).split == "non_para_to_para"
+    assert parsed(collection, ["--split", "non_paraphrase_to_paraphrase"]).split == "non_para_to_para"
 
 
 def test_shared_faults_are_listed_together():

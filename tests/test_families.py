@@ -17,7 +17,7 @@ import plain
 from common import UserError
 from data import collate
 from loading import build_distiller, first_layers, load_distiller, load_llm, max_positions
-from model import demo_prefix, head_logits, loss_mask, query_states, vector_prefix
+from model import demo_prefix, head_logits, loss_mask, query_states, teacher_and_student, vector_prefix
 from run import make_optimizer
 from score import finetune_loss, score_options
 
@@ -172,6 +172,39 @@ def test_padding_and_neighbours_change_no_vector(llm):
     assert (vectors[0] - vectors[1]).abs().max() > 1e-3 * vectors.abs().max()
 
 
+@pytest.mark.parametrize("segments", [1, 2])
+@pytest.mark.parametrize("kind", ["layers:2", "kv:3", "free"])
+def test_a_row_of_its_own_length_is_as_alone(llm, kind, segments):
+    """Rows of l = 5, 3 and 4 in one batch have the states, and all together the gradients, of each alone with
+    a distiller of that l."""
+    if (kind == "kv:3" and llm.config.is_encoder_decoder) or (kind == "free" and segments > 1):
+        pytest.skip("keys and values are of decoder-only LLMs; free vectors read no segments")
+    distiller = build_distiller(kind, llm, 5, "residual", 0).eval()
+    for p in distiller.parameters():
+        p.data += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+    cut = [row | {"starts": [0, len(row["demo"]) // 3]} for row in rows()]
+    width = llm.get_output_embeddings().in_features
+    direction = torch.randn(width, generator=torch.Generator().manual_seed(0))
+
+    def read(batch) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        _, states = teacher_and_student(llm, distiller, batch, [], "fp32", with_teacher=False)
+        mask = loss_mask(llm, batch)
+        grads = torch.autograd.grad((states[mask] @ direction).sum(), list(distiller.parameters()))
+        return [s[m].detach() for s, m in zip(states, mask, strict=True)], grads
+
+    lengths, alone = (5, 3, 4), []
+    together, total = read(collate([r | {"length": n} for r, n in zip(cut, lengths, strict=True)],
+                                   segments=segments))
+    for row, n in zip(cut, lengths, strict=True):
+        distiller.distill_len = n
+        alone.append(read(collate([row], segments=segments)))
+    for found, (expected, _) in zip(together, alone, strict=True):
+        close(found, expected[0])
+    largest = max(grad.abs().max().item() for grad in total)
+    for found, *each in zip(total, *(grads for _, grads in alone), strict=True):
+        close(found / largest, sum(each) / largest)
+
+
 def test_scores_equal_plain_scores_for_demonstrations_and_for_vectors(llm):
     distiller, batch = build_distiller("layers:2", llm, 4, "matched", 0).eval(), collate(rows())
     with torch.no_grad():
@@ -315,7 +348,7 @@ def test_checkpoint_round_trip(llm, kind, family, tmp_path, monkeypatch):
 def test_grad_checkpoint_gives_the_same_gradient_from_less_memory(llm, checkpointing):
     distiller = build_distiller("layers:1", llm, 4, "matched", 0).eval()
     (expected, much), (found, little) = backward(llm, distiller), backward(checkpointing, distiller)
-    assert expected.norm() > 1e-3 and (found - expected).norm() < 1e-6 * expected.norm()
+    assert expected.norm() > 1e-3 and (found - expected).norm() < 3e-6 * expected.norm()
     assert little < 0.7 * much
 
 

@@ -16,7 +16,7 @@ import evaluate
 import paper.summary
 import train_finetune
 import train_pretrain
-from paper import attention, carried, choose, figures, held_out, probe, swaps, tables
+from paper import attention, carried, choose, collection, figures, held_out, probe, swaps, tables
 from sources import assets
 
 SCRIPTS = {m.__name__: m for m in (assets, attention, bench, carried, choose, data, distill, evaluate,
@@ -25,6 +25,7 @@ DOCUMENTS = ["README.md", "results/LOG.md", "results/SPEED.md", "checkpoints/REA
              *sorted(f"docs/{path.name}" for path in (common.ROOT / "docs").glob("*.md"))]
 PLACES = [*DOCUMENTS, "Makefile", *(f"{name.replace('.', '/')}.py" for name in SCRIPTS)]
 CALLED = {f"-m {name}" if "." in name else f"{name}.py": script for name, script in SCRIPTS.items()}
+CALLED["data.py"] = collection  # whose parser it is
 VARIABLES = {"$(DEMO)": "out/demo", "$(PUBLISHED)": "x.safetensors",
              "$(NEWLINE)": "", "$(MADE)": "--preset pocket --tasks functions",
              "$(SMALL)": "--distiller kv:32", "$(TABLE)": "--seeds 100",

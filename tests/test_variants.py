@@ -185,10 +185,14 @@ def test_elastic_training_makes_a_checkpoint_for_shorter_l(flags, tmp_path, monk
     seen, fixed, out = [], tmp_path / "fixed", ["--out", str(tmp_path / "results.jsonl")]
     forward = KeyValueDistiller.forward
     monkeypatch.setattr(KeyValueDistiller, "forward", lambda self, *batch: (
-        seen.append((self.distill_len, torch.is_grad_enabled())), forward(self, *batch))[1])
-    train_finetune.main([*flags, *KV, "--distill-len", "9", "--elastic", "--out-dir", str(tmp_path)])
-    assert {length for length, training in seen if training} == {8, 9}
-    assert {length for length, training in seen if not training} == {9}  # evaluations have the whole l
+        seen.append(batch[4].sum(dim=1).tolist() if batch[4:] and batch[4] is not None else
+                    torch.is_grad_enabled()), forward(self, *batch))[1])
+    train_finetune.main([*flags, *KV, "--batch-size", "4", "--distill-len", "9", "--elastic", "--out-dir",
+                         str(tmp_path)])
+    trained = [lengths for lengths in seen if isinstance(lengths, list)]
+    assert len(trained) == 4 and {8, 9} == set(sum(trained, []))
+    assert sum(len({*row}) == 2 for row in trained) > 2
+    assert False in seen and True not in seen  # evaluations have the whole l, and nothing else
     train_finetune.main([*flags, *KV, "--distill-len", "9", "--out-dir", str(fixed), "--steps", "1"])
     at = flags.index("--distiller")
     flags = [*flags[:at], *flags[at + 4:], "--seeds", "100", "--limit", "2", "--k", "4", "--methods", "mend"]
