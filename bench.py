@@ -6,6 +6,7 @@
     python bench.py --preset paper --plan                       # which card a training step fits, hours
     python bench.py --preset paper --plan --llm Qwen/Qwen3-0.6B # the same for an LLM of yours
     python bench.py --suite --tasks FOLDER                      # every ratio that the README states
+    python bench.py --peers --tasks FOLDER                      # against lm_eval's scoring, peft's training
 
 Covers Fig. 3 and the inference efficiency paragraph of Sec. 4. Counting needs no weights: tensors without
 data go through the same code. A query is always read with batch size 1; MEND's cost includes distilling.
@@ -38,7 +39,7 @@ from model import (
     run_backbone,
     vector_prefix,
 )
-from paper import plan, speed
+from paper import peers, plan, speed
 from paper.measure import (
     CONFIGS,
     PAIRS,
@@ -308,6 +309,8 @@ def get_parser() -> argparse.ArgumentParser:
     group.add_argument("--plan", action="store_true", help="memory, FLOPs and hours of training steps: of "
                        "the paper's LLMs and two others, or of --llm where that is given")
     group.add_argument("--suite", action="store_true", help="every stated ratio, against plain.py")
+    group.add_argument("--peers", action="store_true", help="scoring against lm-evaluation-harness, a step "
+                       "of PromptTuning against peft, on the same queries")
     group = parser.add_argument_group("measuring")
     group.add_argument("--random-init", action="store_true", help="random weights, of the same speed")
     group.add_argument("--checkpoint", help="run folder or checkpoint file; default: an untrained distiller")
@@ -317,7 +320,7 @@ def get_parser() -> argparse.ArgumentParser:
     group.add_argument("--memory", action="store_true", help="on a CPU, measure peak memory, in processes")
     group.add_argument("--repeats", type=int, default=3, help="timed runs; with --fig3 0 = only count")
     group.add_argument("--out", default="",
-                       help="results file; default with --suite, --fig3: bench.json, fig3.json of out/")
+                       help="results file; default: bench.json, fig3.json or peers.json of out/")
     return parser
 
 
@@ -329,11 +332,13 @@ def main(argv: list[str] | None = None) -> dict:
           common.place_rule("--out", args.out),
           (not args.random_init or not args.checkpoint, "--random-init and --checkpoint exclude each other"))
     device = setup(args, training=False)
-    mode = next((m for m in ("fig3", "plan", "suite") if getattr(args, m)), "here")
+    mode = next((m for m in ("fig3", "plan", "suite", "peers") if getattr(args, m)), "here")
     if mode == "suite":
         rows = {name: counted(name, 900, QUERY, 100, True) for name in ("gpt2-large", "gpt2-xl")}
         results = speed.suite(args, device, rows)
         print(speed.markdown(results))
+    elif mode == "peers":
+        results = peers.suite(args, device)
     elif mode == "plan":
         results = {"plan": plan.plan(args)} | (
             {"sharded": plan.plan_sharded(args)} if "llm" in args.filled_in else {})
@@ -344,7 +349,7 @@ def main(argv: list[str] | None = None) -> dict:
     results = {"command": " ".join(["python", "bench.py", *(sys.argv[1:] if argv is None else argv)]),
                "commit": common.commit(), "date": common.today(), "machine": machine(device),
                "torch": torch.__version__, **results}
-    default = {"suite": "bench.json", "fig3": "fig3.json"}.get(mode)
+    default = {"suite": "bench.json", "fig3": "fig3.json", "peers": "peers.json"}.get(mode)
     if out := args.out or (default and common.OUT / default):
         write_whole(out, json.dumps(results, indent=1) + "\n")
     long = ("details", "lines", "settings", "scaling", "measured")  # only in the file

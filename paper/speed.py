@@ -193,6 +193,15 @@ def scoring_task(tasks: Tasks, seed: int, n: int, options: int) -> tuple[str, di
 
 
 @torch.no_grad()
+def cached_scores(method: str, demos: list[dict], limit: int, queries: list, llm, distiller,
+                  formatter: Formatter, args) -> list[Tensor]:
+    """evaluate.py's scores, (options,) for each query: what stands before them is read once."""
+    prefix = one_prefix(method, demos, limit, llm, distiller, formatter, args)
+    return [scores for batch in passes(queries, llm.device)
+            for scores in score_options(llm, prefix, batch)[0]]
+
+
+@torch.no_grad()
 def scoring_speed(llm, distiller, tasks: Tasks, formatter: Formatter, args, n: int = 400, n_plain: int = 4,
                   options: int = 4, repeats: int = 3) -> dict:
     """Seconds for one (task, seed) of n queries: evaluate.py's way and re-reading everything per option.
@@ -207,9 +216,7 @@ def scoring_speed(llm, distiller, tasks: Tasks, formatter: Formatter, args, n: i
     distiller.eval()
 
     def fast(method: str, queries: list) -> list[Tensor]:
-        prefix = one_prefix(method, demos, limit, llm, distiller, formatter, args)
-        return [scores for batch in passes(queries, llm.device)
-                for scores in score_options(llm, prefix, batch)[0]]
+        return cached_scores(method, demos, limit, queries, llm, distiller, formatter, args)
 
     def plainly(method: str) -> list[list[float]]:
         scores = []
