@@ -53,6 +53,8 @@ def add_training_flags(parser: argparse.ArgumentParser, run_name: str) -> None:
     group.add_argument("--eval-every", type=int, help="steps between evaluations; also evaluated are the "
                                                       "start and the last step")
     group.add_argument("--eval-queries", type=int, help="dev examples of a task to evaluate on; default: all")
+    group.add_argument("--eval-tasks", type=int, help="meta-test tasks whose dev examples to evaluate on, "
+                                                      "evenly spread; default: all")
     group.add_argument("--patience", type=int, help="stop after this many evaluations without a better one; "
                                                     "0 = never")
 
@@ -62,7 +64,7 @@ def training_rules(args: argparse.Namespace) -> list[tuple[bool, str]]:
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     return [
         *common.at_least(args, 1, "steps", "batch_size", "grad_accum", "eval_every", "save_every",
-                         "eval_queries"),
+                         "eval_queries", "eval_tasks"),
         (0 < args.lr < 1e6, f"--lr is {args.lr}; give a positive number below a million"),
         place_rule("--out-dir", f"{args.out_dir or common.OUT}/last.safetensors"),
         (0 <= args.warmup <= 1, f"--warmup is {args.warmup}; give a share between 0 and 1"),

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 import common
 from common import check, finish, is_main, parse, run_main, setup, sum_over_ranks
-from data import Corpus, Formatter, collate
+from data import Corpus, Formatter, collate, even
 from loading import checkpoint_id, load_all
 from model import answer_mask, demo_prefix, loss_mask, query_states, teacher_and_student
 from score import distill_loss, one_prefix, option_scores, passes, pred_loss, task_metrics
@@ -61,7 +61,9 @@ def dev_metrics(llm, distiller, tasks: Tasks, formatter: Formatter, args, device
     sums = dict.fromkeys(("pred", "answers", "kl", "clm", "tokens", "headline", "option_ce", "tasks"), 0.0)
     exact = argparse.Namespace(dtype="fp32")
     distiller.eval()
-    for task in bar(tasks.test[rank::ranks], "dev examples", "task"):
+    n = min(args.eval_tasks or len(tasks.test), len(tasks.test))
+    names = [tasks.test[i] for i in even(len(tasks.test), n)[:-1]]
+    for task in bar(names[rank::ranks], "dev examples", "task"):
         demos, files = demonstration_set(tasks, task, seed, args.k)
         queries = files["dev"][:args.eval_queries]
         require_options(queries, formatter.answer)

@@ -307,7 +307,7 @@ def test_what_each_method_puts_before_the_query(setting, files):
     assert 24 >= prefix["icl_budget"].mask.shape[1] < prefix["icl"].mask.shape[1] <= 200
 
 
-DEV = SimpleNamespace(seed=13, k=3, distill_len=4, dtype="fp32", eval_queries=None)
+DEV = SimpleNamespace(seed=13, k=3, distill_len=4, dtype="fp32", eval_queries=None, eval_tasks=None)
 
 
 def test_dev_figures_against_one_query_at_a_time(setting, tiny_tasks):
@@ -342,6 +342,18 @@ def test_dev_figures_against_one_query_at_a_time(setting, tiny_tasks):
     assert whole == pytest.approx({"dev_pred": np.mean(pred), "dev_kl": np.mean(kl), "dev_clm": np.mean(clm),
                                    "dev_headline": np.mean(headlines),
                                    "dev_option_ce": np.mean(option_ce)}, rel=1e-4)
+
+
+def test_dev_figures_of_some_tasks(setting, tiny_tasks, monkeypatch):
+    seen, files = [], type(tiny_tasks).files
+    monkeypatch.setattr(type(tiny_tasks), "files", lambda self, task, seed: (seen.append(task),
+                                                                             files(self, task, seed))[1])
+    monkeypatch.setattr(tiny_tasks, "test", (tiny_tasks.test * 3)[:5])
+    for n, expected in ((1, [0]), (2, [0, 2]), (4, [0, 1, 2, 3]), (9, [0, 1, 2, 3, 4])):
+        seen.clear()
+        args = SimpleNamespace(**{**vars(DEV), "eval_tasks": n})
+        paper.held_out.dev_metrics(setting.llm, setting.distiller, tiny_tasks, setting.formatter, args, CPU)
+        assert seen == [tiny_tasks.test[i] for i in expected]
 
 
 def test_dev_figures_are_taken_without_dropout(gpt2, tiny_tasks):
