@@ -42,7 +42,7 @@ assets: setup
 # fetches the LLM (93 MB) and a text (4.5 MB) where they are missing; the word functions are made on the spot
 demo: setup
 	$(BIN)/python evaluate.py $(MADE) --checkpoint $(PUBLISHED) --distill-len 16 $(TABLE)
-	$(BIN)/python train_pretrain.py $(NEWLINE) --corpus sotu $(SMALL) --eval-docs 8 --out-dir $(DEMO)/pretrain --resume
+	$(BIN)/python train_pretrain.py $(NEWLINE) --corpus sotu $(SMALL) --batch-size 2 --eval-docs 8 --out-dir $(DEMO)/pretrain --resume
 	$(BIN)/python train_finetune.py $(MADE) $(SMALL) --init-from $(DEMO)/pretrain --out-dir $(DEMO)/finetune --resume
 	$(BIN)/python evaluate.py $(MADE) --checkpoint $(DEMO)/finetune $(TABLE)
 	$(BIN)/python -m paper.figures curves $(DEMO)/pretrain $(DEMO)/finetune --out $(DEMO)
