@@ -120,7 +120,7 @@ class Formatter:
         Raises:
             UserError: a query, or a single demonstration token, would not fit beside l vectors.
         """
-        limits = [self.context_len, self.room(examples)]
+        limits = [self.context_len, self.room(examples, max(self.context_len, self.distill_len))]
         if self.distiller_positions is not None:
             limits.append(self.distiller_positions - self.distill_len)
         check((self.distill_len <= limits[1], f"--distill-len is {self.distill_len}, and the LLM's "
@@ -128,10 +128,13 @@ class Formatter:
               (min(limits) >= 1, f"--distill-len {self.distill_len} leaves no position for D; give less"))
         return min(limits)
 
-    def room(self, examples: list[dict]) -> int:
-        """Positions that the LLM has left for what stands before a query."""
-        longest = max(len(self.answer(label)) for e in examples for label in {e["output"], *e["options"]})
-        return (self.llm_positions or 1 << 20) - MAX_INPUT - longest - len(self.turns.head + self.turns.tail)
+    def room(self, examples: list[dict], needed: int) -> int:
+        """Positions that the LLM has left for what stands before a query; fewer, but `needed` at least, where
+        so many are there by far: then no label has to be encoded."""
+        left = (self.llm_positions or 1 << 20) - MAX_INPUT - len(self.turns.head + self.turns.tail)
+        labels = {label for e in examples for label in (e["output"], *e["options"])}
+        least = left - 16 * max(len((self.turns.reply + label).encode()) for label in labels)  # tokens a byte
+        return least if least >= needed else left - max(len(self.answer(label)) for label in labels)
 
     def shown(self, example: dict, first: bool = False) -> list[int]:
         """x, with the separator that joins it to what stands before (unless `first`); its first MAX_INPUT."""
@@ -197,7 +200,8 @@ class Formatter:
                 parts[-1].append(piece)
         else:
             parts = [pieces[i:j] for i, j in pairwise(even(len(pieces), self.segments))]
-        longest, fit = max(len(flat(part)) for part in parts), self.room(examples) // max(1, self.distill_len)
+        longest, n = max(len(flat(part)) for part in parts), max(1, self.distill_len)
+        fit = self.room(examples, len(parts) * n) // n
         check((all(parts) and longest <= limit, f"--segments {self.segments}: {len(pieces)} demonstrations "
                f"give segments of up to {longest} tokens, for 1 to {limit}; give auto or another number"),
               (len(parts) <= fit, f"{len(parts)} segments of {self.distill_len} vectors, and the LLM has "

@@ -18,6 +18,8 @@ import hashlib
 import itertools
 import json
 import zlib
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -160,28 +162,32 @@ class Early(Functions):
         (own, other), domain = task.partition(": ")[2].split(" / "), parts_of(task)[0]
         return f"{domain}: {other} / {own}"
 
-    def examples(self, task: str, rng: np.random.Generator) -> tuple[list[dict], list[dict]]:
-        """The examples on which the two functions agree, and those on which they differ, shuffled."""
+    def examples(self, task: str, rng: np.random.Generator) -> tuple[Iterator[dict], Iterator[dict]]:
+        """The examples on which the two functions agree, and those on which they differ, shuffled and each
+        made when it is asked for."""
         domain, pair, form = parts_of(task)
         name, other = pair.split(" / ")
         own = f"{domain}: {name}" + (f", {form}" if form else "")
-        return tuple([example(own, xs[i], other) for i in rng.permutation(len(xs))]
-                     for xs in split_inputs(domain, name, other))
+
+        def shuffled(xs: list[str]) -> Iterator[dict]:
+            order = rng.permutation(len(xs))  # now, as one generator serves both
+            return (example(own, xs[i], other) for i in order)
+        return tuple(map(shuffled, split_inputs(domain, name, other)))
 
     def pool(self, task: str) -> list[dict]:
-        return sum(self.examples(task, np.random.default_rng(0)), [])
+        return [*itertools.chain(*self.examples(task, np.random.default_rng(0)))]
 
     def draw(self, rng: np.random.Generator, k: int, queries: int) -> tuple[str, list[dict], list[dict]]:
         task = self.train[rng.integers(len(self.train))]
         same, differ = self.examples(task, rng)
         telling = int(rng.integers(1, min(N_TELLING, max(1, k // 2)) + 1))
-        return task, differ[:telling] + same[:k - telling], differ[telling:telling + queries]
+        shown = [*islice(differ, telling), *islice(same, k - telling)]
+        return task, shown, [*islice(differ, queries)]
 
     def files(self, task: str, seed: int) -> dict[str, list[dict]]:
         same, differ = self.examples(task, np.random.default_rng((seed, zlib.crc32(task.encode()))))
-        shown = differ[:N_TELLING] + same[:N_SHOTS - N_TELLING]
-        queries = differ[N_TELLING:]
-        return {"train": shown, "dev": queries[:N_DEV], "test": queries[N_DEV:N_DEV + N_TEST]}
+        shown = [*islice(differ, N_TELLING), *islice(same, N_SHOTS - N_TELLING)]
+        return {"train": shown, "dev": [*islice(differ, N_DEV)], "test": [*islice(differ, N_TEST)]}
 
 
 class Recall(Made):

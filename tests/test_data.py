@@ -5,6 +5,7 @@ import random
 import re
 from collections import Counter
 from itertools import chain
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -388,3 +389,20 @@ def test_show_prints_one_examples_way(llama, tasks_dir, capsys):
 def test_show_errors(llama, tasks_dir, k, message):
     with pytest.raises(UserError, match=message):
         data.main(["--preset", "pocket", "--llm", str(llama), "--tasks", str(tasks_dir), "--show", k])
+
+
+@pytest.mark.parametrize("positions", [300, 640, 1024, 8192, None])
+def test_room_is_exact_or_enough(llm_folder, positions):
+    """No label is encoded where even 16 tokens a byte would leave room."""
+    enc = Formatter(Tokenizer(str(llm_folder)), "space", 400, 8, positions)
+    examples = [example("the river", "music"), example("cold boat", "war " * 9, ("war " * 9, "café"))]
+    exact = (positions or 1 << 20) - MAX_INPUT - len(enc.answer("war " * 9))
+    for needed in (10, 400, 700):
+        found = enc.room(examples, needed)
+        assert found == exact or needed <= found < exact
+    with mock.patch.object(Formatter, "answer", side_effect=AssertionError("encoded")):
+        if positions in (8192, None):
+            assert enc.limit(examples) == 400
+        else:
+            with pytest.raises(AssertionError, match="encoded"):
+                enc.limit(examples)
