@@ -3,7 +3,7 @@
 # make setup, make assets   their parts
 # make assets LLM=gemma   a second language model, Gemma 3 270M, under the Gemma terms
 # make tables  every table and picture again from the lines in results/, without training
-# make table2 SCALE=pocket-gpu   a table or figure of the paper: table1 table2 table3 table6 table7 fig3 fig4 fig5 ablations lr ratios
+# make table2 SCALE=pocket-gpu   a table or figure of the paper: table1 table2 table3 table6 table7 fig3 fig4 fig5 ablations lr ratios kv
 # A CPU build of torch, where the default would be a GPU build of several GB: make setup PIP_FLAGS="--index-url ..."
 # with the address that PyTorch's own installation page gives for CPU.
 
@@ -22,7 +22,7 @@ SMALL := --distiller kv:32 --distill-len 16 --lr 1e-3 --steps 12 --eval-every 12
 # threads that spin while they wait make a training step ten times slower where other work shares the cores
 export GOMP_SPINCOUNT ?= 100
 
-.PHONY: demo test setup assets lint tables table1 table2 table3 table6 table7 fig3 fig4 fig5 ablations lr ratios
+.PHONY: demo test setup assets lint tables table1 table2 table3 table6 table7 fig3 fig4 fig5 ablations lr ratios kv
 
 setup: .venv/done
 
@@ -48,7 +48,7 @@ demo: setup
 	$(BIN)/python -m paper.figures curves $(DEMO)/pretrain $(DEMO)/finetune --out $(DEMO)
 
 # the paper's tables and figures: make table2 SCALE=pocket-gpu (paper/runs/settings.sh has the other settings)
-tables table1 table2 table3 table6 table7 fig3 fig4 fig5 ablations lr ratios: setup
+tables table1 table2 table3 table6 table7 fig3 fig4 fig5 ablations lr ratios kv: setup
 	PYTHON=$(BIN)/python paper/runs/$@.sh
 
 test: .venv/extra

@@ -12,7 +12,7 @@ from conftest import read_lines
 
 import common
 import train_finetune
-from loading import load_checkpoint
+from loading import checkpoint_id, load_checkpoint
 
 pytestmark = pytest.mark.slow
 
@@ -134,6 +134,18 @@ def test_ratios(scripts, llama, tmp_path):
         assert (folder / "results" / "figures" / f"{name}.png").stat().st_size > 5000
 
 
+def test_kv(scripts):
+    folder = scripts("kv.sh", EXTRA_TRAIN="--distiller kv:2 --distill-len 9", LENGTHS="9 8", LIMIT="1",
+                     SEEDS="100", PARTS="functions", EXTRA_EVAL="", BIGBENCH="", KV_TASKS="functions early",
+                     EXTRA_FINETUNE="--steps 2 --batch-size 1 --eval-every 2 --eval-queries 1 --eval-tasks 3 "
+                                    "--context-len 300")
+    state = load_checkpoint(folder / "out" / "kv-class_to_class", weights=False)[1]
+    assert state["model"]["distiller"] == "kv:2" and state["model"]["elastic"]
+    assert state["trained_on"]["finetune"]["tasks"].startswith("functions early ")
+    assert {r["checkpoint"] for r in results(folder, "ratios-functions") if r["method"] == "mend"} == {
+        checkpoint_id(folder / "out" / "kv-class_to_class")}
+
+
 def test_lr(scripts):
     folder = scripts("lr.sh", RATES="1e-3 1e-2")
     records = results(folder, "lr-pocket")
@@ -147,6 +159,6 @@ def test_lr(scripts):
 def test_gpu(scripts, tmp_path):
     with pytest.raises(AssertionError, match="give a whole number"):
         scripts("gpu.sh", RUNS=str(tmp_path), MINUTES="0.5")
-    folder = scripts("gpu.sh", RUNS=str(tmp_path))
+    folder = scripts("gpu.sh", RUNS=str(tmp_path), WHAT="table2")
     assert_all_of_table_2(results(folder, "table2-pocket-gpu"))
     assert "mend" in (folder / "results" / "table2-pocket-gpu.md").read_text()

