@@ -128,7 +128,8 @@ def room(formatter: Formatter, examples: list[dict], args: argparse.Namespace) -
     fixed = len(formatter.turns.head + formatter.turns.tail)
     left = formatter.llm_positions - MAX_INPUT - args.answer_tokens - fixed
     check((left >= max(1, formatter.distill_len), f"--answer-tokens {args.answer_tokens}: the LLM's "
-           f"{formatter.llm_positions} positions leave {left} for demonstrations or vectors; give less"))
+           f"{formatter.llm_positions} positions leave {max(0, left)} for demonstrations or vectors; "
+           "give less"))
     return min(limit, left)
 
 
@@ -196,8 +197,9 @@ def main(argv: list[str] | None = None) -> dict:
         about = {"llm": identity(llm), "checkpoint": checkpoint_id(args.checkpoint),
                  "method": method_of(state), "template": args.template,
                  "demonstrations": len(kept), "tokens": sum(map(len, pieces)), "labels": labels_of(kept)}
+        more = f", {len(parts)} segments one by one (icl reads {ids.shape[1]} of the tokens)"
         print(f"{len(kept)} of {len(demos)} demonstrations, {about['tokens']} tokens, distilled into "
-              f"{len(vectors)} vectors" + (f", {len(parts)} segments one by one" if len(parts) > 1 else ""))
+              f"{len(vectors)} vectors" + (more if len(parts) > 1 else ""))
     if args.out:
         keep(args, llm, formatter, vectors, queries, about)
     result = {name: about[name] for name in ("demonstrations", "tokens")} | {"vectors": len(vectors)}

@@ -189,14 +189,13 @@ def build_distiller(spec: str, llm: PreTrainedModel, distill_len: int, start: st
         start: what the vectors start from, plain, matched or residual (--vector-start).
         backbone_config: of a checkpoint: build the architecture from it and leave the weights to be loaded.
     """
-    longest = max_positions(llm.config) or 1 << 14
-    check((distill_len <= longest,
+    check((distill_len <= (longest := max_positions(llm.config) or 1 << 14),
            f"--distill-len is {distill_len}, and this LLM reads {longest} tokens at most; give less"))
     llm_embed, own = llm.get_input_embeddings(), not spec.startswith("layers:")
     if spec == "free":
         return FreeVectors(llm_embed, llm.config.vocab_size, distill_len, seed).to(llm.device)
     if spec.startswith("kv:"):
-        rank = int(spec[3:]) if spec[3:].isdecimal() else 0
+        rank = int(spec[3:]) if spec[3:].isascii() and spec[3:].isdecimal() else 0
         check((1 <= rank <= llm_embed.embedding_dim, f"--distiller {spec}: expected kv:R with R, the "
                f"adapters' rank, from 1 to the LLM's width {llm_embed.embedding_dim}, as in kv:32"),
               (distill_len >= 2, f"--distill-len {distill_len}: kv:R takes D's first too; give 2 or more"),
@@ -340,6 +339,8 @@ def set_length(distiller: nn.Module, state: dict, length: int, path: str) -> Non
            f"trained for {own} vectors; leave the flag out, or train with --elastic"),
           (length <= own, f"--distill-len is {length}, and {path} has {own} placeholders; give less"))
     distiller.distill_len = length
+    if length < min(own, 8):
+        print(f"note: l = {length} was never trained, as --elastic draws 8, 16, ... and {own}")
 
 
 def require_input_vectors(distiller: nn.Module, what: str) -> None:

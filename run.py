@@ -70,6 +70,8 @@ def training_rules(args: argparse.Namespace) -> list[tuple[bool, str]]:
         (0 <= args.warmup <= 1, f"--warmup is {args.warmup}; give a share between 0 and 1"),
         *common.finite(args, "clip"),
         (args.patience >= 0, f"--patience is {args.patience}; give 0 (never stop early) or more"),
+        (not args.elastic or args.distill_len > 8, f"--elastic draws l among 8, 16, ... and --distill-len, "
+         f"which is {args.distill_len}; give more, or leave --elastic out"),
         (args.batch_size % ranks == 0,
          f"--batch-size {args.batch_size} cannot be shared by {ranks} ranks; give a multiple of {ranks}"),
     ]
@@ -104,7 +106,8 @@ def save_checkpoint(path: Path, distiller: nn.Module, state: dict,
 
 
 FIXED_FLAGS = ("k", "least_k", "seed", "batch_size", "grad_accum", "warmup", "clip", "window",
-               "min_doc_len", "context_len", "queries_per_demo", "dtype", "llm_weights")
+               "min_doc_len", "context_len", "queries_per_demo", "dtype", "llm_weights", "max_segments",
+               "eval_tasks", "eval_queries", "eval_docs")
 
 
 class Run:

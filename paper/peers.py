@@ -18,7 +18,7 @@ from data import Formatter, collate, flat
 from loading import make_formatter
 from model import query_states, vector_prefix
 from paper.measure import interleaved, load, with_flags
-from paper.speed import cached_scores, scoring_task, typical_rows
+from paper.speed import cached_scores, require_training_tasks, scoring_task, typical_rows
 from score import pred_loss
 from sources.tasks import Tasks, load_tasks
 from sources.text import Tokenizer
@@ -132,6 +132,7 @@ def suite(args: argparse.Namespace, device: torch.device) -> dict:
     """Both comparisons; prints a line each."""
     args = with_flags(args, device=str(device), context_len=900)
     tasks = load_tasks(args.tasks, args.split)
+    require_training_tasks(tasks, args.k, 4)
     llm = load(with_flags(args, distiller="free"), device)[0]
     formatter = make_formatter(args, Tokenizer(args.llm), llm, None)
     found = {"scoring": scoring(llm, tasks, formatter, args)}

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import plain
-from common import UserError, autocast, torch_dtype
+from common import UserError, autocast, check, torch_dtype
 from data import Formatter, collate, sample_row, step_rows
 from loading import make_formatter
 from model import Prefix, demo_prefix, loss_mask, query_states, vector_prefix
@@ -29,7 +29,7 @@ from paper.measure import (
     with_flags,
 )
 from score import distill_loss, finetune_loss, one_prefix, passes, pred_loss, score_options
-from sources.tasks import Tasks, load_tasks
+from sources.tasks import Tasks, load_tasks, require_size
 from sources.text import Tokenizer
 
 SQUARE = 4096  # width of the matrices whose product gives the machine's rate
@@ -108,6 +108,13 @@ def training_speed(llm, distiller, rows: list[dict], dtype: str, repeats: int) -
             "share": statistics.median(count.flops / t / rate
                                        for t, rate in zip(times["ours"], rates, strict=True)),
             "times": times}
+
+
+def require_training_tasks(tasks: Tasks, k: int, queries: int) -> None:
+    """Raise UserError where `typical_rows` could draw none; before anything is timed."""
+    check((bool(tasks.train), f"{tasks.folder} has no meta-training tasks of {tasks.split}, and a training "
+                              "step is timed on some; give another --tasks or --split"))
+    require_size(tasks, k, queries)
 
 
 def typical_rows(tasks: Tasks, formatter: Formatter, seed: int, k: int, sets: int,
@@ -289,7 +296,8 @@ def load_step(args: argparse.Namespace, dtype: str, random_llm: str | None = Non
 def suite(args: argparse.Namespace, device: torch.device, methods: dict[str, dict]) -> dict:
     """Every ratio of the speed claims, with both figures. methods: LLM -> `bench.counted` at 900 tokens."""
     args.device, args.context_len, args.dtype = str(device), 900, "fp32"
-    results, lines, ratios = {}, [], {}
+    results, lines, ratios, tasks = {}, [], {}, load_tasks(args.tasks, args.split)
+    require_training_tasks(tasks, args.k, 4)
 
     def line(name: str, value: float, goal: float, what: str) -> None:
         ratios[name] = value
@@ -306,7 +314,6 @@ def suite(args: argparse.Namespace, device: torch.device, methods: dict[str, dic
     line("loss_memory_plain_over_chunked", r["ratio"], 4,
          f"{r['bytes']['chunked'] / 1e6:.0f} against {r['bytes']['plain'] / 1e6:.0f} MB for "
          f"{r['tokens']:,} tokens, gradients {r['gradient_difference']:.0e} apart")
-    tasks = load_tasks(args.tasks, args.split)
     llm, distiller = load(args, device)
     formatter = make_formatter(args, Tokenizer(args.llm), llm, distiller)
     r = results["padding"] = padding(tasks, formatter, args.seed, args.k, 1)

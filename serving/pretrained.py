@@ -138,8 +138,10 @@ class Distiller(PyTorchModelHubMixin, library_name="mend", paper_url="https://ar
         length = model["distill_len"] if distill_len is None else distill_len
         set_length(module, self.state, length, self.source)
         if isinstance(module, FreeVectors):
-            return module.vectors[:module.distill_len].detach().float()                     # (l, d)
-        texts = [{name: example.get(name) for name in ("input", "output")} for example in examples]
+            return module.vectors[-module.distill_len:].detach().float()                     # (l, d)
+        names = ("input", "output")
+        texts = [{n: example.get(n) for n in names} if isinstance(example, dict) else {"input": None}
+                 for example in examples]
         wrong = [text for text in texts if not all(isinstance(t, str) and t.strip() for t in text.values())]
         check((bool(texts), "no example is given; distill at least one"),
               (context_len >= 1 and (segments == "auto" or segments >= 1),

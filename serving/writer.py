@@ -143,7 +143,8 @@ class Writer:
         Raises:
             UserError: an empty input, a number out of range, more tokens than the LLM has positions for.
         """
-        check((all(isinstance(text, str) and text.strip() for text in inputs),
+        check((not isinstance(inputs, str), "inputs is one text; give a list of texts"),
+              (all(isinstance(text, str) and text.strip() for text in inputs),
                "an input is empty, or no text; ask something"),
               (max_new_tokens >= 1 and batch_size >= 1, "give 1 or more as max_new_tokens and as batch_size"),
               (0 <= temperature < float("inf"), f"temperature is {temperature}; give 0 (greedy) or more"),

@@ -10,6 +10,8 @@ seed draws K demonstrations (16 at least), up to 16 dev examples and, from the r
 is in two of them. Where no options are given and labels repeat, the labels are the options.
 """
 
+import contextlib
+import csv
 import fnmatch
 import hashlib
 import json
@@ -210,8 +212,12 @@ def read_task(task: str, place: Path | str, columns: dict[str, str]) -> list[dic
         check((not missing, f"{where} has no {' and no '.join(missing)}, only {', '.join(map(str, row))[:80]}"
                f"; expected {form}, or name the columns: --columns input=... output=..."))
         x, y = (row[columns[name]] for name in ("input", "output"))
-        texts = [str(v) if isinstance(v, int | float) and not isinstance(v, bool) else v for v in (x, y)]
+        texts = [str(v) if isinstance(v, int | float) and not isinstance(v, bool) and v == v  # no NaN
+                 else v for v in (x, y)]
         options = row.get(columns["options"]) or []
+        if isinstance(options, str):  # a table's cell
+            with contextlib.suppress(ValueError, RecursionError):
+                options = json.loads(options)
         check((all(isinstance(t, str) and t.strip() for t in texts),
                f"{where}: input and output must be texts"),
               (isinstance(options, list) and all(isinstance(o, str) and o.strip() for o in options),
@@ -219,7 +225,8 @@ def read_task(task: str, place: Path | str, columns: dict[str, str]) -> list[dic
         example = Example(task=task, input=texts[0].strip(), output=texts[1].strip(),
                           options=[o.strip() for o in options])
         example.where = where
-        check((not options or example["output"] in example["options"],
+        check((len({*example["options"]}) != 1, f"{where}: one option is no choice; give two, or none"),
+              (not options or example["output"] in example["options"],
                f"{where}: the output {example['output']!r} is none of its options {example['options']}"))
         examples.append(example)
     check((bool(examples), f"{place} is empty; give lines such as {form}"))
@@ -232,17 +239,33 @@ def read_task(task: str, place: Path | str, columns: dict[str, str]) -> list[dic
     return examples
 
 
+def csv_rows(path: Path) -> Iterator[tuple[str, dict]]:
+    """(where, row) of a table whose cells are text as it stands, be it 007 or None, below their names."""
+    number = 0
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            for number, row in enumerate(csv.DictReader(file, strict=True), 1):
+                where = f"{path}, row {number}"
+                check((None not in row and None not in row.values(), f"{where} has not as many cells as the "
+                       'first line; put texts with commas or line breaks in quotes, as in "a, b"'))
+                yield where, row
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path} cannot be read behind row {number} ({first_line(error)}); give a UTF-8 "
+                        "table with commas, its first line the names of the columns") from error
+
+
 def rows_of(place: Path | str, form: str) -> Iterator[tuple[str, dict]]:
     """(where, row) of a file of lines, a table, or a data set of the hub; class numbers become names."""
     if str(place).endswith(LINES):
         yield from json_lines(Path(place), form)
         return
+    if str(place).endswith(".csv"):
+        yield from csv_rows(Path(place))
+        return
     import datasets
     cache = str(common.CACHE / "datasets")
     try:
-        if str(place).endswith(".csv"):
-            table = datasets.Dataset.from_csv(str(place), cache_dir=cache)
-        elif str(place).endswith(".parquet"):
+        if str(place).endswith(".parquet"):
             table = datasets.Dataset.from_parquet(str(place), cache_dir=cache)
         else:
             table = datasets.load_dataset(str(place), split="train", cache_dir=cache)

@@ -44,7 +44,7 @@ def settle_distiller(args: argparse.Namespace) -> None:
 
 def own_layers(spec: str, total: int) -> int:
     """N of layers:N. Raises UserError unless an LLM of `total` layers has as many."""
-    n = int(spec[7:]) if spec[7:].isdecimal() else 0
+    n = int(spec[7:]) if spec[7:].isascii() and spec[7:].isdecimal() else 0
     check((1 <= n <= total, f"--distiller {spec}: expected layers:N with a whole number N, as in layers:6; "
                             f"this LLM has {total} layers: give layers:1 to layers:{total}"))
     return n

@@ -248,6 +248,15 @@ def test_what_cannot_be_a_task(tmp_path, flags, training, monkeypatch):
     (tmp_path / "twice" / "t.csv").write_text("input,output\na,b\n")
     with pytest.raises(UserError, match="are both the task t"):
         load_own(str(tmp_path / "twice"), "x", 16)
+    for table, message in (("a,b,c\n", "row 1 has not as many cells"), ("a\n", "row 1 has not as many cells"),
+                           ("", "t.csv is empty"), (",b\n", "row 1: input and output must be texts"),
+                           ('"a,b\n', "cannot be read behind row 0"), ("a,b\nc,\xe9\n", "behind row")):
+        (tmp_path / "twice" / "t.csv").write_bytes(f"input,output\n{table}".encode("latin-1"))
+        with pytest.raises(UserError, match=message):
+            load_own(str(tmp_path / "twice" / "t.csv"), "x", 16)
+    write_lines(tmp_path / "single" / "t.jsonl", [{"input": "a", "output": "b", "options": ["b", "b"]}])
+    with pytest.raises(UserError, match="line 1: one option is no choice; give two, or none"):
+        load_own(str(tmp_path / "single"), "x", 16)
     for columns, message in ((["text"], "--columns text: expected input=NAME"), (["x=y"], "--columns x=y")):
         with pytest.raises(UserError, match=message):
             load_own(str(tmp_path / "twice" / "t.csv"), "x", 16, columns=columns)
@@ -255,6 +264,21 @@ def test_what_cannot_be_a_task(tmp_path, flags, training, monkeypatch):
         load_own(str(tmp_path / "few"), "x", 16, train_tasks=["bills"])
     with pytest.raises(UserError, match="has no meta-training tasks; give another one, or, of your own"):
         train_finetune.main([*training, "--tasks", str(tmp_path / "few"), "--out-dir", str(tmp_path / "run")])
+
+
+def test_cells_of_a_csv_are_text_as_it_stands(tmp_path):
+    labels = ["000", "1.50", "None", "NA", "True", "007"]
+    rows = [f'"{i}, or so",{labels[i % 6]}' for i in range(40)]
+    (tmp_path / "t.csv").write_text("\ufeffinput,output\n" + "\n".join(rows) + "\n", encoding="utf-8")
+    examples = load_own(str(tmp_path / "t.csv"), "x", 16).examples("t")
+    for i, e in enumerate(examples):
+        assert (e["input"], e["output"]) == (f"{i}, or so", labels[i % 6])
+    assert examples[0]["options"] == sorted(labels)
+    (tmp_path / "o.csv").write_text('input,output,options\na,x,"[""x"", ""y""]"\nb,y,"[""x"", ""y""]"\n')
+    assert all(e["options"] == ["x", "y"] for e in load_own(str(tmp_path / "o.csv"), "x", 16).examples("o"))
+    (tmp_path / "o.csv").write_text("input,output,options\na,x,x or y\n")
+    with pytest.raises(UserError, match="row 1: options must be a list"):
+        load_own(str(tmp_path / "o.csv"), "x", 16)
 
 
 def test_pretraining_needs_no_tasks(training, corpus_dir, tmp_path, capsys):

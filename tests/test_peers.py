@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import CPU, load
+from conftest import CPU, example, load, write_lines
 from test_families import close
 
 import bench
@@ -18,6 +18,7 @@ from paper import peers
 from score import one_prefix, passes, score_options
 from sources.text import Tokenizer
 
+LABELS = ("happy", "sad")
 DEMOS = [{"task": "t", "input": f"the river {i} is cold", "output": "happy" if i % 2 else "sad",
           "options": ["happy", "sad"]} for i in range(5)]
 QUERIES = [{"task": "t", "input": f"small boat {i}", "output": "sad", "options": ["happy", "sad", "12 ships"]}
@@ -69,6 +70,16 @@ def test_bench_states_the_ratios(flags, tmp_path, monkeypatch, capsys):
     assert details["scoring"]["queries"] == 12 and details["scoring"]["score_difference"] < 1e-4
     assert details["prompt_tuning_q4"]["gradient_difference"] < 1e-4
     assert "scoring 12 queries of" in capsys.readouterr().out
+
+
+def test_faults_are_told_before_anything_is_timed(flags, tmp_path, monkeypatch):
+    monkeypatch.setattr(peers, "scoring", None)
+    own = write_lines(tmp_path / "own.jsonl", [example(f"boat {i}", LABELS[i % 2]) for i in range(80)])
+    for mode in ("--peers", "--suite"):
+        with pytest.raises(UserError, match="own.jsonl has no meta-training tasks of own.*; give another"):
+            bench.main([mode, *flags, "--tasks", own])
+        with pytest.raises(UserError, match="has .* different examples, and --k 4000 with .* needs 4004"):
+            bench.main([mode, *flags, "--k", "4000"])
 
 
 def test_what_is_missing_is_named(llama_llm, tokenizer, monkeypatch):
