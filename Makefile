@@ -3,7 +3,8 @@
 # make setup, make assets   their parts
 # make assets LLM=gemma   a second language model, Gemma 3 270M, under the Gemma terms
 # make tables  every table and picture again from the lines in results/, without training
-# make table2 SCALE=pocket-gpu   a table or figure of the paper: table1 table2 table3 table6 table7 fig3 fig4 fig5 ablations lr ratios kv
+# make table2 SCALE=pocket-gpu   a table or figure of the paper, or (lr, ratios, kv) of ours: table1 table2 table3 table6 table7
+#   fig3 fig4 fig5 ablations lr ratios kv
 # A CPU build of torch, where the default would be a GPU build of several GB: make setup PIP_FLAGS="--index-url ..."
 # with the address that PyTorch's own installation page gives for CPU.
 

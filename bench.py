@@ -330,7 +330,8 @@ def main(argv: list[str] | None = None) -> dict:
           *common.at_least(args, 1, "demo_tokens"), *common.at_least(args, 5, "query_tokens"),
           *common.at_least(args, 0 if args.fig3 else 1, "repeats"),
           common.place_rule("--out", args.out),
-          (not args.random_init or not args.checkpoint, "--random-init and --checkpoint exclude each other"))
+          (not args.random_init or not args.checkpoint, "--random-init and --checkpoint exclude each other"),
+          (not args.random_init or not args.peers, "--peers compares scores, and --random-init has none"))
     device = setup(args, training=False)
     mode = next((m for m in ("fig3", "plan", "suite", "peers") if getattr(args, m)), "here")
     if mode == "suite":

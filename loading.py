@@ -17,7 +17,7 @@ from transformers.activations import NewGELUActivation
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import common
-from common import UserError, check, torch_dtype
+from common import UserError, check, is_main, torch_dtype
 from data import Formatter, collate
 from model import ENCODER_DECODERS, Distiller, answer_mask, demo_prefix, head_logits, query_states
 from sources import headers
@@ -339,7 +339,7 @@ def set_length(distiller: nn.Module, state: dict, length: int, path: str) -> Non
            f"trained for {own} vectors; leave the flag out, or train with --elastic"),
           (length <= own, f"--distill-len is {length}, and {path} has {own} placeholders; give less"))
     distiller.distill_len = length
-    if length < min(own, 8):
+    if length < min(own, 8) and is_main():
         print(f"note: l = {length} was never trained, as --elastic draws 8, 16, ... and {own}")
 
 

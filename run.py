@@ -70,8 +70,7 @@ def training_rules(args: argparse.Namespace) -> list[tuple[bool, str]]:
         (0 <= args.warmup <= 1, f"--warmup is {args.warmup}; give a share between 0 and 1"),
         *common.finite(args, "clip"),
         (args.patience >= 0, f"--patience is {args.patience}; give 0 (never stop early) or more"),
-        (not args.elastic or args.distill_len > 8, f"--elastic draws l among 8, 16, ... and --distill-len, "
-         f"which is {args.distill_len}; give more, or leave --elastic out"),
+        (not args.elastic or args.distill_len > 8, "--elastic draws l from 8 up; give --distill-len above 8"),
         (args.batch_size % ranks == 0,
          f"--batch-size {args.batch_size} cannot be shared by {ranks} ranks; give a multiple of {ranks}"),
     ]

@@ -23,7 +23,7 @@ from run import Run, add_training_flags, training_rules
 from score import distill_loss, finetune_loss, pred_loss
 from sources.headers import is_pretraining, same_llm
 from sources.pairs import settle_distiller
-from sources.tasks import require_size, tasks_of
+from sources.tasks import tasks_of
 
 PRESETS = {  # the paper's Table 5, and what two CPU cores do in minutes
     "paper": {"steps": 30000, "batch_size": 8, "grad_accum": 1, "lr": 5e-5, "queries_per_demo": 1,
@@ -111,7 +111,9 @@ def main(argv: list[str] | None = None) -> dict:
                               "your own tasks, --train-tasks"))
     print(f"{args.split}: {len(tasks.train)} meta-training and {len(tasks.test)} meta-test tasks of "
           f"{tasks.collection} are here; reading them")
-    require_size(tasks, args.k, args.queries_per_demo)
+    need = args.k + args.queries_per_demo
+    check(*((tasks.size(t) >= need, f"task {t} has {tasks.size(t)} different examples, and --k {args.k} "
+             f"with --queries-per-demo {args.queries_per_demo} needs {need}") for t in tasks.train))
     llm = load_llm_of(args, device)
     distiller, trained_on = start(args, llm)
     return train(args, device, llm, distiller, trained_on, tasks, prepare(args, llm, distiller, device))

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from common import UserError
+from common import UserError, check
 from data import Formatter, collate, flat
 from loading import make_formatter
 from model import query_states, vector_prefix
@@ -134,6 +134,7 @@ def suite(args: argparse.Namespace, device: torch.device) -> dict:
     tasks = load_tasks(args.tasks, args.split)
     require_training_tasks(tasks, args.k, 4)
     llm = load(with_flags(args, distiller="free"), device)[0]
+    check((not llm.config.is_encoder_decoder, f"--llm {args.llm} is an encoder-decoder; --peers takes none"))
     formatter = make_formatter(args, Tokenizer(args.llm), llm, None)
     found = {"scoring": scoring(llm, tasks, formatter, args)}
     r = found["scoring"]

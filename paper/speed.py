@@ -29,7 +29,7 @@ from paper.measure import (
     with_flags,
 )
 from score import distill_loss, finetune_loss, one_prefix, passes, pred_loss, score_options
-from sources.tasks import Tasks, load_tasks, require_size
+from sources.tasks import Tasks, load_tasks
 from sources.text import Tokenizer
 
 SQUARE = 4096  # width of the matrices whose product gives the machine's rate
@@ -112,9 +112,10 @@ def training_speed(llm, distiller, rows: list[dict], dtype: str, repeats: int) -
 
 def require_training_tasks(tasks: Tasks, k: int, queries: int) -> None:
     """Raise UserError where `typical_rows` could draw none; before anything is timed."""
-    check((bool(tasks.train), f"{tasks.folder} has no meta-training tasks of {tasks.split}, and a training "
-                              "step is timed on some; give another --tasks or --split"))
-    require_size(tasks, k, queries)
+    check((bool(tasks.train), f"--tasks {tasks.folder} has no meta-training tasks of {tasks.split}, and a "
+                              "training step is timed on some; give another --tasks or --split"),
+          *((tasks.size(t) >= k + queries, f"task {t} has {tasks.size(t)} different examples, and --k {k} "
+             f"with {queries} queries needs {k + queries}; give a lower --k") for t in tasks.train))
 
 
 def typical_rows(tasks: Tasks, formatter: Formatter, seed: int, k: int, sets: int,

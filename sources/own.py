@@ -244,7 +244,11 @@ def csv_rows(path: Path) -> Iterator[tuple[str, dict]]:
     number = 0
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            for number, row in enumerate(csv.DictReader(file, strict=True), 1):
+            csv.field_size_limit(1 << 30)
+            reader = csv.DictReader(file, strict=True)
+            names = reader.fieldnames or []
+            check((len({*names}) == len(names), f"{path} names a column twice: {', '.join(names)[:80]}"))
+            for number, row in enumerate(reader, 1):
                 where = f"{path}, row {number}"
                 check((None not in row and None not in row.values(), f"{where} has not as many cells as the "
                        'first line; put texts with commas or line breaks in quotes, as in "a, b"'))

@@ -344,12 +344,6 @@ def require_options(examples: list[dict], ids_of: Callable[[str], list[int]] | N
                             "options, so use a classification or multiple-choice task, whose options differ")
 
 
-def require_size(tasks: Tasks, k: int, queries: int) -> None:
-    """Raise UserError unless each meta-training task has examples for a set of k and its queries."""
-    check(*((tasks.size(t) >= k + queries, f"task {t} has {tasks.size(t)} different examples, and --k {k} "
-             f"with --queries-per-demo {queries} needs {k + queries}") for t in tasks.train))
-
-
 def demonstration_set(tasks: Tasks, task: str, seed: int, k: int) -> tuple[list[dict], dict[str, list[dict]]]:
     """The first k training examples of (task, seed), and all its files."""
     files = tasks.files(task, seed)

@@ -78,7 +78,7 @@ def test_faults_are_told_before_anything_is_timed(flags, tmp_path, monkeypatch):
     for mode in ("--peers", "--suite"):
         with pytest.raises(UserError, match="own.jsonl has no meta-training tasks of own.*; give another"):
             bench.main([mode, *flags, "--tasks", own])
-        with pytest.raises(UserError, match="has .* different examples, and --k 4000 with .* needs 4004"):
+        with pytest.raises(UserError, match="has .* and --k 4000 with 4 queries needs 4004"):
             bench.main([mode, *flags, "--k", "4000"])
 
 

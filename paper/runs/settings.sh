@@ -12,7 +12,7 @@
 #   RESULTS, RUNS        where results and checkpoints go; another --llm needs another RUNS
 #   EXTRA, EXTRA_TRAIN   any further flags of all commands but data.py, or of both trainings
 #   EXTRA_PRETRAIN, EXTRA_FINETUNE, EXTRA_EVAL, EXTRA_DATA  or of one command
-# and of single scripts: RETRIEVALS, PERTURBATIONS (table3), BETAS, GAMMAS, LAMBDAS (ablations), PAIRS (table6), PARTS, KS,
+# and of single scripts: CHECKPOINT, LENGTHS, PARTS, SWAP_LENGTH (ratios, kv), RETRIEVALS, PERTURBATIONS (table3), BETAS, GAMMAS, LAMBDAS (ablations), PAIRS (table6), PARTS, KS,
 # LENGTHS (fig4), RATES, STEPS (lr), KV_TASKS, BIGBENCH (kv).
 
 set -euo pipefail
@@ -73,7 +73,7 @@ prompt_tuning() { finetune prompt_tuning "$1" "$PROMPT_TUNING" --distiller free 
 # The recipe of the published checkpoint: keys and values for every l up to 64, trained on tasks that need their
 # demonstrations beside MetaICL's. Takes SPLIT.
 kv() {
-    PRETRAIN="$PRETRAIN $KV $KV_PRETRAIN" pretrain kv-pretrain
+    PRETRAIN="$PRETRAIN $KV $KV_PRETRAIN --tasks functions" pretrain kv-pretrain
     finetune kv "$1" "$KV $KV_FINETUNE" --init-from "$RUNS/kv-pretrain" --tasks ${KV_TASKS:-functions early recall} \
         ${METAICL_DIR:+"$METAICL_DIR"}
 }
