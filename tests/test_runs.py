@@ -134,15 +134,16 @@ def test_ratios(scripts, llama, tmp_path):
         assert (folder / "results" / "figures" / f"{name}.png").stat().st_size > 5000
 
 
-def test_kv(scripts):
+def test_kv(scripts, tmp_path):
     folder = scripts("kv.sh", EXTRA_TRAIN="--distiller kv:2 --distill-len 9", LENGTHS="9 8", LIMIT="1",
                      SEEDS="100", PARTS="functions", EXTRA_EVAL="", BIGBENCH="", KV_TASKS="functions early",
+                     RESULTS=str(tmp_path / "results"),
                      EXTRA_FINETUNE="--steps 2 --batch-size 1 --eval-every 2 --eval-queries 1 --eval-tasks 3 "
                                     "--context-len 300")
     state = load_checkpoint(folder / "out" / "kv-class_to_class", weights=False)[1]
     assert state["model"]["distiller"] == "kv:2" and state["model"]["elastic"]
     assert state["trained_on"]["finetune"]["tasks"].startswith("functions early ")
-    assert {r["checkpoint"] for r in results(folder, "ratios-functions") if r["method"] == "mend"} == {
+    assert {r["checkpoint"] for r in results(tmp_path, "ratios-functions") if r["method"] == "mend"} == {
         checkpoint_id(folder / "out" / "kv-class_to_class")}
 
 
