@@ -72,7 +72,7 @@ def test_bench_states_the_ratios(flags, tmp_path, monkeypatch, capsys):
     assert "scoring 12 queries of" in capsys.readouterr().out
 
 
-def test_faults_are_told_before_anything_is_timed(flags, tmp_path, monkeypatch):
+def test_faults_are_told_before_anything_is_timed(flags, tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(peers, "scoring", None)
     own = write_lines(tmp_path / "own.jsonl", [example(f"boat {i}", LABELS[i % 2]) for i in range(80)])
     for mode in ("--peers", "--suite"):
