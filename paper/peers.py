@@ -16,7 +16,7 @@ from torch import Tensor
 from common import UserError, check
 from data import Formatter, collate, flat
 from loading import make_formatter
-from model import query_states, vector_prefix
+from model import answer_mask, query_states, vector_prefix
 from paper.measure import interleaved, load, with_flags
 from paper.speed import cached_scores, require_training_tasks, scoring_task, typical_rows
 from score import pred_loss
@@ -83,7 +83,7 @@ def prompt_steps(llm, rows: list[dict], distill_len: int, head: list[int],
     prompt = peft.prompt_encoder["default"].embedding.weight
     prompt.data = free.vectors.detach().to(prompt.dtype).clone()
     batch = collate(rows, llm.device)
-    answers = batch["query_mask"] & (batch["branch"] > 0)
+    answers = answer_mask(batch)
     pairs = [([*head, *x], y) for row in rows for x, (y,) in row["queries"]]
     width = max(len(x + y) for x, y in pairs)
     padded = torch.tensor([[*x, *y, *[0] * (width - len(x + y))] for x, y in pairs], device=llm.device)

@@ -17,7 +17,7 @@ import plain
 from common import UserError, autocast, check, torch_dtype
 from data import Formatter, collate, sample_row, step_rows
 from loading import make_formatter
-from model import Prefix, demo_prefix, loss_mask, query_states, vector_prefix
+from model import Prefix, answer_mask, demo_prefix, loss_mask, query_states, vector_prefix
 from paper.measure import (
     PAIRS,
     Count,
@@ -41,7 +41,7 @@ SQUARE = 4096  # width of the matrices whose product gives the machine's rate
 def counted_positions(llm, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Indices into the batch's flattened (B * T) columns: of the tokens of `loss_mask`, and of answer
     tokens."""
-    mask, answers = loss_mask(llm, batch), batch["query_mask"] & (batch["branch"] > 0)
+    mask, answers = loss_mask(llm, batch), answer_mask(batch)
     return mask.flatten().nonzero()[:, 0], answers.flatten().nonzero()[:, 0]
 
 

@@ -12,8 +12,9 @@
 #   RESULTS, RUNS        where results and checkpoints go; another --llm needs another RUNS
 #   EXTRA, EXTRA_TRAIN   any further flags of all commands but data.py, or of both trainings
 #   EXTRA_PRETRAIN, EXTRA_FINETUNE, EXTRA_EVAL, EXTRA_DATA  or of one command
-# and of single scripts: CHECKPOINT, LENGTHS, PARTS, SWAP_LENGTH (ratios, kv), RETRIEVALS, PERTURBATIONS (table3), BETAS, GAMMAS, LAMBDAS (ablations), PAIRS (table6), PARTS, KS,
-# LENGTHS (fig4), RATES, STEPS (lr), KV_TASKS, BIGBENCH (kv).
+# and of single scripts: CHECKPOINT, LENGTHS, PARTS, SWAP_LENGTH (ratios, kv), RETRIEVALS, PERTURBATIONS (table3),
+# BETAS, GAMMAS, LAMBDAS (ablations), PAIRS (table6), PARTS, KS, LENGTHS (fig4), RATES, STEPS (lr), KV_TASKS,
+# BIGBENCH (kv).
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
