@@ -7,6 +7,8 @@ from types import SimpleNamespace
 import pytest
 import requests
 import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import common
 import evaluate
@@ -196,3 +198,27 @@ def test_paper_preset_without_a_hub_names_the_pocket_command(script, extra, task
 def test_finish_prints_one_json_line(capsys):
     assert common.finish({"a": 1.5, "b": None}) == {"a": 1.5, "b": None}
     assert json.loads(capsys.readouterr().out) == {"a": 1.5, "b": None}
+
+
+class Products(TorchDispatchMode):
+    """Keeps the types in which batches of matrices are multiplied."""
+
+    def __init__(self):
+        super().__init__()
+        self.types = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.bmm.default:
+            self.types.add(args[0].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+def test_plain_attention_of_short_rows_multiplies_in_bf16_and_agrees_with_fp32():
+    q, k, v = torch.randn(3, 2, 4, 24, 16, generator=torch.Generator().manual_seed(0))
+    rows = [{"demo": [0] * 16, "queries": [([0] * 4, [[0] * 4])]}] * 2
+    exact = torch.softmax(q @ k.transpose(-1, -2) / 4, dim=-1) @ v
+    with common.attention_for(rows, torch.device("cpu")), Products() as products:
+        half = F.scaled_dot_product_attention(q.bfloat16(), k.bfloat16(), v.bfloat16())
+        assert products.types == {torch.bfloat16}
+        assert (F.scaled_dot_product_attention(q, k, v) - exact).abs().max() < 1e-6
+    assert (half.float() - exact).abs().max() < 0.03 < exact.abs().max()
