@@ -32,8 +32,8 @@ from sources.signals import Stop
 from sources.tasks import SEEDS, Tasks, demonstration_set, require_options, tasks_of
 from sources.text import llm_hash
 
-METHODS = ("zero_shot", "majority", "icl", "icl_budget", "last_l", "prompt_tuning", "hypertuning", "mend",
-           *CONTROLS)
+METHODS = ("zero_shot", "majority", "icl", "icl_swapped", "icl_budget", "last_l", "prompt_tuning",
+           "hypertuning", "mend", *CONTROLS)
 DEFAULT_METHODS = ["zero_shot", "majority", "last_l", "icl", "icl_budget", "mend", "mend_constant"]
 PRESETS = {"paper": {"methods": DEFAULT_METHODS}, "pocket": {"methods": DEFAULT_METHODS}}
 SEEDLESS = ("zero_shot", "prompt_tuning")  # the same for every demonstration set
@@ -57,8 +57,7 @@ def get_parser() -> argparse.ArgumentParser:
                        help="sentence encoder of --retrieve dense; default: the LLM's own mean state")
     group.add_argument("--perturb", choices=PERTURBATIONS,
                        help="what is taken from the demonstrations (Tab. 3)")
-    group.add_argument("--out", default="",
-                       help="results file, one JSON line each; default out/eval-SPLIT.jsonl")
+    group.add_argument("--out", default="", help="results file, in JSON lines; default out/eval-SPLIT.jsonl")
     group.add_argument("--table", nargs="+", metavar=("NUMBER", "FILE"), help="evaluate nothing; print the "
                        "paper's table NUMBER (1, 2, 3, 4, 6 or 7) from results files, in Markdown")
     return parser
@@ -73,7 +72,7 @@ def main(argv: list[str] | None = None) -> dict:
     args = parse(get_parser(), argv, PRESETS)
     vector_methods = [m for m in args.methods if m in VECTOR_METHODS]
     own = dict.fromkeys("mend" if m in CONTROLS else m for m in vector_methods)  # whose checkpoint they take
-    blind = [m for m in args.methods if m in (*SEEDLESS, "majority", *CONTROLS)]
+    blind = [m for m in args.methods if m in (*SEEDLESS, "majority", "icl_swapped", *CONTROLS)]
     check(*common.shared_rules(args),
           *common.at_least(args, 0, "limit"), *common.at_least(args, 1, "context_len"),
           (not vector_methods or args.checkpoint is not None,
@@ -140,8 +139,7 @@ def evaluate(args, llm, distiller, trained_on: dict | None, formatter: Formatter
             for r in read_results(out, "method", "task", "seed", "headline")}
     dense = args.retrieve == "dense"
     sentence_encoder = SentenceEncoder(args.dense_model, llm, formatter.tokenizer) if dense else None
-    same_for_all_seeds: dict[tuple, dict] = {}
-    records = []
+    records, same_for_all_seeds = [], {}
     names = perturbable(args, tasks)
     permutable = [t for t in names if tasks.types[t] == "classification"]  # elsewhere no label comes again
     if "mend_permuted" in args.methods:
@@ -166,10 +164,12 @@ def evaluate(args, llm, distiller, trained_on: dict | None, formatter: Formatter
             if key not in done:
                 queries = json.dumps(tasks.files(task, seed)["test"])
                 memo = (method, task, queries) if method in SEEDLESS else None
-                vectors = torch.stack([distilled(t, seed) for t in others]).mean(dim=0) if others else None
+                made_of = others if uses_checkpoint else []
+                vectors = torch.stack([distilled(t, seed) for t in made_of]).mean(dim=0) if made_of else None
                 with naming(f"{method} on {task}, seed {seed}"):
                     metrics = same_for_all_seeds.get(memo) or evaluate_one(
-                        args, llm, distiller, formatter, tasks, task, seed, method, sentence_encoder, vectors)
+                        args, llm, distiller, formatter, tasks, task, seed, method, sentence_encoder, vectors,
+                        others[0] if method == "icl_swapped" else task)
                 if memo:
                     same_for_all_seeds[memo] = metrics
                 record |= metrics | {"trained_on": trained_on if uses_checkpoint else None,
@@ -188,11 +188,12 @@ def evaluate(args, llm, distiller, trained_on: dict | None, formatter: Formatter
 @torch.no_grad()
 def evaluate_one(args, llm, distiller, formatter: Formatter, tasks: Tasks, task: str, seed: int, method: str,
                  sentence_encoder: SentenceEncoder | None = None,
-                 vectors: torch.Tensor | None = None) -> dict:
+                 vectors: torch.Tensor | None = None, shown_task: str | None = None) -> dict:
     """One (method, task, seed): n, n_predicted (different answers), demo_tokens (T_d, before what a method
     makes of it; None where there is not one D), macro_f1, accuracy, headline.
 
     vectors: (1, l, d), to be read in the place of what the method makes of the task's demonstrations.
+    shown_task: whose demonstrations these are; default: the task's own.
     """
     files, tokens = tasks.files(task, seed), None
     queries = files["test"][:args.limit or None]
@@ -203,14 +204,13 @@ def evaluate_one(args, llm, distiller, formatter: Formatter, tasks: Tasks, task:
         sets = retrieve(args.retrieve, pool, queries, args.k, sentence_encoder)
         chosen = predict_each(method, sets, limit, llm, distiller, formatter, queries, args)
     else:
-        demos, _ = demonstration_set(tasks, task, seed, args.k)
+        demos, _ = demonstration_set(tasks, shown_task or task, seed, args.k)
         limit = formatter.limit(demos + files["test"])
         tokens = None if method in SEEDLESS else len(flat(sum(formatter.parts(demos, limit), [])))
         if method == "majority":
             chosen = majority(demos, queries)
         else:
-            # which demonstrations stand there is settled before they change, so that all kinds see the same
-            # ones (unless longer labels push out the last)
+            # which ones stand there is settled before they change (unless longer labels push out the last)
             shown = perturb(formatter.fitting(demos, limit), args.perturb, seed) if args.perturb else demos
             if method == "mend_permuted":
                 shown = permute_labels(formatter.fitting(demos, limit))

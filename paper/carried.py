@@ -19,8 +19,8 @@ from paper.summary import gains_of, read_results, require_one_setting, scores_of
 from paper.tables import paired_interval, require_fields, summary
 
 ORDER = ("zero_shot", "majority", "last_l", "icl_budget", "mend", "mend_swapped", "mend_permuted",
-         "mend_constant", "icl")
-SAME = ("icl", "zero_shot", "majority")  # whatever l is
+         "mend_constant", "icl_swapped", "icl")
+SAME = ("icl", "icl_swapped", "zero_shot", "majority")  # whatever l is
 
 
 def clusters_of(tasks: list[str]) -> list[list[str]]:

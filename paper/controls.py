@@ -24,17 +24,17 @@ def majority(demos: list[dict], queries: list[dict]) -> list[str]:
 
 
 def partners(method: str, task: str, evaluated: list[str], tasks: Tasks) -> list[str]:
-    """Whose demonstrations stand behind the vectors of a control: mend_swapped, one other task's
-    (see Tasks.partner); mend_constant, all others'. Other methods: nobody's.
+    """Whose demonstrations a control reads, or stand behind its vectors: of icl_swapped and mend_swapped, one
+    other task's (see Tasks.partner); of mend_constant, all others'. Other methods: nobody's.
 
     The list is that of the tasks evaluated, or, for a single one, of all meta-test tasks.
     """
-    if method not in ("mend_swapped", "mend_constant"):
+    if method not in ("icl_swapped", "mend_swapped", "mend_constant"):
         return []
     names = [t for t in tasks.test if t in evaluated or len(evaluated) == 1]
     check((len(names) > 1, f"{method} needs another meta-test task's demonstrations; {task} is alone here"))
     at = names.index(task)
-    if method == "mend_swapped":
+    if method != "mend_constant":
         return [tasks.partner(task, names)]
     return names[:at] + names[at + 1:]
 

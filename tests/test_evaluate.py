@@ -242,6 +242,7 @@ def test_partners_are_a_derangement_of_the_evaluated_tasks():
         names = [f"t{i}" for i in range(n)]
         tasks = collection([*names, "not evaluated"])
         swapped = [partners("mend_swapped", t, names[::-1], tasks) for t in names]
+        assert swapped == [partners("icl_swapped", t, names[::-1], tasks) for t in names]
         assert sorted(swapped) == [[t] for t in names]
         assert all(t not in others for t, others in zip(names, swapped, strict=True))
         for t in names:
@@ -272,6 +273,23 @@ def test_controls_read_vectors_of_other_tasks(scored, three_tasks, llama_llm, to
         assert torch.allclose(vectors, expected, atol=1e-5) and r["checkpoint"] is not None
         assert r["swapped_with"] == (" ".join(f"{t}@{tasks.data_hash(t, 13)}" for t in others) or None)
     assert min((a - b).abs().max() for a in own.values() for b in own.values() if a is not b) > 1e-3
+
+
+def test_icl_swapped_reads_what_stands_behind_mend_swapped(scored, three_tasks, monkeypatch):
+    seen, prefix = [], score.demo_prefix
+    monkeypatch.setattr(score, "demo_prefix", lambda llm, ids, mask, head: (
+        seen.append(ids), prefix(llm, ids, mask, head))[1])
+    records = scored("--tasks", str(three_tasks), "--seeds", "13",
+                     "--methods", "icl", "icl_swapped", "mend_swapped")
+    lines = {(r["method"], r["task"]): r for r in records}
+    read = dict(zip([key for key in lines if key[0] != "mend_swapped"], seen, strict=True))
+    tasks = load_tasks(str(three_tasks), "class_to_class")
+    for task, other in zip(tasks.test, tasks.test[1:] + tasks.test[:1], strict=True):
+        assert torch.equal(read["icl_swapped", task], read["icl", other])
+        assert not torch.equal(read["icl_swapped", task], read["icl", task])
+        line = lines["icl_swapped", task]
+        assert line["swapped_with"] == lines["mend_swapped", task]["swapped_with"] is not None
+        assert line["checkpoint"] is None and line["demo_tokens"] == lines["icl", other]["demo_tokens"]
 
 
 def test_a_control_of_other_tasks_is_not_taken_from_the_results_file(scored, three_tasks):
