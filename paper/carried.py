@@ -36,7 +36,8 @@ def carried(records: list[dict]) -> dict:
     """{"tokens": mean T_d, "methods": {l: {method: {mean, std, accuracy, gain, gap}}}}.
 
     mean and std are of the headline, in percent; gain is the recovered one, None where icl gains nothing; gap
-    is MEND's mean minus the method's: {gap, low, high, tasks}, None for mend itself.
+    is MEND's mean minus the method's: {gap, low, high, tasks}, None for mend itself; for icl_swapped it is
+    ICL's mean minus it, as mend_swapped's is MEND's.
     """
     both = [r for r in records if r["method"] in SAME]
     lengths = sorted({r["distill_len"] for r in records if r["method"] not in SAME}, reverse=True)
@@ -51,8 +52,8 @@ def carried(records: list[dict]) -> dict:
         found[length] = {m: summary(s) | {
             "accuracy": 100 * float(np.mean([r["accuracy"] for r in cells[m]])),
             "gain": gains[m]["gain"] if m in gains else None,
-            "gap": None if m == "mend" or "mend" not in scores else paired_interval(
-                scores["mend"], s, clusters)} for m, s in scores.items()}
+            "gap": None if m == own or own not in scores else paired_interval(scores[own], s, clusters)}
+            for m, s in scores.items() for own in ["icl" if m == "icl_swapped" else "mend"]}
     return {"tokens": float(np.mean(tokens)) if tokens else None, "methods": found}
 
 
@@ -66,7 +67,8 @@ def table_lines(name: str, made: dict) -> list[str]:
     for length, rows in made["methods"].items():
         for method, r in rows.items():
             gain = "" if r["gain"] is None or method in ("icl", "zero_shot") else f"{r['gain']:.0%}"
-            gap = r["gap"] and f"{r['gap']['gap']:+.1f} [{r['gap']['low']:+.1f}, {r['gap']['high']:+.1f}]"
+            gap = r["gap"] and ("ICL " if method == "icl_swapped" else "") + \
+                f"{r['gap']['gap']:+.1f} [{r['gap']['low']:+.1f}, {r['gap']['high']:+.1f}]"
             std = f" ±{r['std']:.1f}" if r["seeds"] > 1 else ""
             lines.append(f"| {length} | {method} | {r['mean']:.1f}{std} | {r['accuracy']:.1f} | {gain} | "
                          f"{gap or ''} |")

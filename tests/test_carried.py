@@ -40,6 +40,16 @@ def test_figures_by_hand():
     assert first["mend"]["gap"] is None
 
 
+def test_icl_is_set_against_its_own_control():
+    swapped = {"verb: past": 0.2, "verb: she": 0.6, "date: year": 0.2}
+    made = carried.carried([*BOTH, *lines("icl_swapped", swapped, 32),
+                            *lines("mend", {"verb: past": 0.5, "verb: she": 0.5, "date: year": 0.2}, 16)])
+    gap = {method: made["methods"][16][method]["gap"] for method in ("icl_swapped", "icl")}
+    assert [gap[m]["gap"] for m in gap] == pytest.approx([20, -40 / 3])
+    assert any("| 16 | icl_swapped | 33.3 |" in line and "| ICL +20.0 [" in line
+               for line in carried.table_lines("x", made))
+
+
 def test_command(tmp_path, capsys):
     path = tmp_path / "ratios-x.jsonl"
     path.write_text("".join(json.dumps(r) + "\n" for r in [

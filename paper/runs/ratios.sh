@@ -11,7 +11,7 @@ for part in $PARTS; do
         "$PYTHON" -m paper.figures swaps --results "$RESULTS/swaps.json" --out "$RESULTS/figures"
         continue
     fi
-    methods="zero_shot icl"  # of which one l is enough
+    methods="zero_shot icl icl_swapped"  # of which one l is enough
     for l in ${LENGTHS:-64 32 16 8}; do
         "$PYTHON" evaluate.py --preset "$PRESET" --tasks "$part" $FLAGS --distill-len "$l" --seeds $SEEDS --limit "$LIMIT" \
             --methods $methods last_l icl_budget mend mend_swapped mend_constant --out "$RESULTS/ratios-$part.jsonl"
