@@ -176,8 +176,8 @@ class Formatter:
         return kept
 
     def fitting(self, examples: list[dict], limit: int) -> list[dict]:
-        """The demonstrations that `limit` tokens hold."""
-        return [example for example, _ in self.pieces(examples, limit)]
+        """The demonstrations that `limit` tokens hold, or so many in each of --segments."""
+        return [example for part in self.parts(examples, limit) for example, _ in part]
 
     def demonstrations(self, examples: list[dict], limit: int) -> list[int]:
         """D = concat(x_1, y_1, ..., x_K, y_K) of those that `limit` tokens hold."""

@@ -137,8 +137,7 @@ def evaluate(args, llm, distiller, trained_on: dict | None, formatter: Formatter
     # older lines have no llm_hash: that they are of this LLM is known by its name
     done = {tuple(r.get(f, setting.get(f) if f == "llm_hash" else None) for f in key_fields): r
             for r in read_results(out, "method", "task", "seed", "headline")}
-    dense = args.retrieve == "dense"
-    sentence_encoder = SentenceEncoder(args.dense_model, llm, formatter.tokenizer) if dense else None
+    dense = SentenceEncoder(args.dense_model, llm, formatter.tokenizer) if args.retrieve == "dense" else None
     records, same_for_all_seeds = [], {}
     names = perturbable(args, tasks)
     permutable = [t for t in names if tasks.types[t] == "classification"]  # elsewhere no label comes again
@@ -168,7 +167,7 @@ def evaluate(args, llm, distiller, trained_on: dict | None, formatter: Formatter
                 vectors = torch.stack([distilled(t, seed) for t in made_of]).mean(dim=0) if made_of else None
                 with naming(f"{method} on {task}, seed {seed}"):
                     metrics = same_for_all_seeds.get(memo) or evaluate_one(
-                        args, llm, distiller, formatter, tasks, task, seed, method, sentence_encoder, vectors,
+                        args, llm, distiller, formatter, tasks, task, seed, method, dense, vectors,
                         others[0] if method == "icl_swapped" else task)
                 if memo:
                     same_for_all_seeds[memo] = metrics
@@ -187,7 +186,7 @@ def evaluate(args, llm, distiller, trained_on: dict | None, formatter: Formatter
 
 @torch.no_grad()
 def evaluate_one(args, llm, distiller, formatter: Formatter, tasks: Tasks, task: str, seed: int, method: str,
-                 sentence_encoder: SentenceEncoder | None = None,
+                 dense: SentenceEncoder | None = None,
                  vectors: torch.Tensor | None = None, shown_task: str | None = None) -> dict:
     """One (method, task, seed): n, n_predicted (different answers), demo_tokens (T_d, before what a method
     makes of it; None where there is not one D), macro_f1, accuracy, headline.
@@ -201,12 +200,13 @@ def evaluate_one(args, llm, distiller, formatter: Formatter, tasks: Tasks, task:
     if args.retrieve:
         pool = tasks.retrieval_pool(task, seed)
         limit = formatter.limit(pool + files["test"])
-        sets = retrieve(args.retrieve, pool, queries, args.k, sentence_encoder)
+        sets = retrieve(args.retrieve, pool, queries, args.k, dense)
         chosen = predict_each(method, sets, limit, llm, distiller, formatter, queries, args)
     else:
         demos, _ = demonstration_set(tasks, shown_task or task, seed, args.k)
         limit = formatter.limit(demos + files["test"])
-        tokens = None if method in SEEDLESS else len(flat(sum(formatter.parts(demos, limit), [])))
+        read = [formatter.pieces(demos, limit)] if "icl" in method else formatter.parts(demos, limit)
+        tokens = None if method in SEEDLESS else sum(len(flat(part)) for part in read)
         if method == "majority":
             chosen = majority(demos, queries)
         else:

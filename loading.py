@@ -394,7 +394,7 @@ def refuse_seen_tasks(trained_on: dict, tasks: Tasks, args) -> None:
                      "it on others, with --test-tasks or --only"))
     collections = json.loads((common.ROOT / "splits.json").read_text())
     for name in {*stage.get("tasks", "").split()} & {*tasks.collection.split()} & collections.keys():
-        table = collections[name]["settings"][stage["split"]]
+        table = collections[name]["settings"].get(stage["split"], {"train": [], "test": []})
         seen = sorted((set(table["train"]) - set(table["test"])) & set(args.only or tasks.test))
         check((not seen, f"the checkpoint was finetuned on {stage['split']}, whose training tasks include "
                          f"{', '.join(seen)}; evaluate it on that --split, or on other tasks with --only"))

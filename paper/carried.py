@@ -18,8 +18,8 @@ from common import ROOT, check, finish, run_main
 from paper.summary import gains_of, read_results, require_one_setting, scores_of
 from paper.tables import paired_interval, require_fields, summary
 
-ORDER = ("zero_shot", "majority", "last_l", "icl_budget", "mend", "mend_swapped", "mend_permuted",
-         "mend_constant", "icl_swapped", "icl")
+ORDER = ("zero_shot", "majority", "last_l", "icl_budget", "prompt_tuning", "hypertuning", "mend",
+         "mend_swapped", "mend_permuted", "mend_constant", "icl_swapped", "icl")
 SAME = ("icl", "icl_swapped", "zero_shot", "majority")  # whatever l is
 
 
@@ -33,7 +33,8 @@ def clusters_of(tasks: list[str]) -> list[list[str]]:
 
 
 def carried(records: list[dict]) -> dict:
-    """{"tokens": mean T_d, "methods": {l: {method: {mean, std, accuracy, gain, gap}}}}.
+    """{"tokens": mean T_d, "segments": how many of l vectors each, None for one, "methods": {l: {method:
+    {mean, std, accuracy, gain, gap}}}}.
 
     mean and std are of the headline, in percent; gain is the recovered one, None where icl gains nothing; gap
     is MEND's mean minus the method's: {gap, low, high, tasks}, None for mend itself; for icl_swapped it is
@@ -54,13 +55,15 @@ def carried(records: list[dict]) -> dict:
             "gain": gains[m]["gain"] if m in gains else None,
             "gap": None if m == own or own not in scores else paired_interval(scores[own], s, clusters)}
             for m, s in scores.items() for own in ["icl" if m == "icl_swapped" else "mend"]}
-    return {"tokens": float(np.mean(tokens)) if tokens else None, "methods": found}
+    return {"tokens": float(np.mean(tokens)) if tokens else None, "methods": found,
+            "segments": records[0].get("segments")}
 
 
 def table_lines(name: str, made: dict) -> list[str]:
     """The Markdown of one results file: a row for each method and l."""
     any_row = next(iter(next(iter(made["methods"].values())).values()))
     tokens = "" if made["tokens"] is None else f", {made['tokens']:.0f} tokens of demonstrations on average"
+    tokens += f", in {made['segments']} segments of l vectors each" if made["segments"] else ""
     lines = [f"{name}: {any_row['tasks']} tasks, {any_row['queries']} queries a set, {any_row['seeds']} "
              f"sets{tokens}", "",
              "| l | method | headline | accuracy | recovered gain | MEND minus it |", "|---" * 6 + "|"]

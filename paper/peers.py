@@ -131,7 +131,7 @@ def compared(times: dict[str, list[float]], ours: str, theirs: str) -> dict:
 def suite(args: argparse.Namespace, device: torch.device) -> dict:
     """Both comparisons; prints a line each."""
     args = with_flags(args, device=str(device), context_len=900)
-    tasks = load_tasks(args.tasks, args.split)
+    tasks = load_tasks(args.tasks, args.split, args.llm, args.k)
     require_training_tasks(tasks, args.k, 4)
     llm = load(with_flags(args, distiller="free"), device)[0]
     check((not llm.config.is_encoder_decoder, f"--llm {args.llm} is an encoder-decoder; --peers takes none"))

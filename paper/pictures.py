@@ -216,7 +216,10 @@ def curves(args) -> tuple[Figure, dict]:
 
 def gains_by_ratio(records: list[dict]) -> dict[str, list[tuple[float, float]]]:
     """{method: [(ratio, recovered gain in percent), ...]}; a ratio is the mean number of tokens that icl has
-    in front of a query, over l. What icl and zero_shot answer depends on no l: one line of them will do."""
+    in front of a query, over that of vectors, l in each segment. What icl and zero_shot answer depends on no
+    l: one line of them will do."""
+    segments = records[0].get("segments") or 1
+    check((segments != "auto", "--segments auto: no ratio, as each D has vectors of its own number; give N"))
     both = [r for r in records if r["method"] in ("icl", "zero_shot")]
     tokens = np.mean([r["demo_tokens"] for r in both if r["method"] == "icl"])
     drawn: dict[str, list] = {}
@@ -224,7 +227,7 @@ def gains_by_ratio(records: list[dict]) -> dict[str, list[tuple[float, float]]]:
         for length in sorted({r["distill_len"] for r in records if r["method"] == method}, reverse=True):
             here = [r for r in records if (r["method"], r["distill_len"]) == (method, length)]
             if gain := gains_of([*both, *here]).get(method):
-                drawn.setdefault(method, []).append((float(tokens / length), 100 * gain["gain"]))
+                drawn.setdefault(method, []).append((float(tokens / length / segments), 100 * gain["gain"]))
     return drawn
 
 

@@ -9,6 +9,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import AutoConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
@@ -28,7 +29,7 @@ from paper.measure import (
     weight_bytes,
 )
 from paper.speed import training_step
-from sources.pairs import settle_distiller
+from sources.pairs import settle_distiller, usual_distiller
 
 CARDS = (16, 24, 40, 80)  # GB of memory
 SIZES, RANKS = (24, 80), (2, 4, 8)  # of cards in GB, and how many share an LLM
@@ -108,6 +109,8 @@ def plan(args: argparse.Namespace) -> list[dict]:
             args.distiller = KNOWN[name]
         elif name not in CONFIGS:
             settle_distiller(args)
+        elif "distiller" in args.filled_in:  # by the same rule, without the hub
+            args.distiller = usual_distiller(name, AutoConfig.for_model(**CONFIGS[name]).num_hidden_layers)
         pairs = {args.llm: args.distiller}
     print(f"one step of Eq. (4): {args.demo_tokens} demonstration and {args.query_tokens} query tokens, "
           f"l = {args.distill_len}")

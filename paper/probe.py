@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import common
 from common import check, finish, parse, run_main, setup
-from loading import load_all
+from loading import load_all, require_input_vectors
 from paper.controls import partners
 from sources.tasks import SEEDS, demonstration_set, tasks_of
 
@@ -76,6 +76,7 @@ def main(argv: list[str] | None = None) -> dict:
     check((len(tasks.test) > 1, f"--tasks {' '.join(args.tasks)} has one meta-test task of {args.split}, and "
                                 "tasks are compared"))
     _, distiller, _, formatter = load_all(args, device)
+    require_input_vectors(distiller, "paper.probe")
     demos = {}
     for task in tasks.test:
         examples, files = demonstration_set(tasks, task, args.seed, args.k)

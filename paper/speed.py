@@ -283,7 +283,7 @@ def thread_settings(load: Callable, *args, repeats: int = 3) -> list[dict]:
 def load_step(args: argparse.Namespace, dtype: str, random_llm: str | None = None):
     """LLM, distiller, the rows of a typical step (2 sets, Q = 4) and dtype; random_llm: of that architecture
     with random weights and l = 100, and one row."""
-    tasks = load_tasks(args.tasks, args.split)
+    tasks = load_tasks(args.tasks, args.split, args.llm, args.k)
     if random_llm is None:
         llm, distiller = load(with_flags(args, dtype=dtype), torch.device(args.device))
     else:
@@ -297,7 +297,7 @@ def load_step(args: argparse.Namespace, dtype: str, random_llm: str | None = Non
 def suite(args: argparse.Namespace, device: torch.device, methods: dict[str, dict]) -> dict:
     """Every ratio of the speed claims, with both figures. methods: LLM -> `bench.counted` at 900 tokens."""
     args.device, args.context_len, args.dtype = str(device), 900, "fp32"
-    results, lines, ratios, tasks = {}, [], {}, load_tasks(args.tasks, args.split)
+    results, lines, ratios, tasks = {}, [], {}, load_tasks(args.tasks, args.split, args.llm, args.k)
     require_training_tasks(tasks, args.k, 4)
 
     def line(name: str, value: float, goal: float, what: str) -> None:

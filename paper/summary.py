@@ -62,7 +62,8 @@ def require_one_setting(path: str | Path, records: list[dict]) -> None:
     """Raise UserError unless lines differ in method, task, seed and l alone, and one checkpoint made all
     vectors: else a mean would run over what does not belong together."""
     values = {name: sorted({str(r.get(name)) for r in records}) for name in SETTING}
-    values["checkpoint"] = sorted({r["checkpoint"] for r in records if r.get("checkpoint")})
+    for name in ("checkpoint", "llm_hash"):  # that not all lines have
+        values[name] = sorted({str(r[name]) for r in records if r.get(name)})
     mixed = [f"{name} {' and '.join(found)}" for name, found in values.items() if len(found) > 1]
     check((not mixed, f"{path} has lines of {'; '.join(mixed)}, which cannot share a table; give a file with "
            "one of them"))

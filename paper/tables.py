@@ -71,7 +71,7 @@ NEEDED = {*FIXED, "distill_len", "dtype", "commit", "data_hash", "llm", "method"
 
 def latest(records: list[dict]) -> list[dict]:
     """A cell's records that were made like its newest line, and of two of one (task, seed) the later."""
-    same = ("checkpoint", "distill_len", "dtype", "llm_weights")
+    same = ("checkpoint", "distill_len", "dtype", "llm_weights", "segments", "retrieval", "perturbation")
     return list({(r["task"], r["seed"]): r for r in records
                  if all(r.get(f) == records[-1].get(f) for f in same)}.values())
 
@@ -163,8 +163,10 @@ def table1_lines(records: list[dict], paper: dict) -> list[str]:
     for r in records:
         ours = [f"{r[part]['tasks']} of {r[part]['of']} | {r[part]['avg_len']:.2f}"
                 for part in ("train", "test")]
-        train, train_len, test, test_len = paper[r["split"]]
-        theirs = f"{train}, {train_len:.2f}; {test}, {test_len:.2f}"
+        theirs = "–"
+        if r["split"] in paper:
+            train, train_len, test, test_len = paper[r["split"]]
+            theirs = f"{train}, {train_len:.2f}; {test}, {test_len:.2f}"
         lines.append(f"| {r['split']} | {' | '.join(ours)} | {theirs} |")
     return lines
 
@@ -260,7 +262,8 @@ def table_lines(records: list[dict], number: str) -> list[str]:
     settings = collection.get("settings", {})
     setting = {c: settings.get(c, settings.get(records[0]["split"])) for c in columns}  # none: functions
     n_tasks = {c: len(s["test"] if s else {r["task"] for r in records}) for c, s in setting.items()}
-    shown = {name: sorted({str(r.get(name)) for r in records}) for name in SHOWN}
+    segments = ["segments"] if any(r.get("segments") for r in records) else []
+    shown = {name: sorted({str(r.get(name)) for r in records}) for name in (*SHOWN, *segments)}
     hashes = " ".join(sorted({r["data_hash"] for r in records}))
     shown["data hash"] = [hashlib.sha256(hashes.encode()).hexdigest()[:12]]
     return [f"| LLM | row | {' | '.join(header)} |", "|" + "---|" * (len(header) + 2), *lines, "",

@@ -54,10 +54,14 @@ class OwnTasks(Tasks):
                 for e in self.pool(task)}
 
     def seen(self, own_tasks: dict[str, str]) -> list[str]:
-        """Those of the meta-test tasks whose examples are, to more than a half, a task's of this record."""
+        """The meta-test tasks of whose examples more than half were a training task's of this record, or that
+        hold more than half of one's, as far as the kept hashes tell: two at least are the same."""
+        def shares(own: set[str], kept: set[str]) -> bool:
+            known = {h for h in own if len(kept) < SKETCH or h <= max(kept)}  # would be kept, if trained on
+            return 2 * len(known & kept) > max(2, min(len(known), len(kept)))
+
         trained = [set(text.split()) for text in own_tasks.values()]
-        return [task for task in self.test
-                if any(2 * len(sample & self.hashes(task)) > len(sample) for sample in trained)]
+        return [task for task in self.test if any(shares(self.hashes(task), kept) for kept in trained)]
 
     def examples(self, task: str) -> list[dict]:
         """All different examples of a task that is not cut yet."""
@@ -127,13 +131,15 @@ def find_places(spec: str) -> dict[str, Path | str]:
 
 
 def load_own(spec: str, split: str, k: int, train_tasks: list[str] | None = None,
-             test_tasks: list[str] | None = None, columns: list[str] | None = None) -> OwnTasks:
+             test_tasks: list[str] | None = None, columns: list[str] | None = None,
+             strict: bool = True) -> OwnTasks:
     """The tasks of a file, folder or data set, shared out by a split file, by --train-tasks and --test-tasks,
-    or, without any of these, all to meta-test."""
+    or, without any of these, all to meta-test. strict: each name there is to be one of these tasks."""
     places, by_file = find_places(spec), split.endswith(".json")
     name = "own-" + "_".join(Path(spec).name.split())  # not the name of a collection of ours
-    train, test, types = read_split(split, places) if by_file else by_flags(spec, places, train_tasks,
-                                                                            test_tasks)
+    train, test, types = read_split(split, places) if by_file else by_flags(places, train_tasks, test_tasks)
+    if strict:
+        require_named([*places], spec, split, {"train_tasks": train_tasks, "test_tasks": test_tasks})
     both = sorted({*train} & {*test})
     check((not both, f"{', '.join(both)} cannot be in meta-train and in meta-test; name each once"))
     split = Path(split).stem if by_file else "own"
@@ -168,20 +174,26 @@ def read_split(path: str, places: dict) -> tuple[list[str], list[str], dict[str,
     fine = all(isinstance(names, list) and all(isinstance(n, str) for n in names) for names in (train, test))
     fine = fine and isinstance(types, dict) and all(isinstance(v, str) for v in types.values())
     check((fine and bool(train or test), f"--split {path}: expected {form}"))
-    for name in [*train, *test]:
-        check((name in places, f"--split {path}: there is no task {name!r}; {did_you_mean(name, places)}"))
-    return list(dict.fromkeys(train)), list(dict.fromkeys(test)), dict(types)
+    train, test = ([name for name in dict.fromkeys(names) if name in places] for names in (train, test))
+    return train, test, {name: kind for name, kind in types.items() if name in places}
 
 
-def by_flags(spec: str, places: dict, train_tasks: list[str] | None,
+def require_named(here: list[str], where: str, split: str, own: dict) -> None:
+    """Raise UserError where a split file, --train-tasks or --test-tasks name what is no task of `here`."""
+    if split.endswith(".json"):
+        table = json.loads(Path(split).read_text(encoding="utf-8"))  # as read_split has found it
+        check(*((name in here, f"--split {split}: there is no task {name!r}; {did_you_mean(name, here)}")
+                for name in [*table.get("train", []), *table.get("test", [])]))
+    check(*((bool(fnmatch.filter(here, glob)), f"--{flag.replace('_', '-')} {glob} is no task of {where}; "
+             f"{did_you_mean(glob, here)}")
+            for flag in ("train_tasks", "test_tasks") for glob in own.get(flag) or []))
+
+
+def by_flags(places: dict, train_tasks: list[str] | None,
              test_tasks: list[str] | None) -> tuple[list[str], list[str], dict[str, str]]:
     """train, test and (no) types by --train-tasks and --test-tasks; what is not given is the rest."""
-    def matching(flag: str, globs: list[str] | None) -> list[str]:
-        for glob in globs or []:
-            check((bool(fnmatch.filter(places, glob)),
-                   f"{flag} {glob} is no task of {spec}; {did_you_mean(glob, places)}"))
-        return [name for name in places if any(fnmatch.fnmatchcase(name, glob) for glob in globs or [])]
-    train, test = matching("--train-tasks", train_tasks), matching("--test-tasks", test_tasks)
+    train, test = ([name for name in places if any(fnmatch.fnmatchcase(name, glob) for glob in globs or [])]
+                   for globs in (train_tasks, test_tasks))
     if not test_tasks:
         test = [name for name in places if name not in train]
     elif not train_tasks:

@@ -28,9 +28,8 @@ def settle_distiller(args: argparse.Namespace) -> None:
         return
     name = Path(args.llm).name
     if "distiller" in args.filled_in and not args.distiller.startswith("layers:"):
-        known = [sibling for pattern, sibling in SIBLINGS.items() if re.fullmatch(pattern, name)]
-        args.distiller = [*known, f"layers:{max(1, round(layers / 3))}"][0]
-        if not known and is_main():
+        args.distiller = usual_distiller(name, layers)
+        if args.distiller.startswith("layers:") and is_main():
             print(f"no smaller model with the tokenizer of {name} is known here: distiller {args.distiller}, "
                   f"of the LLM's own {layers} layers; change it with --distiller")
     if args.distiller.startswith("layers:"):
@@ -40,6 +39,12 @@ def settle_distiller(args: argparse.Namespace) -> None:
         check_same_tokens(args.distiller, args.llm)
     if args.template != "space":
         make_turns(args.template, Tokenizer(args.llm))
+
+
+def usual_distiller(name: str, layers: int) -> str:
+    """The smallest sibling of an LLM of this name and so many layers, or a third of its own layers."""
+    known = [sibling for pattern, sibling in SIBLINGS.items() if re.fullmatch(pattern, name)]
+    return [*known, f"layers:{max(1, round(layers / 3))}"][0]
 
 
 def own_layers(spec: str, total: int) -> int:

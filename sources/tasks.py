@@ -171,10 +171,14 @@ class Mixture(Tasks):
 
     def partner(self, task: str, among: list[str]) -> str:
         own = self.part_of(task)
-        return own.partner(task, [t for t in among if t in own.test])
+        same = [t for t in among if t in own.test]
+        return own.partner(task, same) if len(same) > 1 else super().partner(task, among)
 
     def retrieval_files(self, task: str) -> list[Path]:
         return self.part_of(task).retrieval_files(task)
+
+    def retrieval_pool(self, task: str, seed: int) -> list[dict]:
+        return self.part_of(task).retrieval_pool(task, seed)
 
     def data_hash(self, task: str, seed: int, retrieval: bool = False) -> str:
         return self.part_of(task).data_hash(task, seed, retrieval)
@@ -187,6 +191,8 @@ def tasks_of(args: argparse.Namespace, split: str | None = None) -> Tasks:
     check((asked in ("class_to_class", FUNCTIONS) or not {*args.tasks} <= MADE,
            f"--split {asked} has no part in made tasks; leave it out"))
     tasks = load_tasks(args.tasks, asked, args.llm, getattr(args, "k", 16), own)
+    check((bool(tasks.test), f"--tasks {' '.join(args.tasks)} leaves no meta-test task to evaluate on; leave "
+                             "one out of training, with --test-tasks"))
     if "split" in args and split is None:
         args.split = tasks.split if tasks.is_own() else args.split
     return tasks
@@ -203,7 +209,11 @@ def load_tasks(spec: str | list[str], split: str, llm: str = "", k: int = 16,
     """
     names = [spec] if isinstance(spec, str) else spec
     if len(names) > 1:
-        return mixture([load_tasks(name, split, llm, k, own) for name in names], split)
+        from sources.own import require_named
+        parts = [load_tasks(name, split, llm, k, (own or {}) | {"strict": False}) for name in names]
+        here = [task for part in parts if part.is_own() for task in part.places]
+        require_named(here, " ".join(names), split, own or {})
+        return mixture(parts, split)
     spec = names[0]
     if spec in MADE:
         from sources import synthetic

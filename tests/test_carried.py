@@ -50,6 +50,13 @@ def test_icl_is_set_against_its_own_control():
                for line in carried.table_lines("x", made))
 
 
+def test_trained_baselines_have_rows_and_segments_are_named():
+    made = carried.carried([{**r, "segments": 4} for r in [
+        *BOTH, *lines("hypertuning", {"verb: past": 0.5, "verb: she": 0.5, "date: year": 0.2}, 16)]])
+    assert list(made["methods"][16]) == ["zero_shot", "hypertuning", "icl"]
+    assert "in 4 segments of l vectors each" in carried.table_lines("x", made)[0]
+
+
 def test_command(tmp_path, capsys):
     path = tmp_path / "ratios-x.jsonl"
     path.write_text("".join(json.dumps(r) + "\n" for r in [

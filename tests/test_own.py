@@ -129,6 +129,19 @@ def test_train_on_own_tasks_and_evaluate_on_one_held_out(folder, tmp_path, flags
                              "--resume"])
 
 
+@pytest.mark.parametrize("trained, evaluated, refused", [
+    (range(1000), range(100), True), (range(1000), range(400, 800), True),  # parts of what was seen
+    (range(100), range(2000), True), (range(1000), range(700, 2700), False),  # all of it; less than a half
+    (range(30), range(20), True), (range(30), range(16, 46), False), (range(1000), range(1000, 1100), False)])
+def test_a_part_or_a_superset_of_what_was_trained_on_is_known_again(tmp_path, trained, evaluated, refused):
+    rows = rows_of("mails", 2700)
+    for name, which in (("a", trained), ("b", evaluated)):
+        write_lines(tmp_path / f"{name}.jsonl", [rows[i] for i in which])
+    tasks = load_own(str(tmp_path), "class_to_class", 16)
+    tasks.train, tasks.test = ["a"], ["b"]
+    assert tasks.seen(tasks.record()["own_tasks"]) == (["b"] if refused else [])
+
+
 def test_a_split_file(folder, tmp_path, flags, training):
     split = tmp_path / "mine.json"
     types = {"mails": "multi-choice"}
@@ -166,7 +179,7 @@ def test_own_tasks_beside_made_ones(lines_only):
     tasks = load_tasks(["functions", str(lines_only)], "class_to_class", own={"test_tasks": ["mails"]})
     assert "support" in tasks.train and "mails" in tasks.test and tasks.is_own() and tasks.split == "own"
     assert tasks.record().keys() == {"own_tasks"} and len(tasks.files("mails", 100)["train"]) == 16
-    assert tasks.partner("mails", tasks.test) == "mails"
+    assert tasks.partner("mails", tasks.test) != "mails"  # though no other of its collection is there
     with pytest.raises(UserError, match="stands in two collections"):
         load_tasks([str(lines_only), str(lines_only / "mails.jsonl")], "class_to_class")
 
@@ -264,6 +277,33 @@ def test_what_cannot_be_a_task(tmp_path, flags, training, monkeypatch):
         load_own(str(tmp_path / "few"), "x", 16, train_tasks=["bills"])
     with pytest.raises(UserError, match="has no meta-training tasks; give another one, or, of your own"):
         train_finetune.main([*training, "--tasks", str(tmp_path / "few"), "--out-dir", str(tmp_path / "run")])
+
+
+def test_several_places_share_out_their_tasks_and_swap_across_them(tmp_path):
+    for name, task in (("a", "mails"), ("b", "reviews"), ("c", "support")):
+        write_lines(tmp_path / f"{name}.jsonl", rows_of(task, 60))
+    places = [str(tmp_path / f"{name}.jsonl") for name in "abc"]
+    tasks = load_tasks(places, "x", k=16)
+    assert [tasks.partner(task, ["a", "b", "c"]) for task in "abc"] == ["b", "c", "a"]  # each alone
+    alone = load_own(places[1], "x", 16)
+    assert tasks.retrieval_pool("b", 100) == alone.retrieval_pool("b", 100) != []
+    tasks = load_tasks(places, "x", k=16, own={"test_tasks": ["b"]})
+    assert (tasks.train, tasks.test) == (["a", "c"], ["b"])
+    (tmp_path / "s.json").write_text('{"train": ["a"], "test": ["c"]}')
+    tasks = load_tasks(places, str(tmp_path / "s.json"), k=16, own={})
+    assert (tasks.train, tasks.test) == (["a"], ["c"])
+    with pytest.raises(UserError, match="--test-tasks d is no task of .*a.jsonl .*c.jsonl"):
+        load_tasks(places, "x", k=16, own={"test_tasks": ["a", "d"]})
+    (tmp_path / "s.json").write_text('{"train": ["a"], "test": ["d"]}')
+    with pytest.raises(UserError, match="there is no task 'd'"):
+        load_tasks(places, str(tmp_path / "s.json"), k=16, own={})
+
+
+def test_training_on_all_own_tasks_leaves_none_to_look_at(tmp_path, training):
+    write_lines(tmp_path / "mails.jsonl", rows_of("mails", 60))
+    with pytest.raises(UserError, match="leaves no meta-test task to evaluate on; leave one out of training"):
+        train_finetune.main([*training, "--tasks", str(tmp_path / "mails.jsonl"), "--train-tasks", "*",
+                             "--init-from", "none"])
 
 
 def test_cells_of_a_csv_are_text_as_it_stands(tmp_path):

@@ -63,6 +63,10 @@ def test_gains_by_ratio_by_hand(tmp_path):
     drawn = pictures.gains_by_ratio([*both, *mend, *lines("majority", (1, 1), 32)])
     assert drawn.keys() == {"mend"}
     np.testing.assert_allclose(drawn["mend"], [(3, 50), (6, 0)])
+    cut = [r | {"segments": 2} for r in [*both, *mend]]  # twice as many vectors
+    np.testing.assert_allclose(pictures.gains_by_ratio(cut)["mend"], [(1.5, 50), (3, 0)])
+    with pytest.raises(UserError, match="--segments auto: no ratio"):
+        pictures.gains_by_ratio([r | {"segments": "auto"} for r in cut])
 
     path = tmp_path / "ratios-functions.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in [*both, *mend]))

@@ -150,7 +150,8 @@ def test_an_llm_that_was_given_is_planned_alone(tiny, tmp_path, capsys, monkeypa
     own = str(tmp_path / "my-llama")
     for llm, distiller, filled_in, expected in (
             (own, "layers:4", [], "layers:4"), (own, "gpt2", ["distiller"], "layers:2"),
-            ("gpt2-xl", "gpt2", ["distiller"], "gpt2"),
+            ("gpt2-xl", "gpt2", ["distiller"], "gpt2"), ("gpt2", "gpt2", ["distiller"], "gpt2"),
+            ("meta-llama/Llama-3.1-8B", "gpt2", ["distiller"], "layers:3"),
             ("Qwen/Qwen3-0.6B", "gpt2", ["distiller"], "layers:9"),
             ("flan-t5-xl", "gpt2", ["distiller"], "flan-t5-base")):
         args = argparse.Namespace(**vars(plan_args()), llm=llm, distiller=distiller, template="space",

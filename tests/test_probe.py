@@ -48,6 +48,11 @@ def test_a_distiller_without_gain_has_no_correction(probed, tokenizer, llama_llm
     assert found["rms_start"] == pytest.approx(embed[last].pow(2).mean().sqrt().item(), rel=1e-5)
 
 
+def test_keys_and_values_are_no_corrections(probed):
+    with pytest.raises(UserError, match="paper.probe looks at vectors at the LLM's input"):
+        probed("kv:2", "matched")
+
+
 def test_free_vectors_are_the_same_correction_for_all(probed):
     found = probed("free", "matched")
     assert (found["shared_energy"], found["mean_cosine"]) == pytest.approx((1, 1))

@@ -1,6 +1,7 @@
 """D in segments that are distilled one by one. Oracles: plain.py's distiller on each segment alone; for keys
 and values, each segment alone with its keys turned further by transformers' own rotation."""
 
+import json
 import random
 
 import pytest
@@ -152,6 +153,13 @@ def test_evaluation_in_segments(tmp_path, llama, llama_llm, tasks_dir, tiny_task
     assert score.demo_tokens("last_l", demos, 900, whole) == whole.demonstrations(demos, 900)[-2 * L:]
     lines = read_lines(tmp_path / "out.jsonl")
     assert [line["segments"] for line in lines] == [2, 2, 2]
+    context = len(flat(parts[0]))  # what icl reads of D
+    evaluate.main([*argv, "--segments", "auto", "--context-len", str(context), "--methods", "mend", "icl"])
+    mend, icl = (line["demo_tokens"] for line in read_lines(tmp_path / "out.jsonl")[3:])
+    cut = Formatter(tokenizer, "space", context, L, segments="auto")
+    assert cut.fitting(demos, context) == demos and icl == len(cut.demonstrations(demos, context)) <= context
+    assert mend == sum(len(flat(part)) for part in cut.parts(demos, context)) > context
+    (tmp_path / "out.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     evaluate.main([*argv, "--segments", "1"])  # another setting: evaluated anew
     assert len(read_lines(tmp_path / "out.jsonl")) == 6
     with pytest.raises(UserError, match="mend_constant is a mean.*give --segments a number"):

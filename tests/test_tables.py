@@ -162,7 +162,8 @@ def test_the_latest_line_of_a_task_and_seed_counts_and_the_newest_checkpoint_of_
     assert scores()["tiny", "mend", "class_to_class"] == {("emo", 13): (70.0, 10)}
 
 
-@pytest.mark.parametrize("change", [{"distill_len": 9}, {"dtype": "bf16"}, {"llm_weights": "8bit"}])
+@pytest.mark.parametrize("change", [{"distill_len": 9}, {"dtype": "bf16"}, {"llm_weights": "8bit"},
+                                    {"segments": 4}, {"retrieval": "dense:x"}, {"perturbation": "no_label"}])
 def test_a_cell_holds_one_way_of_making_it(change):
     lines = [record(headline=0.1, task="ag_news") | change, record(headline=0.3),
              record(headline=0.5, task="ag_news", seed=21)]
@@ -222,6 +223,12 @@ def test_no_record_and_other_files():
         table_lines([{"step": 3, "kl": 0.5}], "2")
     with pytest.raises(UserError, match="--table 1 takes the last lines that data.py printed"):
         table_lines([record()], "1")
+
+
+def test_table_1_of_a_setting_that_the_paper_has_not():
+    part = {"tasks": 2, "of": 2, "avg_len": 1.5}
+    assert table_lines([{"split": "own", "train": part, "test": part}], "1")[2] == (
+        "| own | 2 of 2 | 1.50 | 2 of 2 | 1.50 | – |")
 
 
 def test_best_is_bold_and_second_underlined_ties_alike():

@@ -27,13 +27,13 @@ RESULTS=${RESULTS:-results}
 RUNS=${RUNS:-out/$SCALE}
 SEVEN="class_to_class non_class_to_class non_nli_to_nli non_qa_to_qa qa_to_qa hr_to_lr non_para_to_para"
 PRESET=$SCALE COMMON="" PRETRAIN="" MEND="" HYPERTUNING="" PROMPT_TUNING=""
-KV="--distiller kv:32 --distill-len 64 --elastic --template newline --patience 0 --lr 1e-3"
+KV="--distiller kv:32 --distill-len 64 --elastic --max-segments 4 --template newline --patience 0 --lr 1e-3"
 KV_PRETRAIN="" KV_FINETUNE="--least-k 4 --queries-per-demo 4"
 if [ "$SCALE" = pocket ]; then  # what was tried on dev data is in results/LOG.md
     PRETRAIN="--steps 300 --eval-every 150 --patience 0"
     MEND="--steps 300 --batch-size 4 --lr 1e-3 --eval-every 50 --patience 0" HYPERTUNING=$MEND PROMPT_TUNING=$MEND
-    KV_PRETRAIN="--steps 90 --eval-every 90 --save-every 10"  # of the published checkpoint (checkpoints/README.md)
-    KV_FINETUNE="--least-k 4 --batch-size 8 --context-len 320 --steps 260 --eval-every 260 --eval-queries 1 --save-every 10"
+    KV_PRETRAIN="--steps 120 --eval-every 120 --save-every 10"  # of the published checkpoint (checkpoints/README.md)
+    KV_FINETUNE="--least-k 4 --batch-size 8 --context-len 320 --steps 560 --eval-every 560 --eval-queries 1 --save-every 10"
 elif [ "$SCALE" = pocket-gpu ]; then
     PRESET=pocket COMMON="--distill-len 100"
     PRETRAIN="--window 1024 --context-len 900 --batch-size 16 --steps 3000 --lr 5e-4 --eval-every 500 --patience 0 --save-every 250"

@@ -4,6 +4,6 @@
 source "$(dirname "$0")/settings.sh"
 RESULTS=results
 for file in "$RESULTS"/table*.jsonl; do
-    [[ $file =~ /table([0-9])-([a-z]+)\.jsonl$ ]] && SCALE=${BASH_REMATCH[2]} table "${BASH_REMATCH[1]}" "table${BASH_REMATCH[1]}" > /dev/null
+    [[ $file =~ /table([0-9])-([a-z-]+)\.jsonl$ ]] && SCALE=${BASH_REMATCH[2]} table "${BASH_REMATCH[1]}" "table${BASH_REMATCH[1]}" > /dev/null
 done
 for name in method fig3 scaling fig4 fig8 ratios swaps; do "$PYTHON" -m paper.figures $name; done
