@@ -20,7 +20,7 @@ SOME := "noun: hashtag" "verb: she" "adjective: very" "trio: last" "number: in w
 	"country: capital" "date: month" "path: ending" "sentence: object"
 TABLE := --only $(SOME) --seeds 100 --limit 4 --methods zero_shot last_l icl mend mend_swapped --out $(DEMO)/results.jsonl
 SMALL := --distiller kv:32 --distill-len 16 --lr 1e-3 --steps 12 --eval-every 12 --eval-queries 1 --eval-tasks 12
-# threads that spin while they wait make a training step ten times slower where other work shares the cores
+# threads that spin while they wait make a training step four times slower where other work shares the cores
 export GOMP_SPINCOUNT ?= 100
 
 .PHONY: demo test setup assets lint tables table1 table2 table3 table6 table7 fig3 fig4 fig5 ablations lr ratios kv

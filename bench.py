@@ -5,7 +5,7 @@
     python bench.py --preset paper --fig3                       # Fig. 3 and scaling, counted without weights
     python bench.py --preset paper --plan                       # which card a training step fits, hours
     python bench.py --preset paper --plan --llm Qwen/Qwen3-0.6B # the same for an LLM of yours
-    python bench.py --suite --tasks FOLDER                      # every ratio that the README states
+    python bench.py --suite --tasks FOLDER                      # against the plain way: every ratio
     python bench.py --peers --tasks FOLDER                      # against lm_eval's scoring, peft's training
 
 Covers Fig. 3 and the inference efficiency paragraph of Sec. 4. Counting needs no weights: tensors without

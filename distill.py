@@ -55,7 +55,7 @@ def get_parser() -> argparse.ArgumentParser:
                         "vllm's prompt embeddings (also of each query), a folder for peft, or kv, the LLM's "
                         "past_key_values (docs/serving.md)")
     parser.add_argument("--publish", metavar="FOLDER", help="write --checkpoint here, in bf16 and without "
-                        "optimiser and flags: model.safetensors, config.json and a card, ready for the hub")
+                        "optimiser: model.safetensors, config.json and a card, ready for the hub")
     parser.add_argument("--checkpoint", default=str(PUBLISHED), help="run folder, checkpoint file or "
                         "published folder; default: the checkpoint that comes along")
     parser.add_argument("--llm", default=common.PRESETS["pocket"]["llm"],

@@ -113,7 +113,7 @@ class Run:
     """One training run: its folder, optimiser, step, log, checkpoints and early stopping. Its loop:
 
         while True:
-            if run.evaluation_due():            # of the start, and of each step that was just saved
+            if run.evaluation_due():            # at the start, every --eval-every steps, and at the end
                 run.evaluated(metrics, text)
             if run.done():
                 return run.finish(stage="...")

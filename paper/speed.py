@@ -348,7 +348,7 @@ def suite(args: argparse.Namespace, device: torch.device, methods: dict[str, dic
 
 
 def markdown(results: dict) -> str:
-    """The README's table."""
+    """The table of results/SPEED.md."""
     rows = ["| what | ratio | goal | figures |", "|---|---|---|---|"]
     for r in results["lines"]:
         goal = f"{r['goal']:.2f}{'' if r['met'] else ', missed'}"

@@ -1,7 +1,7 @@
 """Kills, signals and full disks at random moments of both stages and of evaluation; what is there in the end
 is compared with an uninterrupted run's.
 
-    python tests/soak.py --kills 50        # some 30 minutes on two cores; paper/runs/soak.sh
+    python tests/soak.py --kills 50        # 5 to 30 minutes on two cores; paper/runs/soak.sh
 
 A tiny random LLM on the CPU. A full disk is a limit on the size of files, at which a write fails alike. The
 last line is JSON: how many of each there were, and what differs (nothing, or the exit code is 1).
