@@ -33,7 +33,7 @@ if [ "$SCALE" = pocket ]; then  # what was tried on dev data is in results/LOG.m
     PRETRAIN="--steps 300 --eval-every 150 --patience 0"
     MEND="--steps 300 --batch-size 4 --lr 1e-3 --eval-every 50 --patience 0" HYPERTUNING=$MEND PROMPT_TUNING=$MEND
     KV_PRETRAIN="--steps 120 --eval-every 120 --save-every 10"  # of the published checkpoint (checkpoints/README.md)
-    KV_FINETUNE="--least-k 4 --batch-size 8 --context-len 320 --steps 560 --eval-every 560 --eval-queries 1 --save-every 10"
+    KV_FINETUNE="--least-k 4 --batch-size 8 --context-len 320 --steps 480 --eval-every 480 --eval-queries 1 --save-every 10"
 elif [ "$SCALE" = pocket-gpu ]; then
     PRESET=pocket COMMON="--distill-len 100"
     PRETRAIN="--window 1024 --context-len 900 --batch-size 16 --steps 3000 --lr 5e-4 --eval-every 500 --patience 0 --save-every 250"
