@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The published checkpoint's recipe, both stages, and what its vectors carry: ratios.sh and BIG-bench's functions.
 #     METAICL_DIR=... C4_DIR=... SEEDS=100 LIMIT=8 paper/runs/kv.sh
-# Some 53 minutes of training on one CPU thread with bf16 units, then evaluation, into out/kv-results. Optional:
+# Some 85 minutes of training on two CPU cores with bf16 units, then evaluation, into out/kv-results. Optional:
 #   CHECKPOINT     evaluate this one and train nothing, such as what gpu.sh has made
 #   BIGBENCH=""    leaves BIG-bench out
 export RESULTS=${RESULTS:-out/kv-results}
