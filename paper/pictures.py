@@ -259,13 +259,12 @@ def ratios(args) -> tuple[Figure, dict]:
         n = {(r["task"], r["seed"]): r["n"] for r in records}
         tasks, seeds = len({task for task, _ in n}), len({seed for _, seed in n})
         ax.set_title(f"{records[0]['tasks']}, {tasks} tasks", loc="left")
-        counts.append(f"{records[0]['tasks']} {sum(n.values()):,}")
+        counts.append(f"{records[0]['tasks']} {sum(n.values()):,} of {seeds} set{'s' * (seeds > 1)}")
     handles, labels = axes[0].get_legend_handles_labels()
     fig.legend(handles, labels, loc="outside upper center", ncols=2)
     one = next(iter(read.values()))
     caption(fig, f"Recovered gain, (method - zero-shot) / (ICL - zero-shot), of {one[0]['llm']}, one "
-                 f"checkpoint for all l, K = {one[0]['k']}, {seeds} demonstration sets; queries a point: "
-                 f"{', '.join(counts)}.\n"
+                 f"checkpoint for all l, K = {one[0]['k']}; queries a point: {', '.join(counts)}.\n"
                  f"runs/ratios.sh; {args.command} · commit "
                  f"{', '.join(sorted({r['commit'] for records in read.values() for r in records}))}")
     return fig, drawn
