@@ -500,10 +500,13 @@ def signal_in_step(monkeypatch, number: int, step: int) -> None:
 
 
 @pytest.mark.parametrize("name, code", [("SIGTERM", 143), ("SIGINT", 130), ("SIGHUP", 129)])
-def test_a_signal_ends_a_training_behind_its_step_saved(finetuning, tmp_path, monkeypatch, capfd, name, code):
+def test_a_signal_ends_a_training_behind_its_step_saved(finetuning, tmp_path, monkeypatch, capfd, request,
+                                                        name, code):
 
     number = getattr(signal, name)
-    usual = signal.getsignal(number)
+    usual = signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL
+    ignored = signal.signal(number, usual)  # as a job behind a shell's & ignores SIGINT, and so would the run
+    request.addfinalizer(lambda: signal.signal(number, ignored))
     argv, whole, cut = [*finetuning, "--save-every", "9"], tmp_path / "whole", tmp_path / "cut"
     train(train_finetune, argv, whole)
     with monkeypatch.context() as patch:
