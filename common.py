@@ -335,9 +335,10 @@ def attention_for(rows: list[dict], device: torch.device):
     """A context for training on data.collate's rows: on a CPU, plain attention where they are short, as the
     backward pass of its flash attention in bf16 takes three times as long; the scores of long rows would take
     gigabytes. In bf16 they stay bf16, as by default plain attention would compute them in fp32."""
-    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # in spite of its name on CPUs too
     longest = max(len(r["demo"]) + sum(len(x) + sum(map(len, ys)) for x, ys in r["queries"]) for r in rows)
     plain = device.type == "cpu" and len(rows) * longest ** 2 <= 2 ** 20
+    if plain:
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # in spite of its name on CPUs too
     return sdpa_kernel(SDPBackend.MATH) if plain else contextlib.nullcontext()
 
 

@@ -205,8 +205,8 @@ def evaluate_one(args, llm, distiller, formatter: Formatter, tasks: Tasks, task:
     else:
         demos, _ = demonstration_set(tasks, shown_task or task, seed, args.k)
         limit = formatter.limit(demos + files["test"])
-        read = [formatter.pieces(demos, limit)] if "icl" in method else formatter.parts(demos, limit)
-        tokens = None if method in SEEDLESS else sum(len(flat(part)) for part in read)
+        cut = formatter.parts if method in VECTOR_METHODS else lambda *a: [formatter.pieces(*a)]
+        tokens = None if method in SEEDLESS else sum(len(flat(part)) for part in cut(demos, limit))
         if method == "majority":
             chosen = majority(demos, queries)
         else:

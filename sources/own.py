@@ -61,7 +61,8 @@ class OwnTasks(Tasks):
             return 2 * len(known & kept) > max(2, min(len(known), len(kept)))
 
         trained = [set(text.split()) for text in own_tasks.values()]
-        return [task for task in self.test if any(shares(self.hashes(task), kept) for kept in trained)]
+        return [task for task in self.test if trained
+                and any(shares(own, kept) for own in [self.hashes(task)] for kept in trained)]
 
     def examples(self, task: str) -> list[dict]:
         """All different examples of a task that is not cut yet."""

@@ -74,7 +74,8 @@ finish() {  # wait for the jobs, and stop where one failed
 mkdir -p "$RUNS"
 in_turn() { ( flock 9; "$@" ) 9> "$RUNS/score.lock"; }  # the results file takes one evaluation at a time
 eval "$(declare -f pretrain | sed '1s/.*/pretrain_alone()/')"
-pretrain() { ( flock 9; pretrain_alone "$@" ) 9> "$RUNS/$1.lock"; }  # the methods of several splits ask for the same one
+# the methods of several splits ask for the same pretraining
+pretrain() { ( flock 9; pretrain_alone "$@" ) 9> "$RUNS/$1.lock"; }
 method() {  # NAME SPLIT: train and score one
     $1 "$2"
     in_turn score table2 "$2" --methods "$1" --checkpoint "$RUNS/$1-$2"

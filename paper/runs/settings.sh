@@ -27,7 +27,8 @@ RESULTS=${RESULTS:-results}
 RUNS=${RUNS:-out/$SCALE}
 SEVEN="class_to_class non_class_to_class non_nli_to_nli non_qa_to_qa qa_to_qa hr_to_lr non_para_to_para"
 PRESET=$SCALE COMMON="" PRETRAIN="" MEND="" HYPERTUNING="" PROMPT_TUNING=""
-KV="--distiller kv:32 --distill-len 64 --elastic --max-segments 4 --template newline --patience 0 --lr 1e-3"
+KV="--distiller kv:32 --distill-len 64 --elastic --max-segments 4 --template newline"
+KV="$KV --patience 0 --lr 1e-3"
 KV_PRETRAIN="" KV_FINETUNE="--least-k 4 --queries-per-demo 4"
 if [ "$SCALE" = pocket ]; then  # what was tried on dev data is in results/LOG.md
     PRETRAIN="--steps 300 --eval-every 150 --patience 0"
