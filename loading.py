@@ -100,8 +100,8 @@ def load_llm(name: str, device: torch.device, dtype: torch.dtype, weights: str |
 
 
 CHECKED = [  # rows of data.collate: padding, packed queries and options, as everything is read here
-    {"demo": [3, 4, 5, 6], "queries": [([7, 8], [[9], [10, 11]]), ([12], [[13]])]},
-    {"demo": [14], "queries": [([15, 16], [[17, 18]])]}]
+    {"demo": [0, 1, 2, 3], "queries": [([4, 5], [[6], [7, 8]]), ([9], [[10]])]},
+    {"demo": [11], "queries": [([12, 13], [[14, 15]])]}]  # ids from the middle of the vocabulary
 
 
 @torch.no_grad()
@@ -112,18 +112,20 @@ def check_llm(llm: PreTrainedModel, name: str) -> None:
     Some architectures have other positions, masks or a scaled head, and would be silently wrong.
     """
     which = f"--llm {name}, of type {llm.config.model_type},"
+    middle = llm.get_input_embeddings().weight.shape[0] // 2 - 8  # untrained ids, at the ends, sway in bf16
     headers.check_tensors(f"--llm {name}", {n: t for n, t in llm.named_parameters() if t.is_floating_point()})
 
     def own_logits(demo: list[int], x: list[int], y: list[int]) -> Tensor:
         """(T_y, V)"""
-        ids = torch.tensor([demo + x if llm.config.is_encoder_decoder else demo + x + y], device=llm.device)
+        demo, x, y = (torch.tensor(ids, device=llm.device) + middle for ids in (demo, x, y))
         if llm.config.is_encoder_decoder:
-            start = torch.tensor([[llm.config.decoder_start_token_id, *y[:-1]]], device=llm.device)
-            return llm(input_ids=ids, decoder_input_ids=start).logits[0]
-        return llm(input_ids=ids).logits[0, -len(y) - 1:-1]
+            start = torch.cat([y.new_tensor([llm.config.decoder_start_token_id]), y[:-1]])
+            return llm(input_ids=torch.cat([demo, x])[None], decoder_input_ids=start[None]).logits[0]
+        return llm(input_ids=torch.cat([demo, x, y])[None]).logits[0, -len(y) - 1:-1]
 
     try:
         batch = collate(CHECKED, llm.device)
+        batch |= {key: batch[key] + middle for key in ("demo_ids", "query_ids")}
         states = query_states(llm, demo_prefix(llm, batch["demo_ids"], batch["demo_mask"]), batch)
         found = head_logits(llm, states[answer_mask(batch)])                                     # (N, V)
         expected = torch.cat([own_logits(row["demo"], x, y)
@@ -133,8 +135,7 @@ def check_llm(llm: PreTrainedModel, name: str) -> None:
         raise UserError(f"{which} cannot read vectors in place of tokens ({first_line(error)}); "
                         f"{headers.USABLE}") from error
     rounding = 1e-3 if llm.dtype == torch.float32 else 0.1  # far above what it does
-    check((difference < float("inf"), f"{which} predicts numbers that are not finite; give another one, or "
-                                      "--dtype fp32"),
+    check((difference < float("inf"), f"{which} predicts numbers that are not finite; give --dtype fp32"),
           (not difference > rounding, f"{which} gives other predictions for embeddings than for tokens (by "
            f"{difference:.0%}); {headers.USABLE}"))
 
@@ -345,9 +346,8 @@ def set_length(distiller: nn.Module, state: dict, length: int, path: str) -> Non
 
 def require_input_vectors(distiller: nn.Module, what: str) -> None:
     """Raise UserError, naming `what` needs them, where a distiller hands over keys and values instead."""
-    check((not isinstance(distiller, KeyValueDistiller),
-           f"{what} looks at vectors at the LLM's input, and kv:R has keys and values; give another "
-           "--distiller or --checkpoint"))
+    check((not isinstance(distiller, KeyValueDistiller), f"{what} looks at vectors at the LLM's input, and "
+           "kv:R has keys and values; give another --distiller or --checkpoint"))
 
 
 def make_formatter(args: argparse.Namespace, tokenizer: Tokenizer, llm, distiller) -> Formatter:
