@@ -10,6 +10,7 @@
 
 PYTHON ?= python3
 PIP_FLAGS ?=
+WORKERS ?= 2
 BIN := .venv/bin
 DEMO := out/demo
 PUBLISHED := checkpoints/smollm2-135m.safetensors
@@ -52,8 +53,9 @@ demo: setup
 tables table1 table2 table3 table6 table7 fig3 fig4 fig5 ablations lr ratios kv: setup
 	PYTHON=$(BIN)/python paper/runs/$@.sh
 
+# in as many processes as WORKERS says; those still busy give tests away at the end
 test: .venv/extra
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 lint: setup
 	$(BIN)/ruff check .

@@ -187,7 +187,8 @@ def test_an_interrupted_tokenisation_is_not_taken_for_a_whole_one(corpus_dir, to
 
 
 @pytest.mark.parametrize("content", [gzip.compress(b'{"text": "fine"}\n' * 500)[:-9], b"no gzip",
-                                     b"\x1f\x8b" + b"x" * 40, gzip.compress(b'{"text": "caf\xe9"}\n')])
+                                     b"\x1f\x8b" + b"x" * 40, gzip.compress(b'{"text": "caf\xe9"}\n')],
+                         ids=["cut", "plain", "garbled", "latin-1"])
 def test_a_file_that_cannot_be_read_is_named(tmp_path, content):
     (tmp_path / "part.jsonl.gz").write_bytes(content)
     with pytest.raises(UserError, match=r"part\.jsonl\.gz cannot be read as UTF-8 text"):
