@@ -47,8 +47,8 @@ def get_parser() -> argparse.ArgumentParser:
     group.add_argument("--least-k", type=int, help="draw each set's K between this and --k; default: K is "
                        "--k, as in the paper")
     group.add_argument("--init-from", metavar="DIR|none",
-                       help="pretraining run to start from; none = no pretraining; default: the one with the "
-                            "lowest held-out KL under out/ that fits the flags, of beta 0.8 if there is one")
+                       help="pretraining run to start from; none = no pretraining; default: the one under "
+                            "out/ that fits the flags and recovered most, of beta 0.8 if there is one")
     return parser
 
 
@@ -56,8 +56,8 @@ MADE_BY = ("distiller", "distill_len", "vector_start", "template")  # flags that
 
 
 def find_pretrained(llm, args) -> Path | None:
-    """The pretraining checkpoint under out/ with the lowest held-out KL with this LLM and these flags: of the
-    paper's beta if there is one, as windows that are cut elsewhere have another KL."""
+    """The pretraining checkpoint under out/ of this LLM and these flags that recovered most, of the paper's
+    beta if there is one: a share, as the KLs of other texts, or of windows cut elsewhere, do not compare."""
     wanted, found = {name: getattr(args, name) for name in MADE_BY}, []
     for path in sorted(common.OUT.glob("*/best.safetensors")):
         with common.noting_faults():
@@ -65,7 +65,7 @@ def find_pretrained(llm, args) -> Path | None:
             if is_pretraining(path, state) and same_llm(state["model"]["llm"], loading.identity(llm)) \
                     and wanted.items() <= state["model"].items():
                 beta = state["trained_on"]["pretrain"].get("beta")
-                found.append((beta != 0.8, state["metrics"]["heldout_kl"], path))
+                found.append((beta != 0.8, -state["metrics"]["recovered"], path))
     return min(found)[-1] if found else None
 
 

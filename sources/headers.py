@@ -128,7 +128,7 @@ def is_pretraining(path: str | Path, state: dict) -> bool:
         return False
     check_fields(path, "state", state, "model", "metrics")
     check_fields(path, "model", state["model"], "llm", "distiller", "distill_len", "vector_start", "template")
-    check(("heldout_kl" in state["metrics"], f"{path} has no held-out KL; take another file"))
+    check(("recovered" in state["metrics"], f"{path} does not say what it recovered; take another file"))
     return True
 
 

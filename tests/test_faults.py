@@ -629,9 +629,9 @@ def test_a_broken_last_checkpoint_is_an_error_of_resume(finetuning, quick_dev, t
 
 def test_broken_neighbours_are_left_out_with_a_note(finetuning, setting, tmp_path, capsys):
     flags = {"distiller": "layers:2", "distill_len": 4, "vector_start": "matched", "template": "space"}
-    stage = {"trained_on": {"pretrain": {"objective": "kl", "beta": 0.8}}, "metrics": {"heldout_kl": 0.5}}
+    stage = {"trained_on": {"pretrain": {"objective": "kl", "beta": 0.8}}, "metrics": {"recovered": 0.5}}
     save_distiller(common.OUT / "good", setting.distiller, setting.llm, **stage)
-    for name, change in {"nan": {"metrics": {"heldout_kl": "x"}}, "less": {"metrics": {}},
+    for name, change in {"nan": {"metrics": {"recovered": "x"}}, "less": {"metrics": {}},
                          "list": {"trained_on": {"pretrain": []}}}.items():
         save_distiller(common.OUT / name, setting.distiller, setting.llm, **stage | change)
     (common.OUT / "cut").mkdir()

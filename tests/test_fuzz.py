@@ -130,7 +130,7 @@ def holds(found, header) -> bool:
 def checkpoint(tmp_path_factory, setting) -> Path:
     state = {"trained_on": {"pretrain": {"corpus": "c", "objective": "kl", "beta": 0.8},
                             "finetune": {"tasks": "metaicl", "split": "qa_to_qa", "lam": 1.0}},
-             "metrics": {"heldout_kl": 0.5}, "flags": {"steps": 3}, "step": 3}
+             "metrics": {"recovered": 0.5}, "flags": {"steps": 3}, "step": 3}
     folder = tmp_path_factory.mktemp("run")
     return save_distiller(folder, make_distiller(setting.llm), setting.llm, **state) / "best.safetensors"
 

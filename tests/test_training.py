@@ -357,14 +357,14 @@ def test_there_is_nothing_to_train_on_among_the_functions(finetuning, tmp_path):
 @pytest.fixture
 def pretrained(llama, llama_llm):
     """Writes a pretraining run of an untrained distiller under out/: (name, ...) -> folder."""
-    def write(name: str, heldout_kl: float, seed: int, spec: str = "layers:2", distill_len: int = 4,
+    def write(name: str, lost: float, seed: int, spec: str = "layers:2", distill_len: int = 4,
               start: str = "matched", stages=("pretrain",), llm_name: str = llama.name,
               objective: str | None = "kl", beta: float = 0.8) -> Path:
         module = build_distiller(spec, llama_llm, distill_len, start, seed)
         config = model_of(module, llama_llm, spec, start)
         about = {"run": name, "beta": beta} | ({"objective": objective} if objective else {})
         state = {"model": config | {"llm": config["llm"] | {"name": llm_name}},
-                 "metrics": {"heldout_kl": heldout_kl},
+                 "metrics": {"heldout_kl": seed * lost, "recovered": 1 - lost},
                  "trained_on": dict.fromkeys(stages, about)}
         save_checkpoint(common.OUT / name / "best.safetensors", module, state)
         return common.OUT / name
