@@ -71,7 +71,7 @@ class Corpus:
             longest = int((ends - starts).max()) if len(ends) else 0
             raise UserError(f"--corpus {self.name}: {len(usable)} of {len(ends)} documents have at least "
                             f"{min_doc_len} tokens (the longest has {longest}), and 20 are needed; lower "
-                            "--min-doc-len, or give more text")
+                            "--window (as .txt is joined up to that) or --min-doc-len, or give more text")
         self.spans = np.stack([starts[usable], np.minimum(ends[usable], starts[usable] + window)], axis=1)
         held_out = np.arange(len(usable)) % 20 == 0
         self.train, self.held_out = np.flatnonzero(~held_out), np.flatnonzero(held_out)

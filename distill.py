@@ -5,7 +5,7 @@
     python distill.py --demos demos.jsonl --out vectors.safetensors        # keep the vectors
     python distill.py --vectors vectors.safetensors --ask "..."            # no demonstration is read any more
     python distill.py --vectors vectors.safetensors --export kv --out c.safetensors   # for other programs
-    python distill.py --checkpoint out/finetune-LLM --publish my-distiller    # a folder as the hub has them
+    python distill.py --checkpoint out/fine --publish my-distiller    # a folder as the hub has them
 
 A line of either file is {"input": ..., "output": ..., "options": [...]}; queries need no output, and nothing
 needs options. An answer is chosen among the query's options, else the demonstrations', else their labels

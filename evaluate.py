@@ -1,6 +1,6 @@
 """Evaluation on the meta-test tasks (Sec. 4): demonstrations or vectors are read once for all queries.
 
-    python evaluate.py --split class_to_class --methods zero_shot icl mend --checkpoint out/finetune-LLM
+    python evaluate.py --split class_to_class --methods zero_shot icl mend --checkpoint out/fine
     python evaluate.py --tasks FOLDER --methods icl mend --checkpoint DIR --seeds 13 21 --out results.jsonl
     python evaluate.py --table 2 results.jsonl         # the paper's Table 2, beside the paper's own
 

@@ -1,9 +1,9 @@
 """MEND on one page: a small model distils demonstrations into l vectors that a frozen LLM reads instead.
 
-    python plain.py        # nothing to download or to set; about a minute on two CPU cores
+    python plain.py        # nothing to download or to set; about a minute on one CPU core
 
-One sequence at a time, without cache, packing or padding. The other files compute the same, only faster, and
-are tested against this page. Covers Sec. 2 (Eq. 1, 2), 3 (the distiller), 3.1 (Eq. 3) and 3.2 (Eq. 4).
+One sequence at a time, without cache, packing or padding. model.py, score.py and the stages compute the same,
+only faster, and are tested against it. Covers Sec. 2 (Eq. 1, 2), 3 (the distiller), 3.1 (Eq. 3), 3.2 (Eq. 4).
 
 Legend: D, x, y lists of token ids: demonstrations, query, answer, T_d, T_x, T_y long · N tokens of a loss
         E_D token embeddings of D · S_D its distilled vectors · prefix: the P embeddings before x, E_D or S_D
@@ -76,7 +76,7 @@ class Distiller(nn.Module):
         embeds = torch.cat([self.embed(ids).float(), self.placeholders])                 # (T_d + l, d_s)
         states = self.backbone(inputs_embeds=embeds[None]).last_hidden_state[0]          # (T_d + l, d_s)
         S_D = self.project(states[-len(self.placeholders):])                             # (l, d)
-        return S_D if self.gain is None else self.gain * S_D  # None: the scale of the final norm
+        return S_D if self.gain is None else self.gain * S_D  # None: --vector-start plain, in the tests
 
 
 def teacher_and_student(llm: PreTrainedModel, D: Ids, S_D: Tensor, x: Ids, y: Ids) -> tuple[Tensor, Tensor]:

@@ -2,8 +2,8 @@
 
     python -m paper.attention                                    # induction score of every head, for Fig. 8
     python -m paper.attention --tasks FOLDER --checkpoint DIR    # and where the top four look, for Fig. 5
-    python -m paper.figures fig5                                 # draws the latter
-    python -m paper.figures fig8                                 # draws the former
+    python -m paper.figures fig5 --results out/attention.json    # draws the latter
+    python -m paper.figures fig8 --results out/induction.json    # draws the former
 
 Writes out/induction.json and out/attention.json.
 """

@@ -1,7 +1,7 @@
 """Which demonstrations a set holds, and what is done to them: retrieval and perturbation (Sec. 5.2, Table 3).
 
     python evaluate.py --methods icl --retrieve bm25
-    python evaluate.py --methods icl mend --checkpoint out/finetune-LLM --perturb wrong_label
+    python evaluate.py --methods icl mend --checkpoint out/fine --perturb wrong_label
 
 Both only change the list of examples; everything after it (lengths, tokens, vectors, scoring) is the same as
 for demonstrations drawn at random, and the same for the LLM that reads them and for the distiller.

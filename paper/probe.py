@@ -1,6 +1,6 @@
 """Does a distiller distil? How far its correction of the vectors depends on the demonstrations.
 
-    python -m paper.probe --checkpoint out/finetune-LLM --tasks FOLDER --split class_to_class
+    python -m paper.probe --checkpoint out/fine --tasks FOLDER --split class_to_class
 
 The correction is what the distiller adds to where its vectors start: the embeddings of D's last l tokens with
 `--vector-start residual`, else nothing. A distiller that passes on what demonstrations say corrects the

@@ -1,6 +1,6 @@
 """Does a distiller distil? Every task's vectors asked every task's queries, as a matrix.
 
-    python -m paper.swaps --tasks functions --template newline --checkpoint out/finetune-LLM --distill-len 32
+    python -m paper.swaps --tasks functions --template newline --checkpoint out/fine --distill-len 32
     python -m paper.figures swaps --results out/swaps.json
 
 A row is a task whose demonstrations were distilled (or, for icl, read), a column one whose queries were

@@ -1,6 +1,6 @@
 """A distiller as one object: what turns demonstrations into vectors, with all that belongs to it.
 
-    python distill.py --checkpoint out/finetune-LLM --publish my-distiller    # such a folder, of a run
+    python distill.py --checkpoint out/fine --publish my-distiller    # such a folder, of a run
 
     distiller = Distiller.from_pretrained("my-distiller", llm=llm)            # docs/serving.md
     vectors = distiller.distill(tokenizer, [{"input": "walk", "output": "she walks"}])

@@ -56,7 +56,7 @@ def test_serving_from_its_first_passage_to_its_last(llama, tmp_path, monkeypatch
     name.symlink_to(llama)
     llm, published = load(name), tmp_path / "checkpoints" / "smollm2-135m.safetensors"
     published.symlink_to(checkpoint(tmp_path, "kv", llm, "kv:3") / "model.safetensors")
-    (tmp_path / "out" / "finetune-LLM").symlink_to(checkpoint(tmp_path, "layers", llm, "layers:2"))
+    (tmp_path / "out" / "fine").symlink_to(checkpoint(tmp_path, "layers", llm, "layers:2"))
     write_lines(tmp_path / "demos.jsonl", [{"input": x, "output": f"she {x}s"} for x in ("walk", "bring")])
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(distill, "PUBLISHED", published)
@@ -80,7 +80,7 @@ def test_serving_from_its_first_passage_to_its_last(llama, tmp_path, monkeypatch
     assert len(again) == 8 and torch.equal(again, scope["vectors"])
     assert scope["first"] == scope["answers"][:2] and len(scope["drawn"]) == 2
     demos = [{"input": x, "output": f"she {x}s"} for x in ("walk", "bring")]
-    kv, layers = (Distiller.from_pretrained(place, llm=llm) for place in (published, "out/finetune-LLM"))
+    kv, layers = (Distiller.from_pretrained(place, llm=llm) for place in (published, "out/fine"))
     by_kv, by_layers = (d.writer(str(name), d.distill(str(name), demos)).write(
         ["sing", "wash"], max_new_tokens=8, stop="") for d in (kv, layers))
     assert scope["said_by_kv"].strip() == by_kv[0] != by_layers[0] == scope["said_by_peft"].strip()

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What the vectors carry: recovered gain over the ratio of tokens to vectors, on tasks that cannot be done without their
-# demonstrations, and the swap matrix.   CHECKPOINT=out/pocket/made LENGTHS="64 16" SEEDS=100 LIMIT=8 paper/runs/ratios.sh
+# demonstrations, and the swap matrix.   CHECKPOINT=out/pocket/kv-class_to_class LENGTHS="64 16" SEEDS=100 LIMIT=8 paper/runs/ratios.sh
 source "$(dirname "$0")/settings.sh"
 CHECKPOINT=${CHECKPOINT:-checkpoints/smollm2-135m.safetensors}
 PARTS=${PARTS:-functions early recall swaps}
