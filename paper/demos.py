@@ -146,9 +146,9 @@ def retrieve(kind: str, pool: list[dict], queries: list[dict], k: int,
     Returns:
         for each query k examples of the pool, by similarity of the inputs, the nearest first.
     """
-    if len(pool) < k:
-        raise UserError(f"task {queries[0]['task']}: {len(pool)} examples to retrieve from, and --k is {k}; "
-                        "give less")
+    if len(pool) <= k:
+        raise UserError(f"task {queries[0]['task']}: {len(pool)} examples to retrieve from, and --k is {k}, "
+                        "which leaves no choice; give less")
     texts, asked = [e["input"] for e in pool], [q["input"] for q in queries]
     rows = bm25_neighbours(texts, asked, k) if kind == "bm25" else dense_neighbours(texts, asked, k, encoder)
     return [[pool[i] for i in row] for row in rows]

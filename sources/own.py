@@ -5,9 +5,9 @@
     python train_finetune.py --tasks mine/ --split mine.json               # {"train": [...], "test": [...]}
     python evaluate.py --tasks reviews.csv --columns input=text output=label
 
-A task is a file NAME.jsonl[.gz], NAME.csv or NAME.parquet, or a folder NAME in MetaICL's layout. Of a file, a
-seed draws K demonstrations (16 at least), up to 16 dev examples and, from the rest, the queries; no example
-is in two of them. Where no options are given and labels repeat, the labels are the options.
+A task is a file NAME.jsonl[.gz], NAME.csv or NAME.parquet, or a folder NAME in MetaICL's layout. Of a file,
+up to 16 dev examples are set apart, the same for every seed; a seed draws K demonstrations (16 at least) from
+the others, and the rest are queries. Where no options are given and labels repeat, the labels are them.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ import numpy as np
 import common
 from common import UserError, check, did_you_mean, is_main
 from sources.hub import require_hub
-from sources.tasks import Example, Tasks, different, is_plain_name
+from sources.tasks import SEEDS, Example, Tasks, different, is_plain_name
 from sources.text import first_line, json_lines
 
 LINES, TABLES = (".jsonl", ".jsonl.gz"), (".csv", ".parquet")
@@ -86,19 +86,25 @@ class OwnTasks(Tasks):
         if self.is_cut(task):
             return super().files(task, seed)
         pool, shots = list({e["input"]: e for e in reversed(self.pool(task))}.values())[::-1], max(16, self.k)
-        check((len(pool) >= shots + 2, f"task {task} has {len(pool)} different inputs, and {shots + 2} are "
-               f"needed: {shots} demonstrations, one dev example, one query; add some, or give a lower --k"))
-        order = np.random.default_rng((seed, zlib.crc32(task.encode()))).permutation(len(pool))
-        n_dev = min(N_DEV, max(1, (len(pool) - shots) // 3))
-        bounds = {"train": (0, shots), "dev": (shots, shots + n_dev), "test": (shots + n_dev, len(pool))}
-        return {part: [pool[i] for i in order[a:b]] for part, (a, b) in bounds.items()}
+        n_dev = min(N_DEV, max(1, (len(pool) - 16) // 3))  # the same for every k
+        check((len(pool) > shots + n_dev, f"task {task} has {len(pool)} different inputs, and "
+               f"{shots + n_dev + 1} are needed: {shots} demonstrations, {n_dev} for dev, one query; add "
+               "some, or give a lower --k"))
+        # dev is the same for every seed: what selects a checkpoint is no seed's query
+        dev, rest = (part.tolist() for part in np.split(self.order(task, SEEDS[0], len(pool)), [n_dev]))
+        rest = [rest[i] for i in self.order(task, seed, len(rest))]
+        parts = {"train": rest[:shots], "dev": dev, "test": rest[shots:]}
+        return {part: [pool[i] for i in indices] for part, indices in parts.items()}
+
+    @staticmethod
+    def order(task: str, seed: int, n: int) -> np.ndarray:
+        """The numbers below n, shuffled: a function of task and seed."""
+        return np.random.default_rng((seed, zlib.crc32(task.encode()))).permutation(n)
 
     def retrieval_pool(self, task: str, seed: int) -> list[dict]:
         if self.is_cut(task):
             return super().retrieval_pool(task, seed)
-        files = self.files(task, seed)
-        banned = {e["input"] for e in files["dev"] + files["test"]}
-        return [e for e in files["train"] if e["input"] not in banned]
+        return self.files(task, seed)["train"]
 
     def data_hash(self, task: str, seed: int, retrieval: bool = False) -> str:
         if self.is_cut(task):
@@ -150,8 +156,9 @@ def load_own(spec: str, split: str, k: int, train_tasks: list[str] | None = None
         print(f"{spec}: {len(train)} meta-training and {len(test)} meta-test tasks of your own"
               + ("" if train else "; name some with --train-tasks to train on them"))
         if whole := [task for task in test if not tasks.is_cut(task)]:
-            print(f"a seed cuts each of {', '.join(whole[:3])}{', ...' * (len(whole) > 3)} into {max(16, k)} "
-                  f"demonstrations, up to {N_DEV} dev examples and, from the rest, the queries")
+            named = ", ".join(whole[:3]) + ", ..." * (len(whole) > 3)
+            print(f"up to {N_DEV} examples of {named} are for dev; of the others a seed draws {max(16, k)} "
+                  "demonstrations, and the rest are queries")
     for task in [*train, *test]:
         types.setdefault(task, kind_of(tasks, task))
     return tasks

@@ -26,7 +26,7 @@ import numpy as np
 
 from common import UserError
 from sources.functions import DOMAINS, FORMS, answers, inputs
-from sources.tasks import Tasks
+from sources.tasks import SEEDS, Tasks
 from sources.text import Tokenizer
 
 N_OPTIONS = 8  # options of a query at most
@@ -109,11 +109,13 @@ class Functions(Made):
         return len(inputs(parts_of(task)[0]))
 
     def files(self, task: str, seed: int) -> dict[str, list[dict]]:
-        pool, rng = self.pool(task), np.random.default_rng((seed, zlib.crc32(task.encode())))
-        examples = [pool[i] for i in rng.permutation(len(pool))]
-        more = examples[N_SHOTS + N_DEV + N_TEST:][:max(0, self.k - N_SHOTS)]  # the queries stay the same
-        files = cut(examples)
-        return files | {"train": files["train"] + more}
+        """The dev examples are those of one seed for all: no seed's queries have selected a checkpoint."""
+        pool = self.pool(task)
+        dev = shuffled(pool, task, SEEDS[0])[N_SHOTS:N_SHOTS + N_DEV]
+        asked = {e["input"] for e in dev}
+        rest = [e for e in shuffled(pool, task, seed) if e["input"] not in asked]
+        more = rest[N_SHOTS + N_TEST:][:max(0, self.k - N_SHOTS)]  # the queries stay the same
+        return {"train": rest[:N_SHOTS] + more, "dev": dev, "test": rest[N_SHOTS:N_SHOTS + N_TEST]}
 
     def partner(self, task: str, among: list[str]) -> str:
         """Another function of the same domain, where one is among them."""
@@ -121,10 +123,10 @@ class Functions(Made):
         return super().partner(task, same if len(same) > 1 else among)
 
 
-def cut(examples: list[dict]) -> dict[str, list[dict]]:
-    """MetaICL's parts of a meta-test task: demonstrations, dev and test queries."""
-    return {"train": examples[:N_SHOTS], "dev": examples[N_SHOTS:N_SHOTS + N_DEV],
-            "test": examples[N_SHOTS + N_DEV:N_SHOTS + N_DEV + N_TEST]}
+def shuffled(examples: list[dict], task: str, seed: int) -> list[dict]:
+    """A task's examples in the order of a seed."""
+    order = np.random.default_rng((seed, zlib.crc32(task.encode()))).permutation(len(examples))
+    return [examples[i] for i in order]
 
 
 @functools.cache
@@ -169,10 +171,10 @@ class Early(Functions):
         name, other = pair.split(" / ")
         own = f"{domain}: {name}" + (f", {form}" if form else "")
 
-        def shuffled(xs: list[str]) -> Iterator[dict]:
+        def made(xs: list[str]) -> Iterator[dict]:
             order = rng.permutation(len(xs))  # now, as one generator serves both
             return (example(own, xs[i], other) for i in order)
-        return tuple(map(shuffled, split_inputs(domain, name, other)))
+        return tuple(map(made, split_inputs(domain, name, other)))
 
     def pool(self, task: str) -> list[dict]:
         return [*itertools.chain(*self.examples(task, np.random.default_rng(0)))]
@@ -185,9 +187,16 @@ class Early(Functions):
         return task, shown, [*islice(differ, queries)]
 
     def files(self, task: str, seed: int) -> dict[str, list[dict]]:
-        same, differ = self.examples(task, np.random.default_rng((seed, zlib.crc32(task.encode()))))
+        """As of `Functions`, with the dev examples of one seed for all."""
+        def parts(seed: int) -> tuple[Iterator[dict], Iterator[dict]]:
+            return self.examples(task, np.random.default_rng((seed, zlib.crc32(task.encode()))))
+
+        dev = [*islice(parts(SEEDS[0])[1], N_TELLING, N_TELLING + N_DEV)]
+        asked = {e["input"] for e in dev}
+        same, differ = parts(seed)
+        differ = (e for e in differ if e["input"] not in asked)
         shown = [*islice(differ, N_TELLING), *islice(same, N_SHOTS - N_TELLING)]
-        return {"train": shown, "dev": [*islice(differ, N_DEV)], "test": [*islice(differ, N_TEST)]}
+        return {"train": shown, "dev": dev, "test": [*islice(differ, N_TEST)]}
 
 
 class Recall(Made):

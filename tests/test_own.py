@@ -80,6 +80,9 @@ def test_a_cut_is_a_partition_by_seed(lines_only):
             assert parts == load_own(str(lines_only), "x", 4).files(task, seed)  # K below 16 changes nothing
             orders.add(tuple(everything))
         assert len(orders) == len(SEEDS)
+        others = [load_own(str(lines_only), "x", k).files(task, seed) for k in (4, 20) for seed in SEEDS]
+        dev = others[0]["dev"]  # selects a checkpoint; asked in no evaluation
+        assert all(o["dev"] == dev and not any(e in dev for e in o["test"] + o["train"]) for o in others)
         assert all(e["options"] == sorted({"support": ("refund", "login"), "mails": ("spam", "ham")}[task])
                    for e in tasks.pool(task)) and tasks.types[task] == "classification"
     assert tasks.data_hash("mails", 100) != tasks.data_hash("mails", 13)

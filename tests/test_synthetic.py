@@ -5,15 +5,17 @@ import collections
 
 import numpy as np
 import pytest
+from conftest import read_lines
 
 import data
 import sources.tasks
 import sources.text
 import train_finetune
-from common import UserError
+from common import ROOT, UserError
 from sources import synthetic
 from sources.functions import ADJECTIVES, DOMAINS, FORMS, NOUNS, VERBS, answers, inputs
 from sources.synthetic import HELD_OUT, Early, Functions, Recall, example, parts_of
+from sources.tasks import SEEDS
 
 
 def test_a_held_out_function_is_trained_in_no_domain_and_no_form():
@@ -32,6 +34,22 @@ def test_the_parts_of_a_test_task_share_no_input_and_differ_by_seed():
         assert len(xs) == len(set(xs)) and min(map(len, parts.values())) >= 16
         assert parts == tasks.files(task, 13) != tasks.files(task, 21)
         assert tasks.data_hash(task, 13) != tasks.data_hash(task, 21)
+
+
+@pytest.mark.parametrize("tasks", [Functions(), Early()], ids=["functions", "early"])
+def test_no_seeds_queries_have_selected_a_checkpoint(tasks):
+    for task in tasks.test:
+        parts = [tasks.files(task, seed) for seed in SEEDS]
+        dev = {e["input"] for e in parts[0]["dev"]}
+        assert len(dev) == 16 and all(p["dev"] == parts[0]["dev"] for p in parts)
+        assert not any(e["input"] in dev for p in parts for e in p["test"] + p["train"])
+
+
+@pytest.mark.parametrize("tasks, name", [(Functions(), "ratios-functions"), (Early(), "ratios-early"),
+                                         (Early(), "early-segments")])
+def test_committed_results_are_of_these_examples(tasks, name):
+    for line in read_lines(ROOT / "results" / f"{name}.jsonl"):
+        assert tasks.data_hash(line["task"], line["seed"]) == line["data_hash"], line["task"]
 
 
 def test_the_first_queries_ask_for_pairs_from_everywhere():
