@@ -284,11 +284,12 @@ def setup(args: argparse.Namespace, training: bool) -> torch.device:
         if not is_main():
             sys.stdout = io.StringIO()  # rank 0 alone prints
     if device.type == "cuda":
+        torch.cuda.set_device(device.index or 0)  # cuda:1: memory and time are measured there
         # plans its kernels anew for each shape, and here every batch has another (a step took twice as long)
         torch.backends.cuda.enable_cudnn_sdp(False)
     if args.dtype == "auto":
         if device.type == "cuda":
-            args.dtype = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+            args.dtype = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
         elif device.type == "mps":
             args.dtype = "fp32"  # exact first: nobody has compared bf16 there
         else:

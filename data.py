@@ -107,6 +107,7 @@ class Formatter:
     llm_positions: int | None = None        # longest input of either model; None: no absolute limit
     distiller_positions: int | None = None
     segments: int | str = 1                 # D is distilled in so many; auto: as its length demands
+    most: int = 1                           # of --max-segments: in training in as many as this
 
     def __post_init__(self):
         self.turns = make_turns(self.template, self.tokenizer)
@@ -120,11 +121,12 @@ class Formatter:
         Raises:
             UserError: a query, or a single demonstration token, would not fit beside l vectors.
         """
-        limits = [self.context_len, self.room(examples, max(self.context_len, self.distill_len))]
+        limits = [self.context_len, self.room(examples, max(self.context_len, self.most * self.distill_len))]
         if self.distiller_positions is not None:
             limits.append(self.distiller_positions - self.distill_len)
-        check((self.distill_len <= limits[1], f"--distill-len is {self.distill_len}, and the LLM's "
-               f"{self.llm_positions} positions leave {limits[1]} beside a query; give less"),
+        check((self.most * self.distill_len <= limits[1], f"--distill-len is {self.distill_len}, for up to "
+               f"{self.most} segments, and the LLM's {self.llm_positions} positions leave {limits[1]} beside "
+               f"a query and the longest label of task {examples[0]['task']}; give less"),
               (min(limits) >= 1, f"--distill-len {self.distill_len} leaves no position for D; give less"))
         return min(limits)
 
@@ -157,7 +159,7 @@ class Formatter:
         """(x_i, y_i); without an input its answer alone, behind what separates demonstrations."""
         if example["input"]:
             return self.shown(example, first) + self.label(example["output"])
-        return self.turns.encode((self.turns.alone if first else self.turns.between) + example["output"])
+        return self.turns.encode((self.turns.alone if first else self.turns.bare) + example["output"])
 
     def pieces(self, examples: list[dict], limit: int) -> list[tuple[dict, list[int]]]:
         """Whole demonstrations with their ids, up to the first that would pass `limit` tokens (one that is
@@ -326,9 +328,8 @@ def collate(rows: list[dict], device: torch.device | str = "cpu",
         batch["used"] = padded_left([[0] * row["length"] for row in rows for _ in range(S)])[1]
     batch |= {name: packed[:, :, i].contiguous()
               for i, name in enumerate(("query_ids", "segment", "branch", "position", "predictor"))}
-    if torch.device(device).type == "cuda":
-        return {name: t.pin_memory().to(device, non_blocking=True) for name, t in batch.items()}
-    return batch
+    pinned = torch.device(device).type == "cuda"
+    return {n: (t.pin_memory() if pinned else t).to(device, non_blocking=pinned) for n, t in batch.items()}
 
 
 def main(argv: list[str] | None = None) -> dict:

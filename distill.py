@@ -107,6 +107,19 @@ def labels_of(demos: list[dict]) -> list[str]:
     return options or (sorted(counts) if max(counts.values()) > 1 else [])
 
 
+def with_options(queries: list[dict], labels: list[str], args: argparse.Namespace) -> list[dict]:
+    """The queries, those without options with `labels`; UserError where an output cannot be right."""
+    queries = [query | {"options": query["options"] or labels} for query in queries]
+    unknown = [q["output"] for q in queries if q["output"] and q["options"] and
+               q["output"] not in q["options"]]
+    written = any(q["output"] and not q["options"] for q in queries)
+    check((not unknown, f"{args.queries}: the output {''.join(unknown[:1])!r} is no label of {labels}"),
+          (not written or args.template != "space", f"{args.queries}: by the template space nothing ends a "
+           "written answer, so none can be compared; give options, leave the outputs out, or take a "
+           "checkpoint trained with --template newline"))
+    return queries
+
+
 def answer(llm, formatter: Formatter, prefix: Tensor, queries: list[dict], how: dict) -> list[str]:
     """Each query's answer behind a prefix of embeddings (P, d), nothing, the demonstrations' or the vectors,
     or of keys and values (P, W). Queries with options are scored, the others' answers written; `how` as in
@@ -204,11 +217,7 @@ def main(argv: list[str] | None = None) -> dict:
         keep(args, llm, formatter, vectors, queries, about)
     result = {name: about[name] for name in ("demonstrations", "tokens")} | {"vectors": len(vectors)}
     if queries:
-        queries = [query | {"options": query["options"] or about["labels"]} for query in queries]
-        unknown = [q["output"] for q in queries if q["output"] and q["options"]
-                   and q["output"] not in q["options"]]
-        check((not unknown,
-               f"{args.queries}: the output {''.join(unknown[:1])!r} is no label of {about['labels']}"))
+        queries = with_options(queries, about["labels"], args)
         how = {"max_new_tokens": args.answer_tokens, "temperature": args.temperature, "top_p": args.top_p,
                "seed": args.seed, "stop": args.stop}
         found = {}
@@ -225,7 +234,8 @@ def keep(args: argparse.Namespace, llm, formatter: Formatter, vectors: Tensor, q
     """Write the vectors to --out, in the form of --export."""
     if args.export:
         EXPORTS[args.export](Path(args.out), llm, formatter, vectors, queries, about)
-        read = formatter.turns.between + "{input}" + formatter.tokenizer.hf.decode(formatter.turns.tail)
+        turns, decode = formatter.turns, formatter.tokenizer.hf.decode
+        read = turns.between + "{input}" + decode(turns.tail) + turns.reply.rstrip()
         print(f"written to {args.out} for {args.export}; behind it a query is read as {read!r}, without BOS")
     else:
         save_vectors(args.out, vectors, about)

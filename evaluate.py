@@ -145,9 +145,10 @@ def evaluate(args, llm, distiller, trained_on: dict | None, formatter: Formatter
         check((bool(permutable), "mend_permuted needs a classification task, and none is here; leave it out"))
         if left_out := sorted({*names} - {*permutable}):
             print(f"note: mend_permuted leaves out what is no classification: {', '.join(left_out)}")
-    plan = [(task, seed, m) for task in names for seed in args.seeds for m in args.methods
+    plan = [(task, seed, m) for seed in args.seeds for task in names for m in args.methods
             if m != "mend_permuted" or task in permutable]
-    distilled = functools.cache(lambda t, seed: task_vectors(t, seed, llm, distiller, formatter, tasks, args))
+    distilled = functools.lru_cache(len(names))(  # of one seed: 3 MB each, of keys and values for l = 64
+        lambda t, seed: task_vectors(t, seed, llm, distiller, formatter, tasks, args))
     (rank, ranks), stop = shares(llm), Stop(args.max_minutes)
     gather([])  # all have read the file before rank 0 writes to it
     for first in tqdm(range(0, len(plan), ranks), desc="evaluate", unit="set", disable=not is_main()):

@@ -354,10 +354,11 @@ def make_formatter(args: argparse.Namespace, tokenizer: Tokenizer, llm, distille
     """The formatter of examples with the length limits of this LLM and distiller (None: without vectors)."""
     backbone = distiller is not None and distiller.backbone
     made = Formatter(tokenizer, args.template, args.context_len, args.distill_len, max_positions(llm.config),
-                     max_positions(backbone.config) if backbone else None, getattr(args, "segments", 1))
-    kv, head = isinstance(distiller, KeyValueDistiller), made.turns.head
-    check((not kv or args.template != "chat" or len(head) > 1, f"--template chat: that of {tokenizer.name} "
-           f"starts with {len(head)} tokens, and kv:R needs 2; give layers:N or a sibling"))
+                     max_positions(backbone.config) if backbone else None,
+                     *(getattr(args, name, 1) for name in ("segments", "max_segments")))
+    head, kv = len(made.turns.head), isinstance(distiller, KeyValueDistiller)
+    check((not kv or args.template != "chat" or head > 1, f"--template chat: that of {tokenizer.name} starts "
+           f"with {head} tokens, and kv:R needs 2; give layers:N or a sibling"))
     return made
 
 
@@ -375,8 +376,7 @@ def load_all(args: argparse.Namespace, device: torch.device) -> tuple:
     Without a checkpoint there is no distiller (None, {}); with one, its l takes the place of --distill-len
     where that is not given.
     """
-    llm = load_llm_of(args, device)
-    distiller, state = None, {}
+    llm, distiller, state = load_llm_of(args, device), None, {}
     if args.checkpoint:
         distiller, state = load_distiller(args.checkpoint, llm)
         distiller.eval()

@@ -393,8 +393,7 @@ def answer_states(llm: PreTrainedModel, prefix: Prefix, batch: dict[str, Tensor]
     place, query = position[in_y] - x_len[query_of[in_y]], numbers // options               # (N,), (O,)
     ids = torch.full((len(numbers), int(place.max()) + 2), llm.config.decoder_start_token_id, device=device)
     ids[option_of, place + 1] = batch["query_ids"][in_y]
-    decoded = llm.get_decoder()(
-        input_ids=ids[:, :-1], encoder_hidden_states=encoded[query],
-        encoder_attention_mask=encoder_mask[query], use_cache=False).last_hidden_state      # (O, T_y, d)
+    decoded = llm.get_decoder()(input_ids=ids[:, :-1], encoder_hidden_states=encoded[query], use_cache=False,
+                                encoder_attention_mask=encoder_mask[query]).last_hidden_state  # (O, T_y, d)
     states = decoded.new_zeros(B, T, decoded.shape[2])
     return states.index_put(in_y.nonzero(as_tuple=True), decoded[option_of, place])         # (B, T, d)

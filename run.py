@@ -21,7 +21,7 @@ import common
 from common import UserError, check, commit, is_main, place_rule, sum_over_ranks, trim_heap, world
 from loading import load_checkpoint, load_weights
 from sources.files import append, hold, keep_lines, release, write_tensors
-from sources.headers import check_moments, check_resumable, sealed
+from sources.headers import check_moments, check_resumable, check_same_step, sealed
 from sources.logs import make_logger
 from sources.signals import Stop
 
@@ -72,8 +72,7 @@ def training_rules(args: argparse.Namespace) -> list[tuple[bool, str]]:
         (args.patience >= 0, f"--patience is {args.patience}; give 0 (never stop early) or more"),
         (not args.elastic or args.distill_len > 8, "--elastic draws l from 8 up; give --distill-len above 8"),
         (args.batch_size % ranks == 0,
-         f"--batch-size {args.batch_size} cannot be shared by {ranks} ranks; give a multiple of {ranks}"),
-    ]
+         f"--batch-size {args.batch_size} cannot be shared by {ranks} ranks; give a multiple of {ranks}")]
 
 
 def lr_at(step: int, steps: int, warmup: float, peak: float) -> float:
@@ -150,6 +149,7 @@ class Run:
                             "another --out-dir")
         elif args.resume and is_main():
             print(f"note: --resume: {self.out_dir} holds no checkpoint; the run begins")
+        check_same_step(self.out_dir, self.step)
         self.metrics = self.out_dir / "metrics.jsonl"
         if is_main():
             keep_lines(self.metrics, self.knows)

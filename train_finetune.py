@@ -92,8 +92,7 @@ def start(args, llm):
 
 def main(argv: list[str] | None = None) -> dict:
     args = parse(get_parser(), argv, PRESETS)
-    check(*common.shared_rules(args), *training_rules(args),
-          *common.finite(args, "lam", "pred_weight"),
+    check(*common.shared_rules(args), *training_rules(args), *common.finite(args, "lam", "pred_weight"),
           (args.lam + args.pred_weight > 0,
            "--lam and --pred-weight are both 0, so there is no loss; give one of them"),
           (args.distiller != "free" or (args.init_from, args.lam, args.max_segments) == ("none", 0, 1),

@@ -71,9 +71,9 @@ def main(argv: list[str] | None = None) -> dict:
     bos, demo = len(tokenizer.bos), round(args.beta * args.window)
     check((limit is None or args.window + bos <= limit,
            f"--window is {args.window}, and the LLM reads at most {limit} tokens; give less"),
-          (limit is None or args.window - demo + args.distill_len + bos <= limit,
-           f"--distill-len is {args.distill_len}, which with {args.window - demo} tokens of x passes the "
-           f"{limit} tokens that the LLM reads; give less"))
+          (limit is None or args.window - demo + args.distill_len * args.max_segments + bos <= limit,
+           f"--distill-len is {args.distill_len}, which in {args.max_segments} segments and with "
+           f"{args.window - demo} tokens of x passes the {limit} tokens that the LLM reads; give less"))
     corpus = Corpus(args.corpus, tokenizer, args.window, args.min_doc_len)
     # early stopping looks at the Class->Class meta-test validation data (App. A), as dev_metrics says
     own_text = "tasks" in args.filled_in and "corpus" not in args.filled_in

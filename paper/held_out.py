@@ -25,9 +25,15 @@ from sources.tasks import SEEDS, Tasks, demonstration_set, require_options
 @contextlib.contextmanager
 def full_precision(llm: PreTrainedModel) -> Iterator[None]:
     """The frozen LLM in fp32 inside, and each tensor as it was behind it: a KL in bf16 has a floor of 0.0015
-    nats. Weights in 8 bit stay, and so do those of a sharded LLM."""
+    nats. Weights in 8 bit stay, and so do those of a sharded LLM, or of one that a GPU does not hold so."""
     keep = getattr(llm, "is_loaded_in_8bit", False) or getattr(llm, "is_sharded", False)
     tensors = [] if keep else [*llm.parameters(), *llm.buffers()]
+    more = sum(t.numel() * (4 - t.element_size()) for t in tensors if t.is_floating_point())    # bytes
+    if more > free_bytes(llm.device):
+        tensors = []
+        if is_main():
+            print(f"note: evaluated in {llm.dtype}: the LLM in fp32 takes {more / 1e9:.1f} GB more, which "
+                  "are not free; a KL below 0.0015 nats says nothing then")
     dtypes = [t.dtype for t in tensors]
     try:
         for t in tensors:
@@ -36,6 +42,14 @@ def full_precision(llm: PreTrainedModel) -> Iterator[None]:
     finally:
         for t, dtype in zip(tensors, dtypes, strict=True):
             t.data = t.data.to(dtype)
+
+
+def free_bytes(device: torch.device) -> float:
+    """What a GPU has left for tensors, a tenth kept back; no bound elsewhere."""
+    if device.type != "cuda":
+        return float("inf")
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return 0.9 * (torch.cuda.mem_get_info(device)[0] + unused)
 
 
 def bar(steps: Sequence, what: str, unit: str) -> tqdm:

@@ -52,13 +52,18 @@ def read_vectors(path: str, llm) -> tuple[Tensor, dict]:
     return vectors.to(llm.device), about
 
 
+def asked(formatter: Formatter, query: dict, first: bool = False) -> list[int]:
+    """x whose answer is written: behind it the words, if any, that the template has before an answer."""
+    return formatter.query(query, first) + formatter.turns.encode(formatter.turns.reply.rstrip())
+
+
 def export_vllm(place: Path, llm: PreTrainedModel, formatter: Formatter, vectors: Tensor, queries: list[dict],
                 about: dict) -> None:
     """vLLM's `prompt_embeds`: a safetensors file of "prefix", (h + l, d), which is [head ; S_D], and for each
     query "prompt.0", "prompt.1", ..., (h + l + T_x, d), which are [head ; S_D ; E_x]; in the LLM's type."""
     prefix, embed = input_rows("vllm", llm, formatter, vectors), llm.get_input_embeddings()
-    asked = [torch.tensor(formatter.query(query), device=llm.device) for query in queries]
-    prompts = {f"prompt.{i}": torch.cat([prefix, embed(ids)]) for i, ids in enumerate(asked)}
+    rows = [torch.tensor(asked(formatter, query), device=llm.device) for query in queries]
+    prompts = {f"prompt.{i}": torch.cat([prefix, embed(ids)]) for i, ids in enumerate(rows)}
     write_tensors(place, {name: t.contiguous().cpu() for name, t in (prompts | {"prefix": prefix}).items()},
                   sealed("about", about | {"queries": [query["input"] for query in queries]}))
 

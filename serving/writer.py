@@ -23,7 +23,7 @@ from common import check, require_finite
 from data import Formatter, padded_left
 from loading import max_positions
 from model import Prefix, causal_mask, head_logits, positions_of, run_backbone, vector_prefix
-from serving.vectors import read_vectors
+from serving.vectors import asked, read_vectors
 from sources.headers import check_llm_config
 from sources.text import Tokenizer
 
@@ -90,7 +90,7 @@ def choose(logits: Tensor, temperature: float, top_p: float, draws: list[random.
         return logits.argmax(dim=1)
     scores = TemperatureLogitsWarper(float(temperature))(None, logits)
     scores = TopPLogitsWarper(top_p)(None, scores) if top_p < 1 else scores
-    total = scores.softmax(dim=1).double().cpu().cumsum(dim=1)                              # (B, V)
+    total = scores.softmax(dim=1).cpu().double().cumsum(dim=1)                              # (B, V)
     drawn = torch.tensor([draw.random() for draw in draws], dtype=torch.double)[:, None] * total[:, -1:]
     return torch.searchsorted(total, drawn, right=True)[:, 0].to(logits.device)
 
@@ -120,7 +120,7 @@ class Writer:
 
     def query_ids(self, text: str) -> list[int]:
         """An input as the LLM reads it behind the prefix: the template's text around it, and no BOS."""
-        return self.formatter.query({"input": text.strip()}, self.first)
+        return asked(self.formatter, {"input": text.strip()}, self.first)
 
     def write(self, inputs: Sequence[str], **how) -> list[str]:
         """The answer to each input; `how` as in `stream`."""

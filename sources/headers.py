@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from common import UserError, check, is_main
+from common import UserError, check, gather, is_main
 
 USABLE = "give a GPT-2, OPT, Llama, Qwen, Mistral, Gemma or T5"
 STARTS = ("plain", "matched", "residual")
@@ -112,6 +112,13 @@ def check_resumable(path: Path, saved: dict, now: dict, flags: tuple[str, ...]) 
               if old[name] != new[name]]
     check((not differ, f"--resume: {path} was trained with {', '.join(differ)}; give the flags of that run, "
                        "or another --out-dir"))
+
+
+def check_same_step(folder: Path, step: int) -> None:
+    """Raise UserError, on every rank, unless all ranks go on from one step: machines may share no folder."""
+    steps = sorted({*gather([step])})
+    check((len(steps) == 1, f"--resume: the ranks found steps {steps} in {folder}; give an --out-dir "
+                            "that all machines share, or copy its last.safetensors to each"))
 
 
 def check_moments(path: Path, name: str, shape: torch.Size, moments: dict[str, Tensor]) -> None:

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import UserError
+from common import UserError, check
 from sources.functions import DOMAINS, FORMS, answers, inputs
 from sources.tasks import SEEDS, Tasks
 from sources.text import Tokenizer
@@ -152,6 +152,7 @@ class Early(Functions):
     def __init__(self):
         super().__init__()
         self.collection = self.split = "early"
+        self.fit = functools.cache(self.fit)
         own = [parts_of(task) for task in self.train]
         self.train = [f"{d}: {a} / {b}" + (f", {form}" if form else "") for d in DOMAINS
                       for a, b in itertools.permutations([n for o, n, form in own if (o, form) == (d, "")], 2)
@@ -179,8 +180,20 @@ class Early(Functions):
     def pool(self, task: str) -> list[dict]:
         return [*itertools.chain(*self.examples(task, np.random.default_rng(0)))]
 
+    def fit(self, k: int, queries: int) -> list[str]:
+        """The meta-training tasks with inputs enough for so many demonstrations and queries."""
+        def sizes(task: str) -> tuple[int, int]:
+            domain, pair, _ = parts_of(task)
+            return tuple(map(len, split_inputs(domain, *pair.split(" / "))))
+        found = [t for t in self.train for same, differ in [sizes(t)]
+                 if same >= k - 1 and differ >= N_TELLING + queries]
+        check((bool(found), f"--tasks early has no pair of functions with inputs enough for --k {k} and "
+               f"--queries-per-demo {queries}; give less"))
+        return found
+
     def draw(self, rng: np.random.Generator, k: int, queries: int) -> tuple[str, list[dict], list[dict]]:
-        task = self.train[rng.integers(len(self.train))]
+        fit = self.fit(k, queries)
+        task = fit[rng.integers(len(fit))]
         same, differ = self.examples(task, rng)
         telling = int(rng.integers(1, min(N_TELLING, max(1, k // 2)) + 1))
         shown = [*islice(differ, telling), *islice(same, k - telling)]

@@ -28,15 +28,17 @@ class Turns:
     """What stands around and between the texts of a template.
 
     head: ids before the demonstrations or vectors. tail: ids between a query and its answer. Texts: opening,
-    before the first input of all; alone, before a first answer without input; between, before each other
-    input; before_answer, in a demonstration; reply, before the answer to a query. encode: a text to ids.
+    before the first input of all; between, before each other; alone, before a first answer without input;
+    bare, before each other such; before_answer, in a demonstration; reply, before the answer to a query.
+    encode: a text to ids.
     """
 
     head: list[int]
     tail: list[int]
     opening: str
-    alone: str
     between: str
+    alone: str
+    bare: str
     before_answer: str
     reply: str
     encode: Callable[[str], list[int]]
@@ -50,8 +52,9 @@ def make_turns(template: str, tokenizer: Tokenizer) -> Turns:
     if "\n" in before_answer and tokenizer.encode("a\nb") in map(tokenizer.encode, ("a b", "ab")):
         raise UserError(f"--template {template}, but the tokenizer of {tokenizer.name} drops newlines, as "
                         "T5's do; use --template space")
-    return Turns(tokenizer.bos, [], between.lstrip(), "", between, before_answer, before_answer,
-                 tokenizer.encode)
+    bare = before_answer if before_answer.strip() else between  # "Output: a", never "Input: a"
+    return Turns(tokenizer.bos, [], between.lstrip(), between, bare.lstrip(), bare, before_answer,
+                 before_answer, tokenizer.encode)
 
 
 def chat_turns(tokenizer: Tokenizer) -> Turns:
@@ -75,7 +78,8 @@ def chat_turns(tokenizer: Tokenizer) -> Turns:
     opening, reply = (part[len(part.rstrip(" ")):] for part in (head, tail))
     lead, (before_answer, between) = parsed(tokenizer, "a"), TEMPLATES["chat"]
     turns = Turns(parsed(tokenizer, head.rstrip(" ")), parsed(tokenizer, "a" + tail.rstrip(" "))[len(lead):],
-                  opening, opening, between, before_answer, reply, partial(tokenizer.encode, behind=True))
+                  opening, between, opening, between, before_answer, reply,
+                  partial(tokenizer.encode, behind=True))
     found = turns.head + turns.encode(opening + SAMPLE[0]) + turns.tail + turns.encode(reply + SAMPLE[1])
     whole = parsed(tokenizer, conversation(tokenizer, *SAMPLE))
     check((found == whole[:len(found)], f"--template chat: a conversation by the chat template of "

@@ -48,6 +48,7 @@ class Tokenizer:
         assets.ensure(name)
         try:
             self.hf = loaded or AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+            backend = self.hf.backend_tokenizer  # ByT5's has none
         except Exception as error:  # a broken file can break any of the libraries below
             raise UserError(f"no tokenizer at {name} ({first_line(error)}). Give the hub name or the folder "
                             "of a model; the pocket preset's comes from `make assets`, and T5's needs "
@@ -55,9 +56,9 @@ class Tokenizer:
         self.name = name
         first = self.hf("a")["input_ids"][:1]
         self.bos = first if first and first[0] == self.hf.bos_token_id else []
-        self.hf.backend_tokenizer.encode_special_tokens = True
-        self.fingerprint = hashlib.sha256(self.hf.backend_tokenizer.to_str().encode()).hexdigest()[:12]
-        self.encoding, self.to_id = tiktoken_encoding(self.hf.backend_tokenizer.to_str())
+        backend.encode_special_tokens = True
+        self.fingerprint = hashlib.sha256(backend.to_str().encode()).hexdigest()[:12]
+        self.encoding, self.to_id = tiktoken_encoding(backend.to_str())
         self.lead = self.reference("a")
 
     def reference(self, text: str) -> list[int]:
@@ -172,7 +173,8 @@ def corpus_files(corpus: list[str]) -> list[Path]:
         path = common.ASSETS / "sotu" if name == "sotu" else Path(name)
         assets.ensure(path)
         if not path.exists():
-            fix = "run `make assets`" if name == "sotu" else "give c4, sotu, a folder, .jsonl[.gz] or .txt"
+            fix = "run `make assets`" if name == "sotu" else "give c4 alone" if name == "c4" else \
+                "give c4, sotu, a folder, .jsonl[.gz] or .txt"
             raise UserError(f"--corpus {name}: {path} does not exist; {fix}")
         found = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
         files += [p for p in found if p.name.endswith((".jsonl", ".jsonl.gz", ".json.gz", ".txt"))]

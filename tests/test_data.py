@@ -99,7 +99,9 @@ def test_budget_holds_at_most_l_tokens_and_keeps_a_label(llm_folder):
 @pytest.mark.parametrize("template, no_input, no_label", [
     ("space", "happy sad ok happy", "the river cold boat 12 late ships bread"),
     ("newline", "happy\n\n\nsad\n\n\nok\n\n\nhappy",
-     "the river\n\n\ncold boat 12\n\n\nlate ships\n\n\nbread")])
+     "the river\n\n\ncold boat 12\n\n\nlate ships\n\n\nbread"),
+    ("input-output", "Output: happy\nOutput: sad\nOutput: ok\nOutput: happy",
+     "Input: the river\nInput: cold boat 12\nInput: late ships\nInput: bread")])
 def test_demonstrations_without_input_or_label(llm_folder, template, no_input, no_label):
     enc = formatter(llm_folder, template)
     demos = [example("the river"), example("cold boat 12", "sad"), example("late ships", "ok"),
@@ -114,6 +116,11 @@ def test_demonstrations_without_input_or_label(llm_folder, template, no_input, n
     spoiled = example("boat " * 40, "ok")
     assert enc.budget([spoiled], 12)[-len(enc.answer("ok")):] == enc.answer("ok")
     assert enc.budget([spoiled | {"output": ""}], 12) == enc.query(spoiled, first=True)[:12]
+
+
+def test_a_batch_goes_to_whatever_device_is_asked_for():
+    batch = collate([{"demo": [1, 2], "queries": [([3], [[4]])]}], "meta")  # as mps does, none of CUDA's
+    assert {t.device.type for t in batch.values()} == {"meta"}
 
 
 LABELS = ["ok", "a much longer label of many tokens", "sad"]

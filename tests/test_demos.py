@@ -214,5 +214,5 @@ def test_retrieve_gives_each_query_its_nearest_examples_by_input():
 def test_a_pool_that_is_too_small():
     pool = [{"task": "t", "input": "x", "output": "y"}] * 3
     for k in (3, 4):  # of three, three are no choice
-        with pytest.raises(UserError, match=f"task t: 3 examples to retrieve from, and --k is {k}, .*give less"):
+        with pytest.raises(UserError, match=f"task t: 3 examples to retrieve from, and --k is {k}, .*less"):
             retrieve("bm25", pool, pool[:1], k, None)

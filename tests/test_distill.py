@@ -16,6 +16,7 @@ import common
 import distill
 import loading
 import plain
+from common import UserError
 from data import Formatter
 from evaluate import main as evaluate_main
 from loading import build_distiller, load_distiller
@@ -166,6 +167,13 @@ def test_accuracy_of_labelled_queries_with_options_of_their_own(argv, demos, tmp
     assert result["accuracy"] == {way: 1.0 for way in ("zero_shot", "icl", "mend")}
     for answers in result["answers"].values():
         assert answers[:3] == ["happy", "happy", "sad"] and answers[3] in ("happy", "sad")
+
+
+def test_answers_that_nothing_ends_are_compared_with_nothing(argv, demos, tmp_path):
+    """By the template space an LLM writes on and on: 0% for every method would say nothing."""
+    queries = write_lines(tmp_path / "q.jsonl", [{"input": "rain", "output": "past hills"}])
+    with pytest.raises(UserError, match="q.jsonl: by the template space nothing ends a written answer"):
+        distill.main([*argv, "--demos", demos(FREE), "--queries", queries])
 
 
 def test_a_query_with_options_does_not_depend_on_one_without(argv, demos, tmp_path):

@@ -187,6 +187,17 @@ def test_score_options_without_demonstrations_equal_plain_scores(llm, head):
     close(score_options(llm, prefix, batch)[0], plain_scores(llm, rows, [bos])[0])
 
 
+def test_an_llm_that_a_gpu_does_not_hold_in_full_precision_stays(llm_folder, monkeypatch, capsys):
+    llm = load_llm(str(llm_folder), torch.device("cpu"), torch.bfloat16)
+    more = 2 * sum(t.numel() for t in {id(t): t for t in llm.parameters()}.values())
+    for free, dtype in ((more + 2 ** 20, torch.float32), (more // 2, torch.bfloat16)):
+        monkeypatch.setattr("paper.held_out.free_bytes", lambda device, free=free: free)
+        with full_precision(llm):
+            assert llm.dtype == dtype
+    assert capsys.readouterr().out.count("note: evaluated in torch.bfloat16") == 1
+    assert llm.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_full_precision_gives_every_tensor_back_as_it_was(llm_folder, dtype):
     llm = load_llm(str(llm_folder), torch.device("cpu"), dtype)

@@ -20,6 +20,7 @@ import train_finetune
 import train_pretrain
 from common import UserError
 from loading import load_checkpoint
+from sources.headers import check_same_step
 
 DRIVER = """
 import sys
@@ -89,6 +90,13 @@ def test_sharded_evaluation_equals_one_process(flags, tmp_path, llama_llm, ranks
 def test_what_cannot_be_sharded(finetuning, quick_dev, tmp_path):
     with pytest.raises(UserError, match="--shard-llm shares the LLM out over torchrun's ranks, and"):
         train(train_finetune, [*finetuning, "--shard-llm"], tmp_path / "run")
+
+
+def test_ranks_that_found_different_checkpoints_do_not_go_on(monkeypatch, tmp_path):
+    monkeypatch.setattr("sources.headers.gather", lambda own: [*own, 0])
+    check_same_step(tmp_path, 0)
+    with pytest.raises(UserError, match=r"the ranks found steps \[0, 40\].*that all machines share"):
+        check_same_step(tmp_path, 40)
 
 
 @pytest.mark.slow

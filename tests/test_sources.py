@@ -12,7 +12,7 @@ import tokenizers
 from conftest import example, read_lines, sentencepiece, texts_of, write_lines, write_tasks
 from pyarrow import parquet
 from tokenizers import decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 import common
 import sources.tasks
@@ -131,6 +131,9 @@ def test_only_understood_pre_tokenizers_go_through_tiktoken(pre, understood):
 def test_unknown_tokenizer_is_a_user_error(tmp_path):
     with pytest.raises(UserError, match="no tokenizer at"):
         Tokenizer(str(tmp_path / "nothing"))
+    ByT5Tokenizer().save_pretrained(tmp_path / "byt5")  # of bytes, in Python alone
+    with pytest.raises(UserError, match="no tokenizer at .*byt5 .*backend_tokenizer"):
+        Tokenizer(str(tmp_path / "byt5"))
 
 
 def test_exact_duplicates_leave_the_pool(tmp_path, tasks_dir):

@@ -52,6 +52,17 @@ def test_committed_results_are_of_these_examples(tasks, name):
         assert tasks.data_hash(line["task"], line["seed"]) == line["data_hash"], line["task"]
 
 
+def test_early_evidence_has_as_many_as_are_asked_for():
+    tasks = Early()
+    for k, queries in ((16, 4), (32, 20)):
+        for i in range(200):
+            _, shown, asked = tasks.draw(np.random.default_rng(i), k, queries)
+            assert (len(shown), len(asked)) == (k, queries)
+    assert tasks.fit(16, 4) == tasks.train
+    with pytest.raises(UserError, match="--tasks early has no pair .* --k 500 and --queries-per-demo 4"):
+        tasks.draw(np.random.default_rng(0), 500, 4)
+
+
 def test_the_first_queries_ask_for_pairs_from_everywhere():
     tasks = Recall(Words(2000), 28)
     places = [tasks.files(task, 100)["train"].index(q) for task in tasks.test

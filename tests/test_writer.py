@@ -52,6 +52,15 @@ def greedy(logits: torch.Tensor) -> int:
     return int(logits.argmax())
 
 
+def test_an_answer_is_written_behind_the_templates_own_words(llm, llm_folder):
+    for template, words in (("space", ""), ("newline", ""), ("input-output", "\nOutput:")):
+        formatter = Formatter(Tokenizer(str(llm_folder)), template, 900)
+        ids = Writer(llm, formatter, vectors_for(llm)).query_ids("the river")
+        assert ids == formatter.query({"input": "the river"}) + formatter.tokenizer.reference(words)
+        scored = formatter.query({"input": "the river"}) + formatter.answer("happy")
+        assert scored[:len(ids)] == ids and len(scored) > len(ids)  # what is written is what is scored
+
+
 @pytest.mark.parametrize("n, head", [(5, []), (5, [7]), (0, [7]), (0, [])])
 def test_a_batch_behind_a_cache_writes_what_each_query_gets_alone_without(llm, formatter, n, head):
     formatter.turns.head = head
