@@ -1,10 +1,12 @@
 """What the vectors carry, as Markdown tables: each method for each l, and MEND against every control.
 
     python -m paper.carried results/ratios-functions.jsonl results/ratios-recall.jsonl
+    python -m paper.carried results/bigbench-functions.jsonl --inputs assets/bigbench
 
 Lines of evaluate.py; what icl and zero_shot answer depends on no l, so one line of them will do. The gap to a
 control is a mean over tasks with a 95% interval (see tables.paired_interval): functions of one domain share
-their inputs and count as one cluster, and so do MetaICL's tasks that do. Not in the paper.
+their inputs and count as one cluster, as do MetaICL's tasks that share theirs, and those that --inputs finds.
+Not in the paper.
 """
 
 import argparse
@@ -17,22 +19,39 @@ import numpy as np
 from common import ROOT, check, finish, run_main
 from paper.summary import gains_of, read_results, require_one_setting, scores_of
 from paper.tables import paired_interval, require_fields, summary
+from sources.text import json_lines
 
 ORDER = ("zero_shot", "majority", "last_l", "icl_budget", "prompt_tuning", "hypertuning", "mend",
          "mend_swapped", "mend_permuted", "mend_constant", "icl_swapped", "icl")
 SAME = ("icl", "icl_swapped", "zero_shot", "majority")  # whatever l is
 
 
-def clusters_of(tasks: list[str]) -> list[list[str]]:
-    """Tasks that share their inputs: functions of one domain ("verb: past"), and those of splits.json."""
+def clusters_of(tasks: list[str], inputs: dict[str, set[str]]) -> list[list[str]]:
+    """Tasks that share their inputs: functions of one domain ("verb: past"), those of splits.json, and those
+    linked by an input of `inputs`, the queries of some."""
     domains = defaultdict(list)
     for task in tasks:
         domains[task.partition(": ")[0] if ": " in task else task].append(task)
     table = json.loads((ROOT / "splits.json").read_text(encoding="utf-8"))
-    return [*domains.values(), *table["metaicl"]["clusters"]]
+    linked: list[tuple[list[str], set[str]]] = []
+    for task, own in inputs.items():
+        near = [cluster for cluster in linked if cluster[1] & own]
+        linked = [c for c in linked if c not in near]
+        linked.append((sum((names for names, _ in near), [task]), own.union(*(xs for _, xs in near))))
+    single = [names for names in domains.values() if not set(names) & inputs.keys()]
+    return [*single, *(names for names, _ in linked), *table["metaicl"]["clusters"]]
 
 
-def carried(records: list[dict]) -> dict:
+def inputs_in(folder: str, tasks: list[str]) -> dict[str, set[str]]:
+    """The queries of each task in a folder of MetaICL's layout, of all its seeds."""
+    found = {task: {row["input"] for path in sorted(Path(folder, task).glob(f"{task}_16_*_test.jsonl"))
+                    for _, row in json_lines(path, "an example")} for task in tasks}
+    lacking = sorted(task for task, xs in found.items() if not xs)
+    check((not lacking, f"--inputs {folder} has no queries of {', '.join(lacking[:3])}; give their folder"))
+    return found
+
+
+def carried(records: list[dict], inputs: dict[str, set[str]] | None = None) -> dict:
     """{"tokens": mean T_d, "segments": how many of l vectors each, None for one, "methods": {l: {method:
     {mean, std, accuracy, gain, gap}}}}.
 
@@ -42,7 +61,7 @@ def carried(records: list[dict]) -> dict:
     """
     both = [r for r in records if r["method"] in SAME]
     lengths = sorted({r["distill_len"] for r in records if r["method"] not in SAME}, reverse=True)
-    clusters = clusters_of(sorted({r["task"] for r in records}))
+    clusters = clusters_of(sorted({r["task"] for r in records}), inputs or {})
     tokens = [r["demo_tokens"] for r in both if r["method"] == "icl" and r.get("demo_tokens")]
     found: dict[int, dict] = {}
     for length in lengths or [0]:
@@ -82,6 +101,8 @@ def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", help="results files of evaluate.py")
+    parser.add_argument("--inputs", metavar="FOLDER", help="the tasks' folder, in MetaICL's layout: those "
+                        "that share a query count as one cluster")
     return parser
 
 
@@ -93,7 +114,8 @@ def main(argv: list[str] | None = None) -> dict:
         check((bool(records), f"{file} has no lines; make it with evaluate.py --out {file}"))
         require_fields(records, "paper.carried")
         require_one_setting(file, records)
-        made[Path(file).stem] = carried(records)
+        tasks = sorted({r["task"] for r in records})
+        made[Path(file).stem] = carried(records, args.inputs and inputs_in(args.inputs, tasks))
         print("\n".join(table_lines(Path(file).stem, made[Path(file).stem])) + "\n")
     return finish({"files": args.files}) | {"made": made}
 

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from conftest import example, write_lines
 
 from common import UserError
 from paper import carried
@@ -19,9 +20,25 @@ BOTH = [*lines("zero_shot", {"verb: past": 0.1, "verb: she": 0.1, "date: year": 
 
 
 def test_functions_of_a_domain_are_one_cluster():
-    clusters = carried.clusters_of(["verb: past", "verb: she", "date: year", "ag_news"])
+    clusters = carried.clusters_of(["verb: past", "verb: she", "date: year", "ag_news"], {})
     assert clusters[:3] == [["verb: past", "verb: she"], ["date: year"], ["ag_news"]]
     assert ["ethos-national_origin", "ethos-race", "ethos-religion"] in clusters
+
+
+def test_tasks_that_are_linked_by_a_query_are_one_cluster(tmp_path):
+    """a and c share none, b one with each; of d only what it shows is shared."""
+    for folder in "abcde":
+        (tmp_path / folder).mkdir()
+    for task, queries in {"a": "pq", "b": "rs", "c": "st", "d": "uv", "e": "w"}.items():
+        for seed, x in zip((100, 13), queries, strict=False):
+            write_lines(tmp_path / task / f"{task}_16_{seed}_test.jsonl", [example(x)])
+            write_lines(tmp_path / task / f"{task}_16_{seed}_train.jsonl", [example("p")])
+    write_lines(tmp_path / "b" / "b_16_13_test.jsonl", [example("s"), example("q")])
+    inputs = carried.inputs_in(str(tmp_path), [*"abcde"])
+    found = carried.clusters_of([*"abcde"], inputs)
+    assert sorted(sorted(cluster) for cluster in found[:3]) == [["a", "b", "c"], ["d"], ["e"]]
+    with pytest.raises(UserError, match="has no queries of f; give their folder"):
+        carried.inputs_in(str(tmp_path), ["a", "f"])
 
 
 def test_figures_by_hand():
