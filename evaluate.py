@@ -126,7 +126,7 @@ def main(argv: list[str] | None = None) -> dict:
 def evaluate(args, llm, distiller, trained_on: dict | None, formatter: Formatter, tasks: Tasks,
              out: Path) -> list[dict]:
     """Fill the results file with every (method, task, seed) that it lacks; return the asked ones."""
-    retrieval = f"dense:{Path(args.dense_model).name}" if args.dense_model else args.retrieve
+    retrieval = f"dense:{Path(e).name}@{llm_hash(e)[:6]}" if (e := args.dense_model) else args.retrieve
     setting = {"llm": Path(args.llm).name, "split": args.split, "tasks": tasks.collection, "k": args.k,
                "distill_len": args.distill_len, "context_len": args.context_len, "template": args.template,
                "retrieval": retrieval, "perturbation": args.perturb, "limit": args.limit, "dtype": args.dtype,

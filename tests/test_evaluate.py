@@ -27,7 +27,7 @@ from paper.controls import partners
 from paper.demos import PERTURBATIONS, bm25_neighbours, perturb
 from sources.tasks import SEEDS, Tasks, load_tasks
 from sources.template import TEMPLATES
-from sources.text import Tokenizer
+from sources.text import Tokenizer, llm_hash
 
 CPU = torch.device("cpu")
 METHODS = ["zero_shot", "icl", "icl_budget", "last_l", "mend"]
@@ -421,7 +421,7 @@ def test_dense_retrieval_takes_the_llm_or_a_named_encoder(scored, gpt2, monkeypa
     flags, (by_llm, _) = ["--methods", "icl", "--retrieve", "dense", *ONE], read_by(monkeypatch)
     scored(*flags)
     records = scored(*flags, "--dense-model", str(gpt2))
-    assert [r["retrieval"] for r in records] == ["dense", f"dense:{gpt2.name}"]
+    assert [r["retrieval"] for r in records] == ["dense", f"dense:{gpt2.name}@{llm_hash(str(gpt2))[:6]}"]
     assert len(by_llm) == 16 and sorted(by_llm[:8]) != sorted(by_llm[8:])
 
 
