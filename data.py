@@ -186,8 +186,8 @@ class Formatter:
         return flat(self.pieces(examples, limit))
 
     def parts(self, examples: list[dict], limit: int) -> list[list[tuple[dict, list[int]]]]:
-        """`pieces`, in the --segments that are distilled one by one, each of `limit` tokens at most: an
-        extension, as the paper's D is what one context holds.
+        """`pieces`, in the --segments that are distilled one by one, each of `limit` tokens at most.
+        DEVIATION: the paper's D is what one context holds.
 
         Raises:
             UserError: no such cut is there, or the LLM has no positions for the vectors of so many segments.
@@ -242,7 +242,7 @@ def sample_row(tasks: Tasks, formatter: Formatter, seed: int, sample: int, k: in
                least_k: int | None = None) -> dict:
     """Sec. 3.2: draw a meta-training task, then K + `queries` different examples of it; the first K become D.
 
-    least_k: draw K between this and `k` first. A function of (seed, sample).
+    least_k: draw K between this and `k` first. A function of (seed, sample). DEVIATION: the paper has one K.
     """
     rng = np.random.default_rng((seed, sample))
     k = int(rng.integers(least_k, k + 1)) if least_k else k

@@ -240,7 +240,7 @@ def build_distiller(spec: str, llm: PreTrainedModel, distill_len: int, start: st
                      residual_embed=llm_embed if start == "residual" else None).to(llm.device)
 
 
-def distiller_config(distiller: nn.Module, llm: PreTrainedModel, args) -> dict:
+def distiller_config(distiller: nn.Module, llm: PreTrainedModel, args: argparse.Namespace) -> dict:
     """What `load_distiller` needs to build the distiller again, for a checkpoint's state. args: the flags."""
     config = distiller.backbone and distiller.backbone.config
     return {"llm": identity(llm), "distiller": args.distiller, "distill_len": args.distill_len,
@@ -386,7 +386,7 @@ def load_all(args: argparse.Namespace, device: torch.device) -> tuple:
     return llm, distiller, state, prepare(args, llm, distiller, device)
 
 
-def refuse_seen_tasks(trained_on: dict, tasks: Tasks, args) -> None:
+def refuse_seen_tasks(trained_on: dict, tasks: Tasks, args: argparse.Namespace) -> None:
     """Raise when the checkpoint was finetuned on a task to evaluate: meta-test tasks must be unseen."""
     stage = trained_on.get("finetune", {})
     seen = {*tasks.seen(stage.get("own_tasks", {}))} & {*(args.only or tasks.test)}

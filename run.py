@@ -209,7 +209,7 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
 
     def micro_batches(self, rows: list[dict]) -> Iterator[list[dict]]:
-        """This rank's share of a step's rows, --grad-accum times --batch-size, by micro-batch."""
+        """This rank's share of a step's rows by micro-batch. DEVIATION, --elastic: the paper trains one l."""
         size, longest = self.args.batch_size, self.args.distill_len
         if self.args.elastic:
             lengths = [2 ** i for i in range(3, 20) if 2 ** i < longest] + [longest]

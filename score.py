@@ -160,7 +160,7 @@ def one_prefix(method: str, demos: list[dict], limit: int, llm, distiller, forma
     return demo_prefix(llm, demo_ids, torch.ones_like(demo_ids, dtype=torch.bool), head)
 
 
-def passes(queries: list[tuple], device) -> Iterator[dict]:
+def passes(queries: list[tuple], device: torch.device) -> Iterator[dict]:
     """Batches of one row, PASS_TOKENS or so each, of `queries`: (x ids, [option ids, ...]), in order."""
     groups, size, most = [[]], 0, PASS_TOKENS[torch.device(device).type]
     for x, options in queries:
@@ -173,7 +173,7 @@ def passes(queries: list[tuple], device) -> Iterator[dict]:
 
 
 @torch.no_grad()
-def option_scores(llm, prefix: Prefix, formatter: Formatter, queries: list[dict],
+def option_scores(llm: PreTrainedModel, prefix: Prefix, formatter: Formatter, queries: list[dict],
                   first: bool = False) -> list[Tensor]:
     """score_options of each query behind one prefix of B = 1: (options,) each, perhaps padded with -inf."""
     encoded = [formatter.scoring_query(q, first=first) for q in queries]

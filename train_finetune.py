@@ -55,7 +55,7 @@ def get_parser() -> argparse.ArgumentParser:
 MADE_BY = ("distiller", "distill_len", "vector_start", "template")  # flags that a pretraining run settles
 
 
-def find_pretrained(llm, args) -> Path | None:
+def find_pretrained(llm, args: argparse.Namespace) -> Path | None:
     """The pretraining checkpoint under out/ of this LLM and these flags that recovered most, of the paper's
     beta if there is one: a share, as the KLs of other texts, or of windows cut elsewhere, do not compare."""
     wanted, found = {name: getattr(args, name) for name in MADE_BY}, []
@@ -69,7 +69,7 @@ def find_pretrained(llm, args) -> Path | None:
     return min(found)[-1] if found else None
 
 
-def start(args, llm):
+def start(args: argparse.Namespace, llm):
     """The distiller to finetune, and what it was trained on so far."""
     source = args.init_from
     if source is None:
@@ -118,7 +118,7 @@ def main(argv: list[str] | None = None) -> dict:
     return train(args, device, llm, distiller, trained_on, tasks, prepare(args, llm, distiller, device))
 
 
-def train(args, device, llm, distiller, trained_on, tasks, formatter) -> dict:
+def train(args: argparse.Namespace, device, llm, distiller, trained_on, tasks, formatter) -> dict:
     """The loop of stage 2, whose steps `Run` describes; returns the final metrics."""
     stage = {"tasks": tasks.collection, "split": args.split, "lam": args.lam, "pred_weight": args.pred_weight,
              "hash": tasks.training_hash(), "dev_hash": tasks.dev_hash(args.seed), **tasks.record()}

@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> dict:
     return train(args, device, llm, distiller, corpus, tasks, prepare(args, llm, distiller, device))
 
 
-def train(args, device, llm, distiller, corpus, tasks, formatter) -> dict:
+def train(args: argparse.Namespace, device, llm, distiller, corpus, tasks, formatter) -> dict:
     """The loop of stage 1, whose steps `Run` describes; returns the final metrics."""
     run = Run(f"pretrain-{Path(args.llm).name}", args, distiller, distiller_config(distiller, llm, args),
               {"pretrain": {"corpus": corpus.name, "hash": corpus.hash, "objective": args.objective,

@@ -119,7 +119,7 @@ def answer_attention(llm, prefix: Tensor, query_ids: list[int], heads: list[tupl
     return {"prefix": max_pool(rows[:, :prefix.shape[1]]), "query": rows[:, prefix.shape[1]:]}
 
 
-def look(args, llm, tokenizer: Tokenizer, heads: list[tuple[int, int]]) -> dict:
+def look(args: argparse.Namespace, llm, tokenizer: Tokenizer, heads: list[tuple[int, int]]) -> dict:
     """Fig. 5's record: `answer_attention` with the demonstrations of one task and with their vectors."""
     distiller, state = load_distiller(args.checkpoint, llm)
     require_input_vectors(distiller.eval(), "Fig. 5")

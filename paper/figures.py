@@ -80,7 +80,7 @@ def cost_caption(fig: Figure, results: dict) -> None:
                  f"l = {results['distill_len']}, batch 1; counted in 16 bit")
 
 
-def fig3(args) -> tuple[Figure, dict]:
+def fig3(args: argparse.Namespace) -> tuple[Figure, dict]:
     """Fig. 3: FLOPs and peak memory counted for both GPT-2s, and time where it was measured."""
     results = load_costs(args)
     llms = [name for name in ("gpt2-large", "gpt2-xl") if any(s["llm"] == name for s in results["settings"])]
@@ -109,7 +109,7 @@ def fig3(args) -> tuple[Figure, dict]:
     return fig, {"panels": [title for title, *_ in panels]}
 
 
-def scaling(args) -> tuple[Figure, dict]:
+def scaling(args: argparse.Namespace) -> tuple[Figure, dict]:
     """FLOPs of a query against demonstration length and against l, with the points where curves cross."""
     results = load_costs(args)
     llms = results["scaling"]
@@ -195,7 +195,7 @@ def averages(records: list[dict], methods: tuple[str, ...], x: Callable[[dict], 
     return data
 
 
-def draw_averages(args, panels: list[tuple[str, str, dict]], records: list[dict],
+def draw_averages(args: argparse.Namespace, panels: list[tuple[str, str, dict]], records: list[dict],
                   what: str) -> tuple[Figure, dict]:
     """One panel for each (x label, x scale, averages)."""
     panels = [panel for panel in panels if len({x for points in panel[2]["points"].values()
@@ -239,7 +239,7 @@ def draw_averages(args, panels: list[tuple[str, str, dict]], records: list[dict]
                  for letter, p in zip("ab", panels, strict=False)}
 
 
-def fig4(args) -> tuple[Figure, dict]:
+def fig4(args: argparse.Namespace) -> tuple[Figure, dict]:
     """Fig. 4: (a) over K at one l, (b) over l at one K."""
     records = load_records(args)
     distill_len, k = most_varied(records, "distill_len", "k"), most_varied(records, "k", "distill_len")
@@ -257,7 +257,7 @@ def trained(record: dict, stage: str, field: str):
     return ((record.get("trained_on") or {}).get(stage) or {}).get(field)
 
 
-def fig6(args) -> tuple[Figure, dict]:
+def fig6(args: argparse.Namespace) -> tuple[Figure, dict]:
     """Fig. 6, straight after pretraining: (a) Eq. (3) over beta, (b) CLM + gamma L_distill over gamma."""
     records = [r for r in load_records(args) if r["method"] == "mend" and not trained(r, "finetune", "tasks")]
     kl, both = ([r for r in records if trained(r, "pretrain", "objective") == name]
@@ -270,7 +270,7 @@ def fig6(args) -> tuple[Figure, dict]:
                          records, "Fig. 6: after pretraining, no finetuning.")
 
 
-def fig7(args) -> tuple[Figure, dict]:
+def fig7(args: argparse.Namespace) -> tuple[Figure, dict]:
     """Fig. 7: over lambda of Eq. (4), after pretraining with Eq. (3). For lambda = 0 see Table 4."""
     records = [r for r in load_records(args) if r["method"] == "mend"
                and trained(r, "pretrain", "objective") == "kl"
@@ -285,7 +285,7 @@ def fig7(args) -> tuple[Figure, dict]:
 # Figs. 5 and 8: what attention.py measured
 
 
-def fig8(args) -> tuple[Figure, dict]:
+def fig8(args: argparse.Namespace) -> tuple[Figure, dict]:
     """Fig. 8: the induction score of each layer and head, the top four outlined."""
     record = load_json(args, "induction.json", ("scores", "heads"), "`python -m paper.attention`")
     scores = np.array(record["scores"])                                                 # (layers, heads)
@@ -307,7 +307,7 @@ def fig8(args) -> tuple[Figure, dict]:
     return fig, record
 
 
-def fig5(args) -> tuple[Figure, dict]:
+def fig5(args: argparse.Namespace) -> tuple[Figure, dict]:
     """Fig. 5: attention of the top induction heads from where the answer is predicted, ICL above MEND."""
     record = load_json(args, "attention.json", ("icl", "mend", "heads"),
                        "`python -m paper.attention --checkpoint DIR`")

@@ -58,7 +58,7 @@ def bar(steps: Sequence, what: str, unit: str) -> tqdm:
 
 
 @torch.no_grad()
-def dev_metrics(llm, distiller, tasks: Tasks, formatter: Formatter, args, device) -> dict:
+def dev_metrics(llm, distiller, tasks: Tasks, formatter: Formatter, args, device: torch.device) -> dict:
     """Both terms of Eq. (4), choice and headline on the meta-test tasks' dev examples, tasks shared out over
     the ranks; the distiller in fp32, the LLM as it is (see `full_precision`).
 
@@ -108,7 +108,7 @@ def dev_metrics(llm, distiller, tasks: Tasks, formatter: Formatter, args, device
 
 
 @torch.no_grad()
-def evaluate_kl(llm, distiller, corpus: Corpus, args, device, bos: list[int]) -> dict:
+def evaluate_kl(llm, distiller, corpus: Corpus, args, device: torch.device, bos: list[int]) -> dict:
     """Held-out KL(full D || what stands in its place), nats per token, for the vectors and for two
     references; the distiller in fp32.
 

@@ -65,7 +65,7 @@ def training_step(llm, distiller, batch: dict[str, Tensor], where: tuple[Tensor,
     return loss.detach()
 
 
-def plain_step(llm, distiller, rows: list[dict], dtype: str) -> None:
+def plain_step(llm, distiller: nn.Module, rows: list[dict], dtype: str) -> None:
     """The same samples the plain way: each query with a demonstration set of its own, full logits, nothing
     shared."""
     queries = [(row["demo"], query) for row in rows for query in row["queries"]]
@@ -78,7 +78,7 @@ def plain_step(llm, distiller, rows: list[dict], dtype: str) -> None:
         (loss / len(queries)).backward()
 
 
-def training_speed(llm, distiller, rows: list[dict], dtype: str, repeats: int) -> dict:
+def training_speed(llm, distiller: nn.Module, rows: list[dict], dtype: str, repeats: int) -> dict:
     """Query tokens a second of a step over `rows`, ours and plain, and ours as a share of the matrix-product
     rate."""
     device, batch = llm.device, collate(rows, llm.device)
@@ -201,8 +201,8 @@ def scoring_task(tasks: Tasks, seed: int, n: int, options: int) -> tuple[str, di
 
 
 @torch.no_grad()
-def cached_scores(method: str, demos: list[dict], limit: int, queries: list, llm, distiller,
-                  formatter: Formatter, args) -> list[Tensor]:
+def cached_scores(method: str, demos: list[dict], limit: int, queries: list, llm, distiller: nn.Module,
+                  formatter: Formatter, args: argparse.Namespace) -> list[Tensor]:
     """evaluate.py's scores, (options,) for each query: what stands before them is read once."""
     prefix = one_prefix(method, demos, limit, llm, distiller, formatter, args)
     return [scores for batch in passes(queries, llm.device)

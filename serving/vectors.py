@@ -33,7 +33,7 @@ def is_vectors_file(path: str) -> bool:
         return False
 
 
-def read_vectors(path: str, llm) -> tuple[Tensor, dict]:
+def read_vectors(path: str, llm: PreTrainedModel) -> tuple[Tensor, dict]:
     """The (l, d) vectors of a file and what they are of; raise UserError where they belong to another LLM."""
     try:
         with safe_open(path, framework="pt") as file:
