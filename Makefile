@@ -1,8 +1,8 @@
 # make demo   set-up, the published checkpoint on tasks it has not seen, then a small run of both training stages
-# make test   set-up, then the whole suite
+# make test   set-up, then the suite (WORKERS=2 processes)
 # make setup, make assets   their parts
 # make assets LLM=gemma   a second language model, Gemma 3 270M, under the Gemma terms
-# make tables  every table and picture again from the lines in results/, without training
+# make tables  the paper's tables and pictures again from the lines in results/, without training
 # make table2 SCALE=pocket-gpu   a table or figure of the paper, or (lr, ratios, kv) of ours: table1 table2 table3 table6 table7
 #   fig3 fig4 fig5 ablations lr ratios kv
 # A CPU build of torch, where the default would be a GPU build of several GB: make setup PIP_FLAGS="--index-url ..."

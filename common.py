@@ -284,7 +284,8 @@ def setup(args: argparse.Namespace, training: bool) -> torch.device:
         if not is_main():
             sys.stdout = io.StringIO()  # rank 0 alone prints
     if device.type == "cuda":
-        torch.cuda.set_device(device.index or 0)  # cuda:1: memory and time are measured there
+        if device.index is not None:
+            torch.cuda.set_device(device)  # cuda:1: memory and time are measured there
         # plans its kernels anew for each shape, and here every batch has another (a step took twice as long)
         torch.backends.cuda.enable_cudnn_sdp(False)
     if args.dtype == "auto":

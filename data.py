@@ -107,7 +107,7 @@ class Formatter:
     llm_positions: int | None = None        # longest input of either model; None: no absolute limit
     distiller_positions: int | None = None
     segments: int | str = 1                 # D is distilled in so many; auto: as its length demands
-    most: int = 1                           # of --max-segments: in training in as many as this
+    most: int = 1                           # segments of a training step at most, --max-segments
 
     def __post_init__(self):
         self.turns = make_turns(self.template, self.tokenizer)
@@ -124,9 +124,9 @@ class Formatter:
         limits = [self.context_len, self.room(examples, max(self.context_len, self.most * self.distill_len))]
         if self.distiller_positions is not None:
             limits.append(self.distiller_positions - self.distill_len)
-        check((self.most * self.distill_len <= limits[1], f"--distill-len is {self.distill_len}, for up to "
-               f"{self.most} segments, and the LLM's {self.llm_positions} positions leave {limits[1]} beside "
-               f"a query and the longest label of task {examples[0]['task']}; give less"),
+        check((self.most * self.distill_len <= limits[1], f"--distill-len is {self.distill_len}, and the "
+               f"LLM's {self.llm_positions} positions leave {limits[1]} for {self.most} times that, beside a "
+               f"query and the longest label of task {examples[0]['task']}; give less"),
               (min(limits) >= 1, f"--distill-len {self.distill_len} leaves no position for D; give less"))
         return min(limits)
 

@@ -114,9 +114,9 @@ def with_options(queries: list[dict], labels: list[str], args: argparse.Namespac
                q["output"] not in q["options"]]
     written = any(q["output"] and not q["options"] for q in queries)
     check((not unknown, f"{args.queries}: the output {''.join(unknown[:1])!r} is no label of {labels}"),
-          (not written or args.template != "space", f"{args.queries}: by the template space nothing ends a "
-           "written answer, so none can be compared; give options, leave the outputs out, or take a "
-           "checkpoint trained with --template newline"))
+          (not written or args.template != "space" or args.stop != "\n",
+           f"{args.queries}: by the template space nothing ends a written answer, so none can be compared; "
+           "give options, a --stop of your own, no outputs, or a checkpoint trained with --template newline"))
     return queries
 
 
@@ -138,7 +138,8 @@ def room(formatter: Formatter, examples: list[dict], args: argparse.Namespace) -
     limit = formatter.limit(examples)
     if formatter.llm_positions is None:
         return limit
-    fixed = len(formatter.turns.head + formatter.turns.tail)
+    turns = formatter.turns
+    fixed = len(turns.head + turns.tail + turns.encode(turns.reply.rstrip()))
     left = formatter.llm_positions - MAX_INPUT - args.answer_tokens - fixed
     check((left >= max(1, formatter.distill_len), f"--answer-tokens {args.answer_tokens}: the LLM's "
            f"{formatter.llm_positions} positions leave {max(0, left)} for demonstrations or vectors; "
@@ -213,11 +214,11 @@ def main(argv: list[str] | None = None) -> dict:
         more = f", {len(parts)} segments one by one (icl reads {ids.shape[1]} of the tokens)"
         print(f"{len(kept)} of {len(demos)} demonstrations, {about['tokens']} tokens, distilled into "
               f"{len(vectors)} vectors" + (more if len(parts) > 1 else ""))
+    queries = with_options(queries, about["labels"], args)
     if args.out:
         keep(args, llm, formatter, vectors, queries, about)
     result = {name: about[name] for name in ("demonstrations", "tokens")} | {"vectors": len(vectors)}
     if queries:
-        queries = with_options(queries, about["labels"], args)
         how = {"max_new_tokens": args.answer_tokens, "temperature": args.temperature, "top_p": args.top_p,
                "seed": args.seed, "stop": args.stop}
         found = {}

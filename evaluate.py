@@ -126,6 +126,7 @@ def main(argv: list[str] | None = None) -> dict:
 def evaluate(args, llm, distiller, trained_on: dict | None, formatter: Formatter, tasks: Tasks,
              out: Path) -> list[dict]:
     """Fill the results file with every (method, task, seed) that it lacks; return the asked ones."""
+    dense = SentenceEncoder(args.dense_model, llm, formatter.tokenizer) if args.retrieve == "dense" else None
     retrieval = f"dense:{Path(e).name}@{llm_hash(e)[:6]}" if (e := args.dense_model) else args.retrieve
     setting = {"llm": Path(args.llm).name, "split": args.split, "tasks": tasks.collection, "k": args.k,
                "distill_len": args.distill_len, "context_len": args.context_len, "template": args.template,
@@ -137,7 +138,6 @@ def evaluate(args, llm, distiller, trained_on: dict | None, formatter: Formatter
     # older lines have no llm_hash: that they are of this LLM is known by its name
     done = {tuple(r.get(f, setting.get(f) if f == "llm_hash" else None) for f in key_fields): r
             for r in read_results(out, "method", "task", "seed", "headline")}
-    dense = SentenceEncoder(args.dense_model, llm, formatter.tokenizer) if args.retrieve == "dense" else None
     records, same_for_all_seeds = [], {}
     names = perturbable(args, tasks)
     permutable = [t for t in names if tasks.types[t] == "classification"]  # elsewhere no label comes again
@@ -147,7 +147,7 @@ def evaluate(args, llm, distiller, trained_on: dict | None, formatter: Formatter
             print(f"note: mend_permuted leaves out what is no classification: {', '.join(left_out)}")
     plan = [(task, seed, m) for seed in args.seeds for task in names for m in args.methods
             if m != "mend_permuted" or task in permutable]
-    distilled = functools.lru_cache(len(names))(  # of one seed: 3 MB each, of keys and values for l = 64
+    distilled = functools.lru_cache(len(tasks.test))(  # of one seed: 3 MB each, of keys and values for l = 64
         lambda t, seed: task_vectors(t, seed, llm, distiller, formatter, tasks, args))
     (rank, ranks), stop = shares(llm), Stop(args.max_minutes)
     gather([])  # all have read the file before rank 0 writes to it

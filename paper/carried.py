@@ -10,8 +10,8 @@ Not in the paper.
 """
 
 import argparse
+import itertools
 import json
-from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -27,19 +27,18 @@ SAME = ("icl", "icl_swapped", "zero_shot", "majority")  # whatever l is
 
 
 def clusters_of(tasks: list[str], inputs: dict[str, set[str]]) -> list[list[str]]:
-    """Tasks that share their inputs: functions of one domain ("verb: past"), those of splits.json, and those
-    linked by an input of `inputs`, the queries of some."""
-    domains = defaultdict(list)
+    """Tasks linked by what they share: functions of one domain ("verb: past"), tasks of one cluster of
+    splits.json, those with a query of `inputs`, {task: its queries}, in common."""
+    table = json.loads((ROOT / "splits.json").read_text(encoding="utf-8"))["metaicl"]["clusters"]
+    linked: list[tuple[list[str], set]] = []
     for task in tasks:
-        domains[task.partition(": ")[0] if ": " in task else task].append(task)
-    table = json.loads((ROOT / "splits.json").read_text(encoding="utf-8"))
-    linked: list[tuple[list[str], set[str]]] = []
-    for task, own in inputs.items():
+        own = {*inputs.get(task, ()), *(("cluster", i) for i, names in enumerate(table) if task in names)}
+        own |= {("domain", task.partition(": ")[0])} if ": " in task else set()
         near = [cluster for cluster in linked if cluster[1] & own]
-        linked = [c for c in linked if c not in near]
-        linked.append((sum((names for names, _ in near), [task]), own.union(*(xs for _, xs in near))))
-    single = [names for names in domains.values() if not set(names) & inputs.keys()]
-    return [*single, *(names for names, _ in linked), *table["metaicl"]["clusters"]]
+        linked = [cluster for cluster in linked if cluster not in near]
+        linked.append(([*itertools.chain(*(names for names, _ in near)), task],
+                       own.union(*(shared for _, shared in near))))
+    return [names for names, _ in linked]
 
 
 def inputs_in(folder: str, tasks: list[str]) -> dict[str, set[str]]:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 import common
-from common import check, finish, is_main, parse, run_main, setup, sum_over_ranks
+from common import check, finish, gather, is_main, parse, run_main, setup, sum_over_ranks
 from data import Corpus, Formatter, collate, even
 from loading import checkpoint_id, load_all
 from model import answer_mask, demo_prefix, loss_mask, query_states, teacher_and_student
@@ -26,14 +26,8 @@ from sources.tasks import SEEDS, Tasks, demonstration_set, require_options
 def full_precision(llm: PreTrainedModel) -> Iterator[None]:
     """The frozen LLM in fp32 inside, and each tensor as it was behind it: a KL in bf16 has a floor of 0.0015
     nats. Weights in 8 bit stay, and so do those of a sharded LLM, or of one that a GPU does not hold so."""
-    keep = getattr(llm, "is_loaded_in_8bit", False) or getattr(llm, "is_sharded", False)
+    keep = getattr(llm, "is_loaded_in_8bit", False) or getattr(llm, "is_sharded", False) or not fits(llm)
     tensors = [] if keep else [*llm.parameters(), *llm.buffers()]
-    more = sum(t.numel() * (4 - t.element_size()) for t in tensors if t.is_floating_point())    # bytes
-    if more > free_bytes(llm.device):
-        tensors = []
-        if is_main():
-            print(f"note: evaluated in {llm.dtype}: the LLM in fp32 takes {more / 1e9:.1f} GB more, which "
-                  "are not free; a KL below 0.0015 nats says nothing then")
     dtypes = [t.dtype for t in tensors]
     try:
         for t in tensors:
@@ -42,6 +36,18 @@ def full_precision(llm: PreTrainedModel) -> Iterator[None]:
     finally:
         for t, dtype in zip(tensors, dtypes, strict=True):
             t.data = t.data.to(dtype)
+
+
+def fits(llm: PreTrainedModel) -> bool:
+    """Whether every rank's GPU holds the LLM in fp32; settled once, so that all evaluations are alike."""
+    if not hasattr(llm, "fits_in_fp32"):
+        more = sum(t.numel() * (4 - t.element_size()) for t in [*llm.parameters(), *llm.buffers()]
+                   if t.is_floating_point())  # bytes
+        llm.fits_in_fp32 = all(gather([more <= free_bytes(llm.device)]))
+        if not llm.fits_in_fp32 and is_main():
+            print(f"note: evaluated in {llm.dtype}: the LLM in fp32 takes {more / 1e9:.1f} GB more, which "
+                  "are not free; a KL below 0.0015 nats says nothing then")
+    return llm.fits_in_fp32
 
 
 def free_bytes(device: torch.device) -> float:

@@ -60,7 +60,8 @@ def asked(formatter: Formatter, query: dict, first: bool = False) -> list[int]:
 def export_vllm(place: Path, llm: PreTrainedModel, formatter: Formatter, vectors: Tensor, queries: list[dict],
                 about: dict) -> None:
     """vLLM's `prompt_embeds`: a safetensors file of "prefix", (h + l, d), which is [head ; S_D], and for each
-    query "prompt.0", "prompt.1", ..., (h + l + T_x, d), which are [head ; S_D ; E_x]; in the LLM's type."""
+    query "prompt.0", "prompt.1", ..., (h + l + T_x, d), which are [head ; S_D ; E_x] with x as in `asked`; in
+    the LLM's type."""
     prefix, embed = input_rows("vllm", llm, formatter, vectors), llm.get_input_embeddings()
     rows = [torch.tensor(asked(formatter, query), device=llm.device) for query in queries]
     prompts = {f"prompt.{i}": torch.cat([prefix, embed(ids)]) for i, ids in enumerate(rows)}

@@ -7,13 +7,15 @@
 
 A task is a file NAME.jsonl[.gz], NAME.csv or NAME.parquet, or a folder NAME in MetaICL's layout. Of a file,
 up to 16 dev examples are set apart, the same for every seed; a seed draws K demonstrations (16 at least) from
-the others, and the rest are queries. Where no options are given and labels repeat, the labels are them.
+the others, and the rest are queries. Where labels repeat and no options are given, the labels are the
+options.
 """
 
 import contextlib
 import csv
 import fnmatch
 import hashlib
+import itertools
 import json
 import re
 import zlib
@@ -86,10 +88,10 @@ class OwnTasks(Tasks):
         if self.is_cut(task):
             return super().files(task, seed)
         pool, shots = list({e["input"]: e for e in reversed(self.pool(task))}.values())[::-1], max(16, self.k)
-        n_dev = min(N_DEV, max(1, (len(pool) - 16) // 3))  # the same for every k
-        check((len(pool) > shots + n_dev, f"task {task} has {len(pool)} different inputs, and "
-               f"{shots + n_dev + 1} are needed: {shots} demonstrations, {n_dev} for dev, one query; add "
-               "some, or give a lower --k"))
+        n_dev = dev_size(len(pool))
+        needed = next(n for n in itertools.count(shots) if n > shots + dev_size(n))
+        check((len(pool) >= needed, f"task {task} has {len(pool)} different inputs, and {needed} are needed: "
+               f"{shots} demonstrations, {dev_size(needed)} for dev, one query; add some, or lower --k"))
         # dev is the same for every seed: what selects a checkpoint is no seed's query
         dev, rest = (part.tolist() for part in np.split(self.order(task, SEEDS[0], len(pool)), [n_dev]))
         rest = [rest[i] for i in self.order(task, seed, len(rest))]
@@ -110,6 +112,11 @@ class OwnTasks(Tasks):
         if self.is_cut(task):
             return super().data_hash(task, seed, retrieval)
         return hashlib.sha256(json.dumps(self.files(task, seed)).encode()).hexdigest()[:12]
+
+
+def dev_size(n: int) -> int:
+    """Dev examples that are set apart of n inputs, whatever K is."""
+    return min(N_DEV, max(1, (n - 16) // 3))
 
 
 def find_places(spec: str) -> dict[str, Path | str]:

@@ -135,7 +135,7 @@ def test_a_gpu_is_the_one_measured_and_emulates_no_bf16(monkeypatch, in_hardware
     for name in ("cuda", "cuda:1"):
         args = SimpleNamespace(device=name, dtype="auto")
         assert common.setup(args, training=True) == torch.device(name) and args.dtype == dtype
-    assert measured == [0, 1]
+    assert measured == [torch.device("cuda:1")]
 
 
 def test_unknown_device_is_a_user_error():

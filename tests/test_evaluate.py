@@ -275,6 +275,15 @@ def test_controls_read_vectors_of_other_tasks(scored, three_tasks, llama_llm, to
     assert min((a - b).abs().max() for a in own.values() for b in own.values() if a is not b) > 1e-3
 
 
+def test_vectors_of_others_are_made_once_and_kept_for_one_seed(scored, three_tasks, monkeypatch):
+    made, make = [], evaluate.task_vectors
+    monkeypatch.setattr(evaluate, "task_vectors", lambda t, seed, *given: (
+        made.append((t, seed)), make(t, seed, *given))[1])
+    scored("--tasks", str(three_tasks), "--methods", "mend_swapped", "mend_constant", "--seeds", "13", "21")
+    assert len(made) == len({*made}) == 6
+    assert [seed for _, seed in made] == [13, 13, 13, 21, 21, 21]  # at no time are those of two seeds needed
+
+
 def test_icl_swapped_reads_what_stands_behind_mend_swapped(scored, three_tasks, monkeypatch):
     seen, prefix = [], score.demo_prefix
     monkeypatch.setattr(score, "demo_prefix", lambda llm, ids, mask, head: (

@@ -33,7 +33,7 @@ from data import Formatter, collate
 from loading import build_distiller, load_llm
 from model import Prefix, demo_prefix, query_states
 from paper.controls import majority
-from paper.held_out import full_precision
+from paper.held_out import free_bytes, full_precision
 from score import (
     distill_loss,
     finetune_loss,
@@ -188,14 +188,27 @@ def test_score_options_without_demonstrations_equal_plain_scores(llm, head):
 
 
 def test_an_llm_that_a_gpu_does_not_hold_in_full_precision_stays(llm_folder, monkeypatch, capsys):
-    llm = load_llm(str(llm_folder), torch.device("cpu"), torch.bfloat16)
-    more = 2 * sum(t.numel() for t in {id(t): t for t in llm.parameters()}.values())
-    for free, dtype in ((more + 2 ** 20, torch.float32), (more // 2, torch.bfloat16)):
-        monkeypatch.setattr("paper.held_out.free_bytes", lambda device, free=free: free)
-        with full_precision(llm):
-            assert llm.dtype == dtype
+    """By 0.9 of what the GPU has free and torch has reserved and not used, as it stands at first."""
+    place = torch.device("cpu")
+    more = 2 * sum(t.numel() for t in load_llm(str(llm_folder), place, torch.bfloat16).parameters())
+    monkeypatch.setattr("paper.held_out.free_bytes", lambda _: free_bytes(torch.device("cuda")))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 5000)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 1000)
+    for needed, dtype in ((0.9 * more, torch.bfloat16), (1.2 * more, torch.float32)):
+        llm = load_llm(str(llm_folder), place, torch.bfloat16)
+        for free in (needed - 4000, 2 * more - needed):  # the second time it is settled
+            monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 0))
+            with full_precision(llm):
+                assert llm.dtype == dtype
+        assert llm.dtype == torch.bfloat16
     assert capsys.readouterr().out.count("note: evaluated in torch.bfloat16") == 1
-    assert llm.dtype == torch.bfloat16
+
+
+def test_ranks_evaluate_in_one_precision(llm_folder, monkeypatch):
+    llm = load_llm(str(llm_folder), torch.device("cpu"), torch.bfloat16)
+    monkeypatch.setattr("paper.held_out.gather", lambda own: [*own, False])  # another rank's GPU is smaller
+    with full_precision(llm):
+        assert llm.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

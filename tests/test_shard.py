@@ -99,6 +99,14 @@ def test_ranks_that_found_different_checkpoints_do_not_go_on(monkeypatch, tmp_pa
         check_same_step(tmp_path, 40)
 
 
+def test_a_run_asks_the_others_where_they_are(finetuning, quick_dev, tmp_path, monkeypatch):
+    argv = [*finetuning, "--steps", "1"]
+    train(train_finetune, argv, tmp_path / "run")
+    monkeypatch.setattr("sources.headers.gather", lambda own: [*own, 0])
+    with pytest.raises(UserError, match=r"the ranks found steps \[0, 1\] in .*run"):
+        train(train_finetune, argv, tmp_path / "run", "--resume")
+
+
 @pytest.mark.slow
 def test_a_lost_rank_ends_the_job_and_resume_goes_on(pretraining, tmp_path):
     """Two agents of one rank each, as two nodes have, meet on the loopback address; one is killed."""
