@@ -23,6 +23,7 @@ SCRIPTS = {m.__name__: m for m in (assets, attention, bench, carried, choose, da
                                    figures, held_out, probe, swaps, train_finetune, train_pretrain)}
 DOCUMENTS = ["README.md", "results/LOG.md", "results/SPEED.md", "checkpoints/README.md",
              *sorted(f"docs/{path.name}" for path in (common.ROOT / "docs").glob("*.md"))]
+RUNS = sorted(f"paper/runs/{path.name}" for path in (common.ROOT / "paper" / "runs").glob("*.sh"))
 PLACES = [*DOCUMENTS, "Makefile", *(f"{name.replace('.', '/')}.py" for name in SCRIPTS)]
 CALLED = {f"-m {name}" if "." in name else f"{name}.py": script for name, script in SCRIPTS.items()}
 CALLED["data.py"] = collection  # whose parser it is
@@ -79,13 +80,22 @@ def test_a_script_calls_its_main_after_all_it_needs_is_defined(script):
 
 
 def test_the_readme_is_read_in_one_sitting():
-    lines = read("README.md").splitlines()
-    assert len(lines) <= 200
+    assert len(read("README.md").splitlines()) <= 200
+
+
+@pytest.mark.parametrize("path", [*DOCUMENTS, "results/attacks.md", "results/features.md"])
+def test_lines_of_documents_are_short(path):
+    """But a table's row, a link's address and a command, which cannot be cut."""
     in_code = False
-    for line in lines:
+    for line in read(path).splitlines():
         in_code ^= line.startswith("```")
-        # a table's row, a command and a link's address cannot be cut
-        assert len(line) <= 110 or in_code or line.startswith(("|", "![")) or "](http" in line, line
+        whole = line.startswith(("|", "![")) or "](http" in line or re.search("`[^`]{80,}`", line)
+        assert len(line) <= 110 or in_code or whole, line
+
+
+@pytest.mark.parametrize("path", ["Makefile", *RUNS])
+def test_lines_of_scripts_are_short(path):
+    assert [line for line in read(path).splitlines() if len(line) > 110] == []
 
 
 def test_the_equation_table_names_both_the_page_and_the_code():

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Table 4 and Figures 6 and 7: what pretraining, beta, gamma, lambda and either loss are worth.   paper/runs/ablations.sh
+# Table 4 and Figures 6 and 7: what pretraining, beta, gamma, lambda and either loss are worth.
+#     paper/runs/ablations.sh
 source "$(dirname "$0")/settings.sh"
 
 # Table 4: four settings
@@ -41,4 +42,6 @@ for lam in ${LAMBDAS:-0.01 0.1 1 10}; do
     finetune "$name" class_to_class "$MEND" --init-from "$RUNS/pretrain-kl" --lam "$lam"
     score fig7 class_to_class --methods mend --checkpoint "$RUNS/$name-class_to_class"
 done
-for figure in fig6 fig7; do "$PYTHON" -m paper.figures $figure --results "$RESULTS"/$figure*-"$SCALE".jsonl --out "$RESULTS/figures"; done
+for figure in fig6 fig7; do
+    "$PYTHON" -m paper.figures $figure --results "$RESULTS"/$figure*-"$SCALE".jsonl --out "$RESULTS/figures"
+done

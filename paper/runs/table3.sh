@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Table 3: retrieved and perturbed demonstrations on Class->Class.   SCALE=pocket LIMIT=100 SEEDS="100 13" paper/runs/table3.sh
+# Table 3: retrieved and perturbed demonstrations on Class->Class.
+#     SCALE=pocket LIMIT=100 SEEDS="100 13" paper/runs/table3.sh
 source "$(dirname "$0")/settings.sh"
 split=class_to_class
 for method in icl hypertuning mend; do

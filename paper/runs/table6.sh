@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Table 6: larger LLMs on Class->Class; their weights come from the hub.   paper/runs/table6.sh
-# opt-6.7b takes 27 GB in fp32, 13 in bf16 and 7 in 8 bit, flan-t5-xl 11, 6 and 3; training adds the distiller and activations.
+# Table 6: larger LLMs on Class->Class; their weights come from the hub. opt-6.7b takes 27 GB in fp32, 13 in
+# bf16 and 7 in 8 bit, flan-t5-xl 11, 6 and 3; training adds the distiller and activations.
+#     paper/runs/table6.sh
 source "$(dirname "$0")/settings.sh"
 for pair in ${PAIRS:-facebook/opt-6.7b,facebook/opt-125m google/flan-t5-xl,google/flan-t5-base}; do
     llm=${pair%,*} distiller=${pair#*,}

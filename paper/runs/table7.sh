@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Table 7: trained with the white-space template, evaluated with it and with the newline template.   SCALE=pocket paper/runs/table7.sh
+# Table 7: trained with the white-space template, evaluated with it and with the newline template.
+#     SCALE=pocket paper/runs/table7.sh
 source "$(dirname "$0")/settings.sh"
 split=class_to_class
 for template in space newline; do score table7 $split --template $template --methods icl; done
