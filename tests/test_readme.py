@@ -176,7 +176,7 @@ def test_the_readme_has_the_figures_of_what_the_vectors_carry(name, length):
 
 
 @pytest.mark.parametrize("name", ["ratios-functions", "ratios-recall", "ratios-early", "class_to_class-kv",
-                                  "bigbench-functions"])
+                                  "functions-sets", "bigbench-functions"])
 def test_the_results_page_has_their_whole_tables(name):
     made = carried.carried(paper.summary.read_results(common.ROOT / "results" / f"{name}.jsonl"))
     rows = [line for line in carried.table_lines(name, made)[3:] if line.startswith("| ")]

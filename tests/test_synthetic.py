@@ -45,7 +45,8 @@ def test_no_seeds_queries_have_selected_a_checkpoint(tasks):
         assert not any(e["input"] in dev for p in parts for e in p["test"] + p["train"])
 
 
-@pytest.mark.parametrize("tasks, name", [(Functions(), "ratios-functions"), (Early(), "ratios-early"),
+@pytest.mark.parametrize("tasks, name", [(Functions(), "ratios-functions"), (Functions(), "functions-sets"),
+                                         (Early(), "ratios-early"),
                                          (Early(), "early-segments")])
 def test_committed_results_are_of_these_examples(tasks, name):
     for line in read_lines(ROOT / "results" / f"{name}.jsonl"):
