@@ -186,6 +186,19 @@ def test_the_results_page_has_their_whole_tables(name):
     assert len(rows) >= 6
 
 
+def test_the_results_page_has_recall_in_segments():
+    records = paper.summary.read_results(common.ROOT / "results" / "recall-segments-equal.jsonl")
+    settings = {(r.get("segments") or 1, r["distill_len"]) for r in records}
+    assert len(settings) >= 5
+    for parts, length in settings:
+        here = [r for r in records if (r.get("segments") or 1, r["distill_len"]) == (parts, length)]
+        mend, swapped = (tables.summary(paper.summary.scores_of([r for r in here if r["method"] == m]))
+                         for m in ("mend", "mend_swapped"))
+        row = f"| {parts} x {length} | {parts * (length - 1) + 1} | " + " | ".join(
+            f"{s['mean']:.1f} ±{s['std']:.1f}" for s in (mend, swapped)) + " |"
+        assert row in read("docs/results.md"), row
+
+
 def test_every_table_2_of_the_results_is_checked():
     assert [path.name for path in sorted((common.ROOT / "results").glob("table2-*.jsonl"))] == [
         "table2-pocket-gpu.jsonl", "table2-pocket.jsonl"]
