@@ -276,16 +276,16 @@ def setup(args: argparse.Namespace, training: bool) -> torch.device:
     """Seed, join the ranks that torchrun started, and return this rank's device; fills in args.dtype."""
     auto = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(auto if args.device == "auto" else args.device)
-    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
+    joins = "WORLD_SIZE" in os.environ and not dist.is_initialized()
+    if joins and device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # also of cuda:1: memory and time are measured there
+    if joins:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         if not is_main():
             sys.stdout = io.StringIO()  # rank 0 alone prints
     if device.type == "cuda":
-        if device.index is not None:
-            torch.cuda.set_device(device)  # cuda:1: memory and time are measured there
         # plans its kernels anew for each shape, and here every batch has another (a step took twice as long)
         torch.backends.cuda.enable_cudnn_sdp(False)
     if args.dtype == "auto":

@@ -139,7 +139,7 @@ def room(formatter: Formatter, examples: list[dict], args: argparse.Namespace) -
     if formatter.llm_positions is None:
         return limit
     turns = formatter.turns
-    fixed = len(turns.head + turns.tail + turns.encode(turns.reply.rstrip()))
+    fixed = len(turns.head + turns.tail + turns.encode(turns.cue))
     left = formatter.llm_positions - MAX_INPUT - args.answer_tokens - fixed
     check((left >= max(1, formatter.distill_len), f"--answer-tokens {args.answer_tokens}: the LLM's "
            f"{formatter.llm_positions} positions leave {max(0, left)} for demonstrations or vectors; "
@@ -236,7 +236,7 @@ def keep(args: argparse.Namespace, llm, formatter: Formatter, vectors: Tensor, q
     if args.export:
         EXPORTS[args.export](Path(args.out), llm, formatter, vectors, queries, about)
         turns, decode = formatter.turns, formatter.tokenizer.hf.decode
-        read = turns.between + "{input}" + decode(turns.tail) + turns.reply.rstrip()
+        read = turns.between + "{input}" + decode(turns.tail) + turns.cue
         print(f"written to {args.out} for {args.export}; behind it a query is read as {read!r}, without BOS")
     else:
         save_vectors(args.out, vectors, about)

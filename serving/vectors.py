@@ -54,7 +54,7 @@ def read_vectors(path: str, llm: PreTrainedModel) -> tuple[Tensor, dict]:
 
 def asked(formatter: Formatter, query: dict, first: bool = False) -> list[int]:
     """x whose answer is written: behind it the words, if any, that the template has before an answer."""
-    return formatter.query(query, first) + formatter.turns.encode(formatter.turns.reply.rstrip())
+    return formatter.query(query, first) + formatter.turns.encode(formatter.turns.cue)
 
 
 def export_vllm(place: Path, llm: PreTrainedModel, formatter: Formatter, vectors: Tensor, queries: list[dict],

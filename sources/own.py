@@ -18,17 +18,14 @@ import hashlib
 import itertools
 import json
 import re
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
 import common
 from common import UserError, check, did_you_mean, is_main
 from sources.hub import require_hub
-from sources.tasks import SEEDS, Example, Tasks, different, is_plain_name
+from sources.tasks import SEEDS, Example, Tasks, different, is_plain_name, shuffled
 from sources.text import first_line, json_lines
 
 LINES, TABLES = (".jsonl", ".jsonl.gz"), (".csv", ".parquet")
@@ -92,16 +89,10 @@ class OwnTasks(Tasks):
         needed = next(n for n in itertools.count(shots) if n > shots + dev_size(n))
         check((len(pool) >= needed, f"task {task} has {len(pool)} different inputs, and {needed} are needed: "
                f"{shots} demonstrations, {dev_size(needed)} for dev, one query; add some, or lower --k"))
+        first = shuffled(pool, task, SEEDS[0])
+        rest = shuffled(first[n_dev:], task, seed)
         # dev is the same for every seed: what selects a checkpoint is no seed's query
-        dev, rest = (part.tolist() for part in np.split(self.order(task, SEEDS[0], len(pool)), [n_dev]))
-        rest = [rest[i] for i in self.order(task, seed, len(rest))]
-        parts = {"train": rest[:shots], "dev": dev, "test": rest[shots:]}
-        return {part: [pool[i] for i in indices] for part, indices in parts.items()}
-
-    @staticmethod
-    def order(task: str, seed: int, n: int) -> np.ndarray:
-        """The numbers below n, shuffled: a function of task and seed."""
-        return np.random.default_rng((seed, zlib.crc32(task.encode()))).permutation(n)
+        return {"train": rest[:shots], "dev": first[:n_dev], "test": rest[shots:]}
 
     def retrieval_pool(self, task: str, seed: int) -> list[dict]:
         if self.is_cut(task):

@@ -26,7 +26,7 @@ import numpy as np
 
 from common import UserError, check
 from sources.functions import DOMAINS, FORMS, answers, inputs
-from sources.tasks import SEEDS, Tasks
+from sources.tasks import SEEDS, Tasks, rng_of, shuffled
 from sources.text import Tokenizer
 
 N_OPTIONS = 8  # options of a query at most
@@ -123,12 +123,6 @@ class Functions(Made):
         return super().partner(task, same if len(same) > 1 else among)
 
 
-def shuffled(examples: list[dict], task: str, seed: int) -> list[dict]:
-    """A task's examples in the order of a seed."""
-    order = np.random.default_rng((seed, zlib.crc32(task.encode()))).permutation(len(examples))
-    return [examples[i] for i in order]
-
-
 @functools.cache
 def split_inputs(domain: str, name: str, other: str) -> tuple[list[str], list[str]]:
     """The inputs of a domain on which two of its functions agree, and those on which they differ."""
@@ -139,6 +133,12 @@ def split_inputs(domain: str, name: str, other: str) -> tuple[list[str], list[st
     # three times the same word: every choice and every order of them agrees
     alike = [", ".join(x.split(", ")[:1] * 3) for x in xs] if domain == "trio" else xs
     return [x for x in alike if agree(x)], [x for x in xs if not agree(x)]
+
+
+def pair_of(task: str) -> tuple[str, list[str], str]:
+    """Domain, both functions and form of a task's name, "trio: first / last, upper case"."""
+    domain, names, form = parts_of(task)
+    return domain, names.split(" / "), form
 
 
 class Early(Functions):
@@ -168,8 +168,7 @@ class Early(Functions):
     def examples(self, task: str, rng: np.random.Generator) -> tuple[Iterator[dict], Iterator[dict]]:
         """The examples on which the two functions agree, and those on which they differ, shuffled and each
         made when it is asked for."""
-        domain, pair, form = parts_of(task)
-        name, other = pair.split(" / ")
+        domain, (name, other), form = pair_of(task)
         own = f"{domain}: {name}" + (f", {form}" if form else "")
 
         def made(xs: list[str]) -> Iterator[dict]:
@@ -182,11 +181,12 @@ class Early(Functions):
 
     def fit(self, k: int, queries: int) -> list[str]:
         """The meta-training tasks with inputs enough for so many demonstrations and queries."""
-        def sizes(task: str) -> tuple[int, int]:
-            domain, pair, _ = parts_of(task)
-            return tuple(map(len, split_inputs(domain, *pair.split(" / "))))
-        found = [t for t in self.train for same, differ in [sizes(t)]
-                 if same >= k - 1 and differ >= N_TELLING + queries]
+        def is_enough(task: str) -> bool:
+            domain, pair, _ = pair_of(task)
+            same, differ = map(len, split_inputs(domain, *pair))
+            return same >= k - 1 and differ >= N_TELLING + queries
+
+        found = [*filter(is_enough, self.train)]
         check((bool(found), f"--tasks early has no pair of functions with inputs enough for --k {k} and "
                f"--queries-per-demo {queries}; give less"))
         return found
@@ -202,7 +202,7 @@ class Early(Functions):
     def files(self, task: str, seed: int) -> dict[str, list[dict]]:
         """As of `Functions`, with the dev examples of one seed for all."""
         def parts(seed: int) -> tuple[Iterator[dict], Iterator[dict]]:
-            return self.examples(task, np.random.default_rng((seed, zlib.crc32(task.encode()))))
+            return self.examples(task, rng_of(task, seed))
 
         dev = [*islice(parts(SEEDS[0])[1], N_TELLING, N_TELLING + N_DEV)]
         asked = {e["input"] for e in dev}
@@ -252,7 +252,7 @@ class Recall(Made):
 
     def files(self, task: str, seed: int) -> dict[str, list[dict]]:
         """Demonstrations are all k pairs; dev asks for every other one, test for the rest."""
-        rng = np.random.default_rng((seed, zlib.crc32(task.encode())))
+        rng = rng_of(task, seed)
         pairs = self.pairs(self.words[1], rng, self.k)
         dev, test = pairs[::2], pairs[1::2]
         if self.k > 16:  # --limit 8 would ask for the first 16 pairs alone

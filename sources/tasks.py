@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -352,6 +353,16 @@ def require_options(examples: list[dict], ids_of: Callable[[str], list[int]] | N
             raise UserError((f"{line}, " if line else "") + f"task {e['task']}: the example "
                             f"{e['input'][:60]!r} cannot be scored, as {fault}; Eq. (1) compares given "
                             "options, so use a classification or multiple-choice task, whose options differ")
+
+
+def rng_of(task: str, seed: int) -> np.random.Generator:
+    """The random numbers of a task and a seed."""
+    return np.random.default_rng((seed, zlib.crc32(task.encode())))
+
+
+def shuffled(examples: list[dict], task: str, seed: int) -> list[dict]:
+    """A task's examples in the order of a seed."""
+    return [examples[i] for i in rng_of(task, seed).permutation(len(examples))]
 
 
 def demonstration_set(tasks: Tasks, task: str, seed: int, k: int) -> tuple[list[dict], dict[str, list[dict]]]:

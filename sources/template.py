@@ -43,6 +43,11 @@ class Turns:
     reply: str
     encode: Callable[[str], list[int]]
 
+    @property
+    def cue(self) -> str:
+        """The words of `reply`, behind which an answer is written: "\\nOutput:", or none."""
+        return self.reply.rstrip()
+
 
 def make_turns(template: str, tokenizer: Tokenizer) -> Turns:
     """The turns of one of TEMPLATES. Raises UserError for a template that a tokenizer cannot write."""

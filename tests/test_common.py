@@ -119,15 +119,10 @@ def test_a_macs_gpu_is_taken_where_torch_has_it_and_refused_elsewhere(monkeypatc
     assert said.startswith("--device mps is one device") and said.endswith("start with python")
 
 
-@pytest.fixture
-def single_process(monkeypatch):
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-
-
-@pytest.mark.usefixtures("single_process")
 @pytest.mark.parametrize("in_hardware, dtype", [(True, "bf16"), (False, "fp16")])
 def test_a_gpu_is_the_one_measured_and_emulates_no_bf16(monkeypatch, in_hardware, dtype):
     measured = []
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", measured.append)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported",  # a T4 says yes unless asked so
