@@ -176,7 +176,7 @@ def test_the_readme_has_the_figures_of_what_the_vectors_carry(name, length):
 
 
 @pytest.mark.parametrize("name", ["ratios-functions", "ratios-recall", "ratios-early", "class_to_class-kv",
-                                  "functions-sets", "bigbench-functions"])
+                                  "functions-sets", "recall-segments-4x8", "bigbench-functions"])
 def test_the_results_page_has_their_whole_tables(name):
     made = carried.carried(paper.summary.read_results(common.ROOT / "results" / f"{name}.jsonl"))
     rows = [line for line in carried.table_lines(name, made)[3:] if line.startswith("| ")]
@@ -187,7 +187,8 @@ def test_the_results_page_has_their_whole_tables(name):
 
 
 def test_the_results_page_has_recall_in_segments():
-    records = paper.summary.read_results(common.ROOT / "results" / "recall-segments-equal.jsonl")
+    records = [r for name in ("equal", "4x8") for r in paper.summary.read_results(
+        common.ROOT / "results" / f"recall-segments-{name}.jsonl")]
     settings = {(r.get("segments") or 1, r["distill_len"]) for r in records}
     assert len(settings) >= 5
     for parts, length in settings:
