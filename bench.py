@@ -69,8 +69,8 @@ def methods(llm, distiller, demo_ids: Tensor, query_ids: Tensor, dtype: str,
             all_logits: bool) -> dict[str, tuple]:
     """name -> (prepare, read): prepare() gives what is kept of a demonstration set, read(kept) logits.
 
-    zero_shot reads the query alone, icl the demonstrations with it, icl_cached behind their stored keys and
-    values, prompt_tuning behind l trained vectors; mend distils for the query, mend_vectors keeps the
+    zero_shot reads the query alone, icl the demonstrations with it, icl_cached after their stored keys and
+    values, prompt_tuning after l trained vectors; mend distils for the query, mend_vectors keeps the
     vectors, mend_kv their keys and values in the LLM.
 
     Args:
@@ -94,7 +94,7 @@ def methods(llm, distiller, demo_ids: Tensor, query_ids: Tensor, dtype: str,
         out = run_backbone(llm.base_model, embeds, causal_mask(mask), positions_of(mask))
         return logits(out.last_hidden_state)
 
-    def read_behind(prefix) -> Tensor:
+    def read_after(prefix) -> Tensor:
         return logits(query_states(llm, prefix, batch))
 
     def distil() -> Tensor:
@@ -106,11 +106,11 @@ def methods(llm, distiller, demo_ids: Tensor, query_ids: Tensor, dtype: str,
 
     return {"zero_shot": (nothing, lambda _: read()),
             "icl": (lambda: demo_ids, lambda ids: read(embed(ids))),
-            "icl_cached": (lambda: demo_prefix(llm, demo_ids, demo_mask), read_behind),
+            "icl_cached": (lambda: demo_prefix(llm, demo_ids, demo_mask), read_after),
             "prompt_tuning": (lambda: embed(demo_ids[:, :1]).expand(-1, distiller.distill_len, -1), read),
             "mend": (lambda: demo_ids, lambda _: read(distil())),
             "mend_vectors": (distil, read),
-            "mend_kv": (lambda: vector_prefix(llm, distil()), read_behind)}
+            "mend_kv": (lambda: vector_prefix(llm, distil()), read_after)}
 
 
 def kept_bytes(kept) -> int:

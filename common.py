@@ -120,7 +120,7 @@ OWN = ("split", "train-tasks", "test-tasks", "columns")  # which tasks are meta-
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
-    """A script's docstring as it stands, and each flag's default behind its help."""
+    """A script's docstring as it stands, and each flag's default after its help."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
         shown = action.nargs != 0 and action.default not in (None, "", [], argparse.SUPPRESS)

@@ -18,7 +18,7 @@ with the queries that share it, packed side by side:
     segment     (B, T)   long   which of the row's queries a token belongs to: 0, 1, ...
     branch      (B, T)   long   0 in the query x; o + 1 in its answer option o (in training: 1 in the answer
                                 y; in pretraining 1 in all of x, which is what the LLM predicts there)
-    position    (B, T)   long   position behind the prefix: 0, 1, ...; every option starts where x ends
+    position    (B, T)   long   position after the prefix: 0, 1, ...; every option starts where x ends
     predictor   (B, T)   long   whose state predicts this token: 0 = the last prefix token, 1 + c = column c
 """
 
@@ -79,7 +79,7 @@ class Corpus:
     def row(self, document: int, beta: float) -> dict:
         """The first beta of a window as demonstrations D, the rest as x (Sec. 3.2), for `collate`.
 
-        x takes the place of an answer behind an empty query: like an answer it is what the LLM predicts (and
+        x takes the place of an answer after an empty query: like an answer it is what the LLM predicts (and
         what an encoder-decoder writes), from its first token on.
         """
         start, end = self.spans[document]
@@ -114,7 +114,7 @@ class Formatter:
 
     def limit(self, examples: list[dict]) -> int:
         """Tokens that a task's demonstrations may take: `context_len`, but never so many that a query would
-        not fit behind them. By all of a task's labels, so that demonstrations never depend on the query.
+        not fit after them. By all of a task's labels, so that demonstrations never depend on the query.
 
         DEVIATION: the paper says 900, which GPT-2's 1,024 positions cannot hold.
 
@@ -144,11 +144,11 @@ class Formatter:
         return self.turns.encode(before + example["input"])[:MAX_INPUT]
 
     def query(self, example: dict, first: bool = False) -> list[int]:
-        """x that is asked: with the tail behind it, in a chat the end of the user's turn."""
+        """x that is asked: with the tail after it, in a chat the end of the user's turn."""
         return self.shown(example, first) + self.turns.tail
 
     def answer(self, text: str) -> list[int]:
-        """y behind a query, with the separator before it; never cut."""
+        """y after a query, with the separator before it; never cut."""
         return self.turns.encode(self.turns.reply + text) if text else []
 
     def label(self, text: str) -> list[int]:
@@ -156,7 +156,7 @@ class Formatter:
         return self.turns.encode(self.turns.before_answer + text) if text else []
 
     def demonstration(self, example: dict, first: bool) -> list[int]:
-        """(x_i, y_i); without an input its answer alone, behind what separates demonstrations."""
+        """(x_i, y_i); without an input its answer alone, after what separates demonstrations."""
         if example["input"]:
             return self.shown(example, first) + self.label(example["output"])
         return self.turns.encode((self.turns.alone if first else self.turns.bare) + example["output"])

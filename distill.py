@@ -1,4 +1,4 @@
-"""Your own demonstrations: distil them once into l vectors, and let the frozen LLM answer behind these.
+"""Your own demonstrations: distil them once into l vectors, and let the frozen LLM answer from these.
 
     python distill.py --demos demos.jsonl --ask "thin plot, but the actors shine" "two hours I want back"
     python distill.py --demos demos.jsonl --queries queries.jsonl          # labelled queries: accuracies
@@ -121,7 +121,7 @@ def with_options(queries: list[dict], labels: list[str], args: argparse.Namespac
 
 
 def answer(llm, formatter: Formatter, prefix: Tensor, queries: list[dict], how: dict) -> list[str]:
-    """Each query's answer behind a prefix of embeddings (P, d), nothing, the demonstrations' or the vectors,
+    """Each query's answer after a prefix of embeddings (P, d), nothing, the demonstrations' or the vectors,
     or of keys and values (P, W). Queries with options are scored, the others' answers written; `how` as in
     Writer.stream."""
     choosing = [query for query in queries if query["options"]]
@@ -134,7 +134,7 @@ def answer(llm, formatter: Formatter, prefix: Tensor, queries: list[dict], how: 
 
 
 def room(formatter: Formatter, examples: list[dict], args: argparse.Namespace) -> int:
-    """Formatter.limit with --answer-tokens kept free behind a query that is answered in writing."""
+    """Formatter.limit with --answer-tokens kept free after a query that is answered in writing."""
     limit = formatter.limit(examples)
     if formatter.llm_positions is None:
         return limit
@@ -237,7 +237,7 @@ def keep(args: argparse.Namespace, llm, formatter: Formatter, vectors: Tensor, q
         EXPORTS[args.export](Path(args.out), llm, formatter, vectors, queries, about)
         turns, decode = formatter.turns, formatter.tokenizer.hf.decode
         read = turns.between + "{input}" + decode(turns.tail) + turns.cue
-        print(f"written to {args.out} for {args.export}; behind it a query is read as {read!r}, without BOS")
+        print(f"written to {args.out} for {args.export}; after it a query is read as {read!r}, without BOS")
     else:
         save_vectors(args.out, vectors, about)
         print(f"written to {args.out}: {vectors.numel() * 4 / 1e3:.0f} kB")

@@ -104,7 +104,7 @@ class Distiller(nn.Module):
             vectors = vectors * self.gain
         if self.residual_embed is not None:
             # DEVIATION: the vectors start next to what the LLM can read already, the last l demonstration
-            # tokens, and the distiller learns what to change. The paper's start is behind these for long.
+            # tokens, and the distiller learns what to change. The paper's start lags this for long.
             short = max(0, n - demo_ids.shape[1])
             ids, kept = (F.pad(t, (short, 0))[:, -n:] for t in (demo_ids, demo_mask))
             vectors = vectors + self.residual_embed(ids).float() * kept[:, :, None]         # (B, l, d)
@@ -152,7 +152,7 @@ def demo_prefix(llm: PreTrainedModel, demo_ids: Tensor, demo_mask: Tensor,
 def vector_prefix(llm: PreTrainedModel, vectors: Tensor, head: Sequence[int] = (),
                   used: Tensor | None = None) -> Prefix:
     """The LLM reads distilled vectors: [head ; S_D], Eq. (2). vectors: (B, l, d), or, of other width, keys
-    and values of variants.py, among them those of D's first token in BOS's place, behind a chat's head.
+    and values of variants.py, among them those of D's first token in BOS's place, after a chat's head.
     used: as the distiller had it."""
     d, mask = llm.get_input_embeddings().embedding_dim, vectors.new_ones(vectors.shape[:2], dtype=torch.bool)
     first = int(vectors.shape[2] != d)  # D's first position, once for all segments
@@ -202,7 +202,7 @@ def teacher_and_student(llm: PreTrainedModel, distiller: nn.Module, batch: dict[
 
 def with_head(llm: PreTrainedModel, embeds: Tensor, mask: Tensor,
               head: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """The ids of `head` behind each row's padding, before its first token: (B, P, d) -> (B, h + P, d)."""
+    """The ids of `head` after each row's padding, before its first token: (B, P, d) -> (B, h + P, d)."""
     if not head:
         return embeds, mask
     fixed = llm.get_input_embeddings()(torch.tensor(head, device=embeds.device)).to(embeds.dtype)   # (h, d)
@@ -238,7 +238,7 @@ def prefill(llm: PreTrainedModel, embeds: Tensor, mask: Tensor) -> Prefix:
 
 
 def query_states(llm: PreTrainedModel, prefix: Prefix, batch: dict[str, Tensor]) -> Tensor:
-    """Read the packed queries behind a prefix; return for each query token the state that predicts it.
+    """Read the packed queries after a prefix; return for each query token the state that predicts it.
 
     The first token of a query is predicted by the last prefix token (the last demonstration token for the
     teacher, the last vector for the student); the first token of an answer by the last token of its query.
@@ -293,7 +293,7 @@ def loss_mask(llm: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
 
 
 def attention_mask(prefix_mask: Tensor, segment: Tensor, branch: Tensor, query_mask: Tensor) -> Tensor:
-    """Who may look at whom when queries are packed side by side behind a prefix.
+    """Who may look at whom when queries are packed side by side after a prefix.
 
     A token sees the prefix, the earlier tokens of its own query (segment), and of its own answer option
     (branch): branch 0 is the query x, which every option of that query sees; options do not see each other.

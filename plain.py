@@ -80,7 +80,7 @@ class Distiller(nn.Module):
 
 
 def teacher_and_student(llm: PreTrainedModel, D: Ids, S_D: Tensor, x: Ids, y: Ids) -> tuple[Tensor, Tensor]:
-    """The logits that predict x and y, of the LLM behind E_D and of the same LLM behind S_D, as in `read`."""
+    """The logits that predict x and y, of the LLM after E_D and of the same LLM after S_D, as in `read`."""
     with torch.no_grad():
         teacher = read(llm, embed(llm, D), x, y)
     return teacher, read(llm, S_D, x, y)  # the LLM is frozen, but the gradient flows through it to S_D
@@ -206,10 +206,10 @@ def main(teach_steps=100, pretrain_steps=200, finetune_steps=100, n_tasks=40) ->
     learn("MEND, stage 2, Eq. (4)", distiller, stage_2, finetune_steps, B=8, lr=5e-3)
 
     figures = evaluate(llm, distiller, rng, n_tasks) | {"seconds": round(time.time() - start, 1)}
-    print(f"\non {n_tasks} tasks never trained on: query behind   accuracy")
-    behind = {"zero_shot": "nothing", "icl": f"D, {3 * K} tokens", "truncation": f"the last {L} tokens of D",
-              "mend": f"{L} vectors of D", "swapped": f"{L} vectors of another D"}
-    for name, prefix in behind.items():
+    print(f"\non {n_tasks} tasks never trained on: query after     accuracy")
+    reads = {"zero_shot": "nothing", "icl": f"D, {3 * K} tokens", "truncation": f"the last {L} tokens of D",
+             "mend": f"{L} vectors of D", "swapped": f"{L} vectors of another D"}
+    for name, prefix in reads.items():
         print(f"{name:<12}{prefix:<34}{figures[name]:8.3f}")
     print(json.dumps(figures))
     return figures

@@ -249,7 +249,7 @@ class Run:
             self.save()
         if stop:
             sum_over_ranks([0.0], self.device)  # until the file is there
-            self.stop.leave(f"saved behind step {self.step} of {self.args.steps}", "--resume")
+            self.stop.leave(f"saved after step {self.step} of {self.args.steps}", "--resume")
 
     def require_finite(self, what: str, value: float) -> None:
         """Raise UserError, before anything is saved, unless a number of this step is finite."""
@@ -294,7 +294,7 @@ class Run:
             self.bar.write(f"step {self.step:6d} · {text}")
 
     def finish(self, **about: str) -> dict:
-        """Print and return the run's final metrics behind what `about` says of it."""
+        """Print and return the run's final metrics after what `about` says of it."""
         self.bar.close()
         self.stop.listen()
         release(self.out_dir)

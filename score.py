@@ -101,7 +101,7 @@ def finetune_loss(pred: Tensor, distill: Tensor, lam: float, pred_weight: float 
 
 @torch.no_grad()
 def score_options(llm: PreTrainedModel, prefix: Prefix, batch: dict[str, Tensor]) -> Tensor:
-    """Eq. (1) and (2), Sec. 2: the log-likelihood of every answer option behind its query, a token's mean.
+    """Eq. (1) and (2), Sec. 2: the log-likelihood of every answer option after its query, a token's mean.
     The label is the argmax over a query's options. One pass scores every option of every packed query.
 
     Args:
@@ -142,7 +142,7 @@ def demo_tokens(method: str, demos: list[dict], limit: int, formatter: Formatter
 
 
 def distil(parts: list[list[tuple]], distiller, device, dtype: str, head: Sequence[int]) -> Tensor:
-    """The vectors S_D, (1, S l, d), of one D in S segments (Formatter.parts), to stand behind `head`."""
+    """The vectors S_D, (1, S l, d), of one D in S segments (Formatter.parts), to stand after `head`."""
     ids, mask = (t.to(device) for t in padded_left(list(map(flat, parts))))                 # (S, T_s)
     with torch.no_grad(), autocast(device, dtype):
         return distiller(ids, mask, len(parts), head)
@@ -150,7 +150,7 @@ def distil(parts: list[list[tuple]], distiller, device, dtype: str, head: Sequen
 
 def one_prefix(method: str, demos: list[dict], limit: int, llm, distiller, formatter: Formatter,
                args) -> Prefix:
-    """The prefix, B = 1, of one demonstration set, read once for all queries behind it."""
+    """The prefix, B = 1, of one demonstration set, read once for all queries after it."""
     head = formatter.turns.head
     if method in VECTOR_METHODS:
         parts = formatter.parts(demos, limit)
@@ -175,14 +175,14 @@ def passes(queries: list[tuple], device: torch.device) -> Iterator[dict]:
 @torch.no_grad()
 def option_scores(llm: PreTrainedModel, prefix: Prefix, formatter: Formatter, queries: list[dict],
                   first: bool = False) -> list[Tensor]:
-    """score_options of each query behind one prefix of B = 1: (options,) each, perhaps padded with -inf."""
+    """score_options of each query after one prefix of B = 1: (options,) each, perhaps padded with -inf."""
     encoded = [formatter.scoring_query(q, first=first) for q in queries]
     return [row for batch in passes(encoded, llm.device) for row in score_options(llm, prefix, batch)[0]]
 
 
 @torch.no_grad()
 def predict(llm, prefix: Prefix, formatter: Formatter, queries: list[dict], first: bool = False) -> list[str]:
-    """The chosen option of each query, Eq. (1) and (2); all queries are read behind one prefix of B = 1.
+    """The chosen option of each query, Eq. (1) and (2); all queries are read after one prefix of B = 1.
 
     first: no demonstrations or vectors stand before the queries (zero_shot).
 

@@ -8,7 +8,7 @@
 Each window of text is cut at beta: its first part is D, the rest x. At each evaluation the held-out KL stands
 next to three references on the same windows: the LLM without any context, the LLM with the last l tokens of D
 (as many positions as the vectors take), and the share of D's information that the vectors recover, 1 - KL /
-KL(no context). A text has no turns: with --template chat, too, it is read behind the BOS alone.
+KL(no context). A text has no turns: with --template chat, too, it is read after the BOS alone.
 """
 
 import argparse

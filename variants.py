@@ -8,7 +8,7 @@ text (results/LOG.md: trained input vectors stay level with D's last l tokens), 
 every layer. It is the LLM itself with low-rank adapters; it reads D, then l - 1 placeholders, and what their
 positions and D's first one hold in each layer's cache is S_D. The cost: where an input vector has d numbers,
 this one has two widths of the key and value heads a layer and d (21 times as many in SmolLM2-135M). What the
-LLM attends to, and the memory that its cache takes behind either, is the same l positions.
+LLM attends to, and the memory that its cache takes after either, is the same l positions.
 """
 
 import copy
@@ -48,7 +48,7 @@ class Adapter(nn.Module):
 class KeyValueDistiller(nn.Module):
     """S_D as keys and values, in place of model.Distiller; `model.vector_prefix` lets the LLM read them.
 
-    The placeholders start as the embeddings of D's last l - 1 tokens, read once more behind D. D's first
+    The placeholders start as the embeddings of D's last l - 1 tokens, read once more after D. D's first
     position is kept because attention rests there (Xiao et al., 2024): without it an LLM says nothing sound.
 
     Args:
@@ -81,7 +81,7 @@ class KeyValueDistiller(nn.Module):
         Args:
             demo_ids: (B, T_d) long, padded on the left. demo_mask: (B, T_d) bool. segments: S rows
                 that follow one another are parts of one D; the first one's first position serves all.
-            head: a chat's ids, behind whose positions the keys and values will stand.
+            head: a chat's ids, after whose positions the keys and values will stand.
             used: (B, l) bool, as in model.Distiller: a row of m has D's first position and the last m - 1.
         Returns:
             (B / S, S (l - 1) + 1, layers * 2 * heads * head width + d) fp32: a position's keys and values,
@@ -96,8 +96,8 @@ class KeyValueDistiller(nn.Module):
         mask = torch.cat([demo_mask, used], dim=1)                                          # (B, T_d + n)
         positions, cache = positions_of(mask) + places(head), DynamicCache()
         if hasattr(self.backbone, "rotary_emb"):  # only distances count: the query stands at l, whatever T_d
-            behind = used.sum(dim=1) * (torch.arange(len(used), device=used.device) % segments)     # (B,)
-            positions = positions + (1 - demo_mask.sum(dim=1) + behind)[:, None]
+            earlier = used.sum(dim=1) * (torch.arange(len(used), device=used.device) % segments)     # (B,)
+            positions = positions + (1 - demo_mask.sum(dim=1) + earlier)[:, None]
         out = run_backbone(self.backbone, embeds, causal_mask(mask), positions, cache)
         first = (~demo_mask).sum(dim=1, keepdim=True)                                       # (B, 1)
         parts = [t.transpose(1, 2).flatten(2) for layer in cache.layers for t in (layer.keys, layer.values)]

@@ -42,7 +42,7 @@ TOP, COLUMNS = 4, 20  # heads looked at; columns that demonstrations or vectors 
 
 @torch.no_grad()
 def attend(llm, embeds: Tensor, head: list[int], keep: Callable[[Tensor], Tensor]) -> Tensor:
-    """Read one sequence, behind the fixed ids of `head`; keep a part of each layer's attention weights.
+    """Read one sequence, after the fixed ids of `head`; keep a part of each layer's attention weights.
 
     Args:
         embeds: (1, T, d). keep: takes a layer's weights, (heads, T, T) or with h ids of `head`
@@ -79,7 +79,7 @@ def induction_score(weights: Tensor, n: int) -> Tensor:
     score = 1/n sum_t A[t, t - n + 1] over the n destinations t of the second copy.
 
     Args:
-        weights: (heads, 2n, 2n), or (heads, 1 + 2n, 1 + 2n) behind a BOS. n: tokens in a copy.
+        weights: (heads, 2n, 2n), or (heads, 1 + 2n, 1 + 2n) after a BOS. n: tokens in a copy.
     Returns:
         (heads,), between 0 and 1.
     """

@@ -24,7 +24,7 @@ def majority(demos: list[dict], queries: list[dict]) -> list[str]:
 
 
 def partners(method: str, task: str, evaluated: list[str], tasks: Tasks) -> list[str]:
-    """Whose demonstrations a control reads, or stand behind its vectors: of icl_swapped and mend_swapped, one
+    """Whose demonstrations a control reads, or made its vectors: of icl_swapped and mend_swapped, one
     other task's (see Tasks.partner); of mend_constant, all others'. Other methods: nobody's.
 
     The list is that of the tasks evaluated, or, for a single one, of all meta-test tasks.

@@ -24,7 +24,7 @@ from sources.tasks import SEEDS, Tasks, demonstration_set, require_options
 
 @contextlib.contextmanager
 def full_precision(llm: PreTrainedModel) -> Iterator[None]:
-    """The frozen LLM in fp32 inside, and each tensor as it was behind it: a KL in bf16 has a floor of 0.0015
+    """The frozen LLM in fp32 inside, and each tensor as it was after it: a KL in bf16 has a floor of 0.0015
     nats. Weights in 8 bit stay, and so do those of a sharded LLM, or of one that a GPU does not hold so."""
     keep = getattr(llm, "is_loaded_in_8bit", False) or getattr(llm, "is_sharded", False) or not fits(llm)
     tensors = [] if keep else [*llm.parameters(), *llm.buffers()]

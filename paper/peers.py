@@ -1,6 +1,6 @@
 """What people would use instead, on the same model, tokens and machine: `python bench.py --peers`.
 
-Scoring options behind demonstrations, against lm-evaluation-harness (EleutherAI), whose backend for
+Scoring options after demonstrations, against lm-evaluation-harness (EleutherAI), whose backend for
 transformers' models reads context and option anew for each option; and a training step of PromptTuning
 (Sec. 4.1), against peft's (Hugging Face), which reads its prompt anew for each query. Both are extras:
 requirements-extra.txt.
@@ -45,7 +45,7 @@ def harness(llm, tokenizer, batch_size: int) -> Callable[[list[tuple[list[int], 
 
 def scoring(llm, tasks: Tasks, formatter: Formatter, args: argparse.Namespace, n: int = 64, options: int = 4,
             batch_size: int = 8) -> dict:
-    """Seconds to score n queries of one task behind its K demonstrations, and how far the scores are apart
+    """Seconds to score n queries of one task after its K demonstrations, and how far the scores are apart
     (mean nats a token)."""
     task, files = scoring_task(tasks, args.seed, n, options)
     demos, queries = files["train"][:args.k], [formatter.scoring_query(q) for q in files["test"][:n]]
@@ -71,7 +71,7 @@ def prompt_steps(llm, rows: list[dict], distill_len: int, head: list[int],
     """Two steps of PromptTuning on the same queries from the same l vectors, ours and peft's: each gives the
     loss and the gradient of the vectors, (l, d).
 
-    head: ids behind which ours has its vectors; peft has its own before them.
+    head: ids after which ours has its vectors; peft has its own before them.
     """
     try:
         from peft import PromptTuningConfig, TaskType, get_peft_model
@@ -139,7 +139,7 @@ def suite(args: argparse.Namespace, device: torch.device) -> dict:
     found = {"scoring": scoring(llm, tasks, formatter, args)}
     r = found["scoring"]
     s = r["seconds"]
-    print(f"scoring {r['queries']} queries of {r['task']} behind {r['demo_tokens']} tokens: {s['ours']:.1f} "
+    print(f"scoring {r['queries']} queries of {r['task']} after {r['demo_tokens']} tokens: {s['ours']:.1f} "
           f"against {s['harness']:.1f} s by lm_eval, {r['ratio']:.1f} times; scores at most "
           f"{r['score_difference']:.0e} apart")
     for name, sets, queries in (("prompt_tuning_q4", 2, 4), ("prompt_tuning_q1", 8, 1)):

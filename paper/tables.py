@@ -207,20 +207,20 @@ def block(llm: str, rows: dict[str, Row], header: list[str]) -> list[str]:
 
 def notes(cells: dict[tuple[str, str, str], Scores], summaries: dict[tuple[str, str, str], dict],
           n_tasks: dict[str, int], clusters: list[list[str]]) -> list[str]:
-    """How much stands behind each cell, and MEND against the other rows. n_tasks: a column's tasks, here or
+    """How much each cell rests on, and MEND against the other rows. n_tasks: a column's tasks, here or
     not; clusters: as paired_interval takes them."""
-    behind, gains, gaps = defaultdict(list), defaultdict(list), []
+    counts, gains, gaps = defaultdict(list), defaultdict(list), []
     for (llm, row, column), scores in cells.items():
         icl, zero_shot = (cells.get((llm, m, column), {}) for m in ("icl", "zero_shot"))
         if row not in ("icl", "zero_shot") and (gain := recovered_gain(scores, icl, zero_shot)):
             gains[llm, column, gain["tasks"]].append(f"{row} {gain['gain']:.0%}")
         s = summaries[llm, row, column]
-        behind[llm, column, s["tasks"], s["queries"], s["seeds"]].append(row)
+        counts[llm, column, s["tasks"], s["queries"], s["seeds"]].append(row)
         if row != "mend" and (b := paired_interval(cells.get((llm, "mend", column), {}), scores, clusters)):
             gaps.append(f"- {llm}, {column}, mend minus {row}: {b['gap']:+.2f} "
                         f"[{b['low']:+.2f}, {b['high']:+.2f}] (95%, t over {b['tasks']} tasks)")
     return [f"- {llm}, {column}, {', '.join(rows)}: {tasks} of {n_tasks[column]} tasks, {queries:,} queries, "
-            f"{seeds} seeds" for (llm, column, tasks, queries, seeds), rows in behind.items()] + gaps + [
+            f"{seeds} seeds" for (llm, column, tasks, queries, seeds), rows in counts.items()] + gaps + [
         f"- {llm}, {column}, recovered gain, {GAIN} over the {tasks} tasks where icl is above zero_shot: "
         f"{', '.join(rows)}" for (llm, column, tasks), rows in gains.items()]
 
@@ -233,7 +233,7 @@ def one_label(grouped: dict[tuple[str, str, str], list[dict]]) -> list[str]:
 
 
 def table_lines(records: list[dict], number: str) -> list[str]:
-    """The paper's table `number` in Markdown: ours, the paper's own, how much stands behind ours, MEND
+    """The paper's table `number` in Markdown: ours, the paper's own, how much ours rests on, MEND
     against the others.
 
     Raises:

@@ -159,7 +159,7 @@ class Distiller(PyTorchModelHubMixin, library_name="mend", paper_url="https://ar
         return vectors
 
     def writer(self, tokenizer: PreTrainedTokenizerBase | str, vectors: Tensor) -> Writer:
-        """What answers queries behind `vectors`: the LLM reads them here, once."""
+        """What answers queries after `vectors`: the LLM reads them here, once."""
         formatter = Formatter(self.tokenizer(tokenizer), self.state["model"]["template"], 0)
         return Writer(self.llm, formatter, vectors)
 

@@ -53,7 +53,7 @@ def read_vectors(path: str, llm: PreTrainedModel) -> tuple[Tensor, dict]:
 
 
 def asked(formatter: Formatter, query: dict, first: bool = False) -> list[int]:
-    """x whose answer is written: behind it the words, if any, that the template has before an answer."""
+    """x whose answer is written: after it the words, if any, that the template has before an answer."""
     return formatter.query(query, first) + formatter.turns.encode(formatter.turns.cue)
 
 

@@ -1,4 +1,4 @@
-"""Answers in writing behind one stored prefix: many queries at once, cached, greedy or sampled, as a stream.
+"""Answers in writing after one stored prefix: many queries at once, cached, greedy or sampled, as a stream.
 
     writer = Writer.load("vectors.safetensors", llm, tokenizer)    # docs/serving.md; reads the vectors once
     writer.write(["sing", "wash"])                                 # ["she sings", "she washes"]
@@ -29,7 +29,7 @@ from sources.text import Tokenizer
 
 
 class Rows:
-    """Queries behind one prefix, read by a decoder-only LLM; `logits`, (B, V) fp32, are of the next tokens.
+    """Queries after one prefix, read by a decoder-only LLM; `logits`, (B, V) fp32, are of the next tokens.
 
     queries: B lists of ids, none empty. prefix: of B = 1; its keys and values are copied for each.
     """
@@ -42,7 +42,7 @@ class Rows:
         self.logits = self.read(*(t.to(llm.device) for t in padded_left(queries)))
 
     def read(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Read (B, T) ids behind all before them; padding, on the left, is where mask is False."""
+        """Read (B, T) ids after all before them; padding, on the left, is where mask is False."""
         before = self.mask[:, None, None, :].expand(-1, -1, ids.shape[1], -1)               # (B, 1, T, P)
         allowed = torch.cat([before, causal_mask(mask)], dim=3)                             # (B, 1, T, P + T)
         positions = positions_of(mask) + self.mask.sum(dim=1, keepdim=True)                 # (B, T)
@@ -96,7 +96,7 @@ def choose(logits: Tensor, temperature: float, top_p: float, draws: list[random.
 
 
 class Writer:
-    """An LLM that has read a prefix, and writes answers to queries behind it.
+    """An LLM that has read a prefix, and writes answers to queries after it.
 
     Args:
         llm: frozen, in any float type. formatter: of its tokenizer and the vectors' template.
@@ -119,7 +119,7 @@ class Writer:
         return cls(llm, Formatter(Tokenizer(tokenizer), about["template"], 0), vectors)
 
     def query_ids(self, text: str) -> list[int]:
-        """An input as the LLM reads it behind the prefix: the template's text around it, and no BOS."""
+        """An input as the LLM reads it after the prefix: the template's text around it, and no BOS."""
         return asked(self.formatter, {"input": text.strip()}, self.first)
 
     def write(self, inputs: Sequence[str], **how) -> list[str]:
@@ -184,7 +184,7 @@ class Text:
 
     def add(self, token: int, last: bool) -> str:
         """The piece that a token adds, perhaps none: white space, the beginning of `stop` and half a
-        character wait for what comes behind them, and have no place at the end."""
+        character wait for what comes after them, and have no place at the end."""
         self.ids.append(token)
         self.over = last or token in self.ends
         text = self.decode(self.ids, skip_special_tokens=True).lstrip()

@@ -26,7 +26,7 @@ HELD: dict[Path, FileLock] = {}
 
 @contextlib.contextmanager
 def whole(path: str | Path) -> Iterator[Path]:
-    """A temporary name to write to; behind the block its file stands at `path`, on the disk and under the
+    """A temporary name to write to; after the block its file stands at `path`, on the disk and under the
     umask's mode. After any fault `path` is as it was."""
     path = Path(path)
     target = Path(os.path.realpath(path))  # a link stays one

@@ -23,7 +23,7 @@ def make_logger(kind: str, folder: Path, flags: dict, step: int) -> Callable[[di
 
     Args:
         kind: of --log. folder: of the run, with the metrics.jsonl that it goes on from; flags: its flags.
-        step: the run goes on behind it; what an earlier process logged of later ones will be made again.
+        step: the run goes on after it; what an earlier process logged of later ones will be made again.
     """
     with guarded(kind):
         if kind == "tensorboard":

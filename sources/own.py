@@ -272,7 +272,7 @@ def csv_rows(path: Path) -> Iterator[tuple[str, dict]]:
                        'first line; put texts with commas or line breaks in quotes, as in "a, b"'))
                 yield where, row
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path} cannot be read behind row {number} ({first_line(error)}); give a UTF-8 "
+        raise UserError(f"{path} cannot be read after row {number} ({first_line(error)}); give a UTF-8 "
                         "table with commas, its first line the names of the columns") from error
 
 

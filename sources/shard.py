@@ -3,7 +3,7 @@
     torchrun --nproc_per_node 4 train_finetune.py --preset paper --llm NAME --shard-llm --batch-size 8
 
 torch's FSDP2 gathers a layer's weights when it is run, in the forward and in the backward pass, and lets
-them go behind it. Embedding, head and norms stay whole on each rank, and so does the distiller, under DDP as
+them go after it. Embedding, head and norms stay whole on each rank, and so does the distiller, under DDP as
 always. Each run of a layer is one of all ranks: they train on different rows, as many each, and evaluate the
 same ones.
 """

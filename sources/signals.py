@@ -14,7 +14,7 @@ from common import is_main, world
 
 
 class Stop:
-    """Asks a loop to end behind what it is at: SIGTERM, SIGINT or SIGHUP came, or so many minutes are over.
+    """Asks a loop to end after what it is at: SIGTERM, SIGINT or SIGHUP came, or so many minutes are over.
     A second signal acts at once; what the caller ignores, as nohup does, stays ignored."""
 
     def __init__(self, minutes: float | None):

@@ -216,7 +216,7 @@ class Recall(Made):
     """Associative recall: k pairs of words, of which a query asks for one. Every set has other pairs.
 
     Args:
-        tokenizer: the first 5,000 English words of its vocabulary, of one token behind a space each, make the
+        tokenizer: the first 5,000 English words of its vocabulary, of one token after a space each, make the
             pairs; every fifth stands in the meta-test tasks only. k: pairs in a set.
     """
 

@@ -45,7 +45,7 @@ class Turns:
 
     @property
     def cue(self) -> str:
-        """The words of `reply`, behind which an answer is written: "\\nOutput:", or none."""
+        """The words of `reply`, after which an answer is written: "\\nOutput:", or none."""
         return self.reply.rstrip()
 
 
@@ -79,12 +79,12 @@ def chat_turns(tokenizer: Tokenizer) -> Turns:
            f"answer once each ({text[:200]!r}); use --template newline"))
     head, rest = text.split(asked)
     tail, _ = rest.split(said)
-    # a space joins the word behind it: it is read with that
+    # a space joins the word after it: it is read with that
     opening, reply = (part[len(part.rstrip(" ")):] for part in (head, tail))
     lead, (before_answer, between) = parsed(tokenizer, "a"), TEMPLATES["chat"]
     turns = Turns(parsed(tokenizer, head.rstrip(" ")), parsed(tokenizer, "a" + tail.rstrip(" "))[len(lead):],
                   opening, between, opening, between, before_answer, reply,
-                  partial(tokenizer.encode, behind=True))
+                  partial(tokenizer.encode, after=True))
     found = turns.head + turns.encode(opening + SAMPLE[0]) + turns.tail + turns.encode(reply + SAMPLE[1])
     whole = parsed(tokenizer, conversation(tokenizer, *SAMPLE))
     check((found == whole[:len(found)], f"--template chat: a conversation by the chat template of "

@@ -64,13 +64,13 @@ class Tokenizer:
     def reference(self, text: str) -> list[int]:
         return self.hf.backend_tokenizer.encode(text, add_special_tokens=False).ids
 
-    def encode(self, text: str, behind: bool = False) -> list[int]:
+    def encode(self, text: str, after: bool = False) -> list[int]:
         """Token ids of a text, without special tokens; one that starts with white space goes on another, and
-        so does any that stands `behind` one."""
+        so does any that stands `after` one."""
         if self.encoding is None and text[:1].isspace():
-            # behind a letter, where SentencePiece does not put a space of its own before the text's
+            # after a letter, where SentencePiece does not put a space of its own before the text's
             return self.reference("a" + text)[len(self.lead):]
-        if self.encoding is None and behind:  # a letter would join a letter; the end of a line does not
+        if self.encoding is None and after:  # a letter would join a letter; the end of a line does not
             return self.reference("\n" + text)[len(self.reference("\n")):]
         if self.encoding is None:
             return self.reference(text)

@@ -330,7 +330,7 @@ def demos(batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def log_softmaxes(llm, context: torch.Tensor, x: list[int]) -> torch.Tensor:
-    """What an LLM without cache or packing says about x behind embedded `context`, (n, V)."""
+    """What an LLM without cache or packing says about x after embedded `context`, (n, V)."""
     inputs = torch.cat([context, llm.get_input_embeddings()(torch.tensor([x]))], dim=1)
     logits = llm(inputs_embeds=inputs, attention_mask=torch.ones_like(inputs[:, :, 0])).logits[0]
     return logits[max(context.shape[1] - 1, 0):-1].log_softmax(dim=1)

@@ -28,7 +28,7 @@ from common import ROOT
 from loading import load_checkpoint
 
 SIGNALS = {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGHUP: 129}  # exit codes
-SECONDS = 0.6  # a signal comes within these behind the first line that a process writes
+SECONDS = 0.6  # a signal comes within these after the first line that a process writes
 FULL = 20_000  # bytes of a file where the disk is full: below any checkpoint's
 
 
@@ -110,7 +110,7 @@ def disturb(command: list[str], places: dict[str, Path], watched: Path, kills: i
             process.send_signal(number)  # nothing happens to one that has ended
         out, _ = process.communicate()
         name, expected = ("full disk", [2]) if disk else (number.name, [SIGNALS[number], -number])
-        if process.returncode in expected and len(happened) < kills:  # -number: before or behind our handlers
+        if process.returncode in expected and len(happened) < kills:  # -number: before or after our handlers
             happened.append(f"{name}, exit code {process.returncode}")
             bar.update()
         elif process.returncode:

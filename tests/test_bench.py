@@ -25,10 +25,10 @@ def test_flops_of_the_seven_methods_by_hand(tiny, all_logits):
 
     distil = matrices(WIDTH_S, LAYERS_S, T_D + L) + attention(WIDTH_S, LAYERS_S, T_D + L, T_D + L)
     distil += 2 * WIDTH_S * WIDTH * L
-    behind_vectors = llm(L + T_X, L + T_X) + head(L + T_X)
+    after_vectors = llm(L + T_X, L + T_X) + head(L + T_X)
     query = {"zero_shot": llm(T_X, T_X) + head(T_X), "icl": llm(T_D + T_X, T_D + T_X) + head(T_D + T_X),
-             "icl_cached": llm(T_X, T_D + T_X) + head(T_X), "prompt_tuning": behind_vectors,
-             "mend": distil + behind_vectors, "mend_vectors": behind_vectors,
+             "icl_cached": llm(T_X, T_D + T_X) + head(T_X), "prompt_tuning": after_vectors,
+             "mend": distil + after_vectors, "mend_vectors": after_vectors,
              "mend_kv": llm(T_X, L + T_X) + head(T_X)}
     prepare = {"zero_shot": 0, "icl": 0, "icl_cached": llm(T_D, T_D), "prompt_tuning": 0, "mend": 0,
                "mend_vectors": distil, "mend_kv": distil + llm(L, L)}

@@ -1,4 +1,4 @@
-"""Tests of choose.py: a row for each LLM and template, and none lost behind another."""
+"""Tests of choose.py: a row for each LLM and template, and none lost after another."""
 
 import shutil
 

@@ -71,7 +71,7 @@ def made(folder, tmp_path):
 
 @torch.no_grad()
 def expected_logits(llm, formatter, vectors, ids: list[int]) -> torch.Tensor:
-    """(T_x, V), of the tokens behind each of x's."""
+    """(T_x, V), of the tokens after each of x's."""
     prefix = torch.cat([plain.embed(llm, formatter.turns.head), vectors])
     return plain.read(llm, prefix, [*ids, 0], [])[1:]
 
@@ -83,7 +83,7 @@ def close(found, expected):
 def test_prompt_embeddings_for_vllm(made, capsys):
     llm, formatter, vectors, export = made
     tensors = load_file(export("vllm", "--ask", *ASKED))
-    assert "behind it a query is read as ' {input}'" in capsys.readouterr().out
+    assert "after it a query is read as ' {input}'" in capsys.readouterr().out
     assert tensors.keys() == {"prefix", "prompt.0", "prompt.1"}
     for i, text in enumerate(ASKED):
         ids, prompt = formatter.query({"input": text}), tensors[f"prompt.{i}"]
@@ -113,7 +113,7 @@ def test_an_adapter_for_peft(made, folder):
 
 
 def test_a_query_that_brings_its_own_bos_is_another_one_for_peft(made, folder):
-    """Why BOS is the first row of the adapter, and not the tokenizer's to put behind the vectors."""
+    """Why BOS is the first row of the adapter, and not the tokenizer's to put after the vectors."""
     peft = pytest.importorskip("peft")
     llm, formatter, vectors, export = made
     if not formatter.turns.head:

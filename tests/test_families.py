@@ -277,7 +277,7 @@ def test_losses_and_gradients_equal_plain_ones(llm):
 
 
 def test_pretraining_reads_d_and_predicts_x(llm):
-    """The row of data.Corpus: all behind D is predicted, from its first token on, by either kind."""
+    """The row of data.Corpus: all after D is predicted, from its first token on, by either kind."""
     row = {"demo": rows()[1]["demo"], "queries": [([], [rows()[1]["queries"][0][0]])]}
     distiller = build_distiller("layers:2", llm, 4, "matched", 0).eval()
     _, found = losses(llm, distiller, [row, rows(1)[0]])

@@ -516,7 +516,7 @@ def test_a_signal_ends_a_training_behind_its_step_saved(finetuning, tmp_path, mo
             train(train_finetune, argv, cut)
     said = capfd.readouterr()
     assert stop.value.code == code and name in said.err and signal.getsignal(number) == usual
-    assert "saved behind step 3 of 4; go on with" in said.out
+    assert "saved after step 3 of 4; go on with" in said.out
     assert "\npython train_finetune.py --tasks 'a folder' --resume\n" in said.out
     assert state_of(cut)["step"] == 3
     train(train_finetune, argv, cut, "--resume")

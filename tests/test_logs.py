@@ -15,7 +15,7 @@ from sources import logs
 
 
 def cut_at(monkeypatch, step: int):
-    """A process that ends, killed, behind a step that was logged but not saved."""
+    """A process that ends, killed, after a step that was logged but not saved."""
     end = run.Run.end_step
 
     def killed(self, n_tokens):
@@ -83,7 +83,7 @@ def test_tensorboard_keeps_no_second_value_of_a_step(finetuning, quick_dev, tmp_
 @pytest.fixture
 def wandb(monkeypatch) -> SimpleNamespace:
     """Its calls in `made`: ("init", arguments) and ("log", values, step), but for those that the real client
-    leaves out: of a step behind the last one logged, and, of a run that is resumed, of that one too."""
+    leaves out: of a step after the last one logged, and, of a run that is resumed, of that one too."""
     made = []
     module = SimpleNamespace(
         made=made, fails=False, least=0, __spec__=importlib.machinery.ModuleSpec("wandb", None))

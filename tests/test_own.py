@@ -266,7 +266,7 @@ def test_what_cannot_be_a_task(tmp_path, flags, training, monkeypatch):
         load_own(str(tmp_path / "twice"), "x", 16)
     for table, message in (("a,b,c\n", "row 1 has not as many cells"), ("a\n", "row 1 has not as many cells"),
                            ("", "t.csv is empty"), (",b\n", "row 1: input and output must be texts"),
-                           ('"a,b\n', "cannot be read behind row 0"), ("a,b\nc,\xe9\n", "behind row")):
+                           ('"a,b\n', "cannot be read after row 0"), ("a,b\nc,\xe9\n", "after row")):
         (tmp_path / "twice" / "t.csv").write_bytes(f"input,output\n{table}".encode("latin-1"))
         with pytest.raises(UserError, match=message):
             load_own(str(tmp_path / "twice" / "t.csv"), "x", 16)

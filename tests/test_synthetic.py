@@ -147,7 +147,7 @@ KNOWN = [w for w in dict.fromkeys(NOUNS + VERBS + ADJECTIVES) if len(w) > 2]
 
 
 class Words:
-    """Stands for a Tokenizer: a vocabulary of English words behind a space, and of pieces."""
+    """Stands for a Tokenizer: a vocabulary of English words after a space, and of pieces."""
 
     name = "words"
 

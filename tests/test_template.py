@@ -252,7 +252,7 @@ def test_both_stages_and_every_method_take_it(spec, chat_llm, chat, tasks_dir, c
 
 @torch.no_grad()
 def test_written_and_chosen_answers_behind_keys_and_values_in_a_chat(chat, chat_llm, tmp_path):
-    """What is written, token by token behind the cache, against scores of the same answer."""
+    """What is written, token by token after the cache, against scores of the same answer."""
     distiller = build_distiller("kv:2", chat.llm, 4, "plain", 0).eval()
     for p in distiller.parameters():
         p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
@@ -292,7 +292,7 @@ def test_a_distiller_as_an_object_makes_the_vectors_of_evaluate_in_a_chat(spec, 
 
 @torch.no_grad()
 def test_distil_and_ask_in_a_chat(chat, chat_llm, tmp_path):
-    """Chosen and written answers of distill.py, against a plain greedy loop behind head, middle and query."""
+    """Chosen and written answers of distill.py, against a plain greedy loop after head, middle and query."""
     state = {"trained_on": {}, "step": 3, "metrics": {}, "commit": "abc", "flags": {}}
     folder = save_distiller(tmp_path / "run", chat.distiller, chat.llm, **state)
     _, saved = load_checkpoint(folder)

@@ -76,7 +76,7 @@ def test_untrained_the_query_reads_the_last_tokens_read_twice(llm, distiller):
 
 def test_a_chats_head_stands_before_keys_and_values_that_know_nothing_of_it(llm, distiller):
     """By hand: the query sees head, D's first token and the last ones read twice; these see D alone, and
-    stand behind the head's positions. A single BOS has D's first token in its place, as ever."""
+    stand after the head's positions. A single BOS has D's first token in its place, as ever."""
     head, rows = [3, 99, 41, 7], [{"demo": D, "queries": QUERIES}, {"demo": [*range(100, 120), *D],
                                                                    "queries": QUERIES}]
     (x, (y, *_)), h, T, batch = QUERIES[0], len(head), len(D), collate(rows)

@@ -1,4 +1,4 @@
-"""Tests of serving/writer.py: a batch behind a cache against one query at a time without one, and sampling
+"""Tests of serving/writer.py: a batch after a cache against one query at a time without one, and sampling
 against transformers' own filters."""
 
 import math

@@ -17,7 +17,7 @@ if [[ "${PARTS:-ab}" == *b* ]]; then
     for l in ${LENGTHS:-1 10 50 100 200}; do
         (
             RUNS=$RUNS/l$l
-            # behind whatever else is given, as the last one counts
+            # after whatever else is given, as the last one counts
             EXTRA_TRAIN="${EXTRA_TRAIN:-} --distill-len $l" EXTRA_EVAL="${EXTRA_EVAL:-} --distill-len $l"
             for method in prompt_tuning hypertuning mend; do
                 $method $split
