@@ -56,7 +56,7 @@ from sources.files import write_whole
 
 CONTEXTS = {"class_to_class": 469, "hr_to_lr": 652, "qa_to_qa": 639, "non_nli_to_nli": 848,
             "non_para_to_para": 818}
-QUERY = 56                          # tokens of a query with its answer; the paper names no figure
+QUERY = 56                          # tokens of a query with its answer: Sec. 4.1, Class->Class
 SCALING = {"demo_tokens": (16, 32, 64, 100, 128, 192, 256, 384, 512, 768, 1024, 1536),
            "distill_len": (1, 10, 25, 50, 100, 200, 400)}
 METHODS = ("zero_shot", "icl", "icl_cached", "prompt_tuning", "mend", "mend_vectors", "mend_kv")

@@ -39,7 +39,7 @@ from sources.tasks import Tasks
 from sources.template import make_turns
 from sources.text import Tokenizer, cached_tokens, corpus_files, hub_documents, read_documents
 
-MAX_INPUT = 256          # tokens of an input x; longer ones are cut at the end (App. A)
+MAX_INPUT = 256          # tokens of an x, cut at the end (App. A). DEVIATION: of a query's too
 TOGETHER = 64            # steps whose samples are dealt out by length
 
 

@@ -47,7 +47,7 @@ def first_layers(llm: PreTrainedModel, n_layers: int) -> PreTrainedModel:
 
 
 def backbone_class(config) -> type:
-    """The transformers class of a distiller's backbone."""
+    """The class of a distiller's backbone; of T5 the encoder. DEVIATION: the paper drops no decoder."""
     is_t5 = config.model_type in ENCODER_DECODERS
     return transformers.AutoModelForTextEncoding if is_t5 else transformers.AutoModel
 

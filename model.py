@@ -284,8 +284,8 @@ def answer_mask(batch: dict[str, Tensor]) -> Tensor:
 
 
 def loss_mask(llm: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
-    """The tokens that L_distill compares, (B, T) bool: all of x and y; with an encoder-decoder LLM, which
-    predicts no token of x, those of y."""
+    """The tokens that L_distill compares, (B, T) bool: all of x and y (DEVIATION: Eq. (3) has x alone); of an
+    encoder-decoder LLM, which predicts no token of x, those of y."""
     return answer_mask(batch) if llm.config.is_encoder_decoder else batch["query_mask"]
 
 

@@ -50,8 +50,8 @@ def read(llm: PreTrainedModel, prefix: Tensor, x: Ids, y: Ids) -> Tensor:
 
 @torch.no_grad()
 def score_options(llm: PreTrainedModel, prefix: Tensor, x: Ids, options: list[Ids]) -> Tensor:
-    """log P_LLM(c | concat(prefix, E_x)) of each option c, mean over its tokens -> (options,). Its argmax is
-    the answer: Eq. (1), Sec. 2, where the prefix is E_D; Eq. (2) where it is S_D."""
+    """log P_LLM(c | concat(prefix, E_x)) of each option c -> (options,). Its argmax is the answer: Eq. (1) in
+    Sec. 2 where the prefix is E_D, Eq. (2) where it is S_D. DEVIATION: a token's mean, as in MetaICL."""
     return torch.stack([-pred_loss(read(llm, prefix, x, c)[-len(c):], c) for c in options])
 
 

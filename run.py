@@ -85,7 +85,7 @@ def lr_at(step: int, steps: int, warmup: float, peak: float) -> float:
 
 
 def make_optimizer(distiller: nn.Module, lr: float) -> torch.optim.AdamW:
-    """AdamW as in Table 5, without weight decay on what has one dimension or none (norms, biases, gains)."""
+    """AdamW (Table 5), here with decay, but not of what has one dimension or none (norms, biases, gains)."""
     parameters = [p for p in distiller.parameters() if p.requires_grad]
     groups = [{"params": [p for p in parameters if p.dim() >= 2], "weight_decay": 0.01},
               {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]

@@ -101,8 +101,8 @@ def finetune_loss(pred: Tensor, distill: Tensor, lam: float, pred_weight: float 
 
 @torch.no_grad()
 def score_options(llm: PreTrainedModel, prefix: Prefix, batch: dict[str, Tensor]) -> Tensor:
-    """Eq. (1) and (2), Sec. 2: the log-likelihood of every answer option after its query, a token's mean.
-    The label is the argmax over a query's options. One pass scores every option of every packed query.
+    """Eq. (1) and (2), Sec. 2: the log-likelihood of every answer option after its query, in one pass; its
+    argmax is the label. DEVIATION: the mean over an option's tokens, as in MetaICL; the paper has their sum.
 
     Args:
         prefix: of demonstrations, Eq. (1), or of vectors, Eq. (2). batch: from data.collate; branch o >= 1 of
@@ -210,7 +210,7 @@ def task_metrics(predictions: list[str], golds: list[str], task_type: str) -> di
     """Both metrics and the headline.
 
     DEVIATION: the paper's text says accuracy for classification and macro-F1 otherwise; its zero-shot figures
-    equal MetaICL's, which are macro-F1 for classification and accuracy otherwise. The headline follows them.
+    on classification match MetaICL's, which are macro-F1 there, accuracy otherwise. The headline follows.
     """
     f1, acc = macro_f1(predictions, golds), accuracy(predictions, golds)
     return {"macro_f1": f1, "accuracy": acc, "headline": f1 if task_type == "classification" else acc}

@@ -1,7 +1,7 @@
 """The figures: drawn from results/ as PNG and SVG, each with a caption that says n and the command.
 
     python -m paper.figures method                             # our own: Figs. 1 and 2 in one
-    python -m paper.figures fig3                               # what a query costs (Sec. 4.3)
+    python -m paper.figures fig3                               # what a query costs (Sec. 4.2)
     python -m paper.figures scaling                            # our own: FLOPs over demonstrations and over l
     python -m paper.figures fig4                               # over K and over l (Sec. 5.1)
     python -m paper.figures fig6                               # over beta and gamma (App. B)
@@ -46,7 +46,7 @@ COSTS = {"icl": ("vanilla ICL", "#000000", "", "-"), "icl_cached": ("ICL, cached
          "mend_kv": ("MEND, stored keys and values", "#009E73", "\\\\", "--")}
 COST_SPLITS = {"class_to_class": "Class→\nClass", "hr_to_lr": "HR→\nLR", "qa_to_qa": "QA→\nQA",
                "non_nli_to_nli": "non-NLI\n→NLI", "non_para_to_para": "non-Para\n→Para"}
-SCRIPTS = {"fig4": "runs/fig4.sh", "fig6": "runs/ablations.sh", "fig7": "runs/ablations.sh"}  # of paper/
+SCRIPTS = {"fig4": "paper/runs/fig4.sh", **dict.fromkeys(("fig6", "fig7"), "paper/runs/ablations.sh")}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -144,7 +144,7 @@ def scaling(args: argparse.Namespace) -> tuple[Figure, dict]:
 def load_records(args: argparse.Namespace) -> list[dict]:
     """The records of evaluate.py of one split, with MetaICL's own demonstrations, unperturbed."""
     paths = [Path(p) for p in args.results or sorted((common.ROOT / "results").glob(f"{args.name}*.jsonl"))]
-    script = f"run paper/{SCRIPTS[args.name]}, which makes it"
+    script = f"run {SCRIPTS[args.name]}, which makes it"
     check(*((path.is_file(), f"--results {path} is no file; {script}") for path in paths))
     records = [r for path in paths for r in read_results(path)]
     require_fields(records, args.name)
@@ -200,7 +200,7 @@ def draw_averages(args: argparse.Namespace, panels: list[tuple[str, str, dict]],
     """One panel for each (x label, x scale, averages)."""
     panels = [panel for panel in panels if len({x for points in panel[2]["points"].values()
                                                 for x, _, _ in points}) > 1]
-    check((panels, f"{args.name} needs two complete points; run paper/{SCRIPTS[args.name]} to its end"))
+    check((panels, f"{args.name} needs two complete points; run {SCRIPTS[args.name]} to its end"))
     fig = Figure(figsize=(4.2 * len(panels) if len(panels) > 1 else 5.4, 4), layout="constrained")
     axes = fig.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     methods = [m for m in METHODS if any(data["points"].get(m) for *_, data in panels)]

@@ -41,7 +41,7 @@ class Count(TorchDispatchMode):
 
     flops: of matrix products and attention, a multiplication and an addition each, by the formulas of torch's
     FlopCounterMode; that class itself cannot follow the gradient taken within a forward pass
-    (`model.sum_in_chunks`). Attention counts all pairs of positions, masked or not. peak: bytes that were
+    (`score.sum_in_chunks`). Attention counts all pairs of positions, masked or not. peak: bytes that were
     made since, without what stood before and without what an operation needs inside itself.
     """
 

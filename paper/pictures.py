@@ -1,4 +1,4 @@
-"""What the figures share, and two that are not the paper's: the method, and the curves of training runs."""
+"""What the figures share, and four that are not the paper's: method, training curves, ratios, swaps."""
 
 import functools
 import json
@@ -17,7 +17,8 @@ from paper.summary import gains_of, read_results, require_one_setting
 # Okabe and Ito's palette, which stays distinct for colour-blind readers: colour, marker, label
 METHODS = {"mend": ("#0072B2", "o", "MEND"), "icl": ("#D55E00", "s", "Vanilla ICL"),
            "hypertuning": ("#009E73", "^", "HyperTuning"), "prompt_tuning": ("#CC79A7", "D", "PromptTuning"),
-           "zero_shot": ("#777777", "v", "no context"), "icl_budget": ("#E69F00", "P", "last $l$ tokens")}
+           "zero_shot": ("#777777", "v", "no context"), "last_l": ("#56B4E9", "X", "last $l$ tokens"),
+           "icl_budget": ("#E69F00", "P", "ICL of equal length")}
 RATIOS = {"mend": "MEND", "last_l": "D's last $l$ tokens", "icl_budget": "ICL of equal length",
           "mend_constant": "MEND, mean of other tasks", "mend_swapped": "MEND, another task's"}
 INK, GREY = "#222222", "#666666"
@@ -182,7 +183,7 @@ def draw_run(ax: Axes, share_ax: Axes, run: Path) -> tuple[dict, str]:
         share_ax.plot(at, [100 * r[share] for r in evaluations], color=colour, marker="o")
         low, high = share_ax.get_ylim()
         share_ax.set_ylim(min(low, high - 5), max(high, low + 5))  # a hundredth shall not look like much
-        for end, method in (("no_context", "zero_shot"), ("last_l", "icl_budget")):
+        for end, method in (("no_context", "zero_shot"), ("last_l", "last_l")):
             if (reference := f"heldout_kl_{end}") in evaluations[-1]:
                 c, _, label = METHODS[method]
                 ax.axhline(evaluations[-1][reference], color=c, linestyle="--", label=label)
@@ -265,7 +266,7 @@ def ratios(args) -> tuple[Figure, dict]:
     one = next(iter(read.values()))
     caption(fig, f"Recovered gain, (method - zero-shot) / (ICL - zero-shot), of {one[0]['llm']}, one "
                  f"checkpoint for all l, K = {one[0]['k']}; queries a point: {', '.join(counts)}.\n"
-                 f"runs/ratios.sh; {args.command} · commit "
+                 f"paper/runs/ratios.sh; {args.command} · commit "
                  f"{', '.join(sorted({r['commit'] for records in read.values() for r in records}))}")
     return fig, drawn
 

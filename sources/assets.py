@@ -40,7 +40,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--dir", default=str(HERE / "assets"), help="folder to write to, and to download to")
     parser.add_argument("--only", choices=tuple(TARGETS), help="make this one asset (default: all but gemma)")
-    tables = parser.add_argument_group("tables beside this file")
+    tables = parser.add_argument_group("tables of the repository")
     tables.add_argument("--pins", default=str(HERE / "sources/assets.txt"), help="requirements with hashes")
     tables.add_argument("--splits", default=str(HERE / "splits.json"), help="file of BIG-bench families")
     return parser

@@ -20,7 +20,7 @@ FOREIGN = re.compile(r"^(cs|de|mlsum)_|_(ru|multilingual)$")  # the non-English 
 
 
 def read_text(path: str) -> str:
-    """Read one of the two tables beside this file."""
+    """Read one of the tables that come with the repository."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"got no file {path}, expected the one of the repository; restore it")
     return Path(path).read_text(encoding="utf-8")

@@ -1,7 +1,8 @@
 """Files that no fault may harm: written whole or by whole lines, by one process at a time.
 
-Nothing else in this project opens a file for writing: a kill, a full disk or a second process at any moment
-leaves what was there before, or all of the new.
+Results, checkpoints and caches are written here alone (assets and hub tasks in a temporary folder that is
+renamed at the end): a kill, a full disk or a second process at any moment leaves what was there before, or
+all of the new.
 """
 
 import contextlib

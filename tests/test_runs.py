@@ -65,7 +65,7 @@ def test_table1(scripts):
     assert "5 of 43" in (folder / "results" / "table1-pocket.md").read_text()
 
 
-def test_table2_and_again(scripts):
+def test_table2_and_again(scripts, gpt2):
     folder = scripts("table2.sh")
     records = results(folder, "table2-pocket")
     assert_all_of_table_2(records)
@@ -75,6 +75,11 @@ def test_table2_and_again(scripts):
     scripts("table2.sh")
     assert results(folder, "table2-pocket") == records
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")} == before
+    scripts("table2.sh", LLMS=f"own {gpt2}")  # the preset's, of which all is done, and another
+    second = results(folder, "table2-pocket")[len(records):]
+    assert_all_of_table_2(second)
+    assert {r["llm"] for r in second} == {gpt2.name}
+    assert len([*(folder / "out" / gpt2.name).rglob("*.safetensors")]) == 10
 
 
 def test_table3(scripts):
