@@ -65,16 +65,17 @@ class Distiller(nn.Module):
         vocab = backbone.config.vocab_size
         self.placeholders = nn.Parameter(random_rows(embed, vocab, distill_len, generator))  # (l, d_s)
         self.distill_len = distill_len  # free to shrink: then the last l placeholders are used
-        d_s, d = self.placeholders.shape[1], llm_width  # OPT-350m's hidden_size is not its embeddings' width
-        self.project = nn.Identity() if d_s == d else nn.Sequential(nn.Linear(d_s, d), nn.Tanh())
+        d_s, d, on = self.placeholders.shape[1], llm_width, self.placeholders.device
+        self.project = nn.Identity() if d_s == d else nn.Sequential(nn.Linear(d_s, d), nn.Tanh()).to(on)
         self.gain = None
         if output_rms is not None:
             # DEVIATION: final-norm states are some ten times larger than an LLM's token embeddings; a learned
             # scalar that gives both the same root mean square at the start learns faster. The paper has none.
             self.gain = nn.Parameter(torch.ones(()))
+            room = (getattr(backbone.config, "max_position_embeddings", None) or 1 << 20) - distill_len
             self.eval()  # no dropout while measuring
             with torch.no_grad():
-                probe = torch.randint(0, vocab, (4, 64), generator=generator).to(self.placeholders.device)
+                probe = torch.randint(0, vocab, (4, min(64, room)), generator=generator).to(on)
                 vectors = self(probe, torch.ones_like(probe, dtype=torch.bool))
                 self.gain.fill_(output_rms / vectors.pow(2).mean().sqrt())
             self.train()
@@ -162,8 +163,8 @@ def vector_prefix(llm: PreTrainedModel, vectors: Tensor, head: Sequence[int] = (
     if not first:
         return prefill(llm, *with_head(llm, vectors, mask, head))
     config, vectors = llm.config, vectors.to(llm.dtype)
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    layers = vectors[:, :, :-d].unflatten(2, (config.num_hidden_layers, 2, heads, -1))
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    layers = vectors[:, :, :-d].unflatten(2, (config.num_hidden_layers, 2, -1, width))
     keys_values = layers.permute(2, 3, 0, 4, 1, 5)                          # (layers, 2, B, heads, l, width)
     if h := places(head):
         ids = torch.tensor([head], device=vectors.device).expand(len(vectors), h)           # (B, h)

@@ -11,6 +11,7 @@ from conftest import (
     close,
     demos,
     ids_maker,
+    load,
     losses,
     make_distiller,
     scoring_rows,
@@ -307,3 +308,21 @@ def test_gradient_of_free_vectors_equals_the_plain_one(llm):
     students = [free.vectors] * len(rows)
     sum(losses_of_prefixes(llm, rows, students, teachers)).backward()
     assert_same_gradients(found, gradients(free))
+
+
+@pytest.mark.parametrize("width", [16, 32])
+def test_a_distiller_is_built_where_its_backbone_is(width, monkeypatch):
+    """The scale is measured while it is built: by then all of it is on the LLM's device, here meta."""
+    places, linear = [], torch.nn.Linear.forward
+    monkeypatch.setattr(torch.nn.Linear, "forward", lambda layer, x: (
+        places.append((x.device.type, layer.weight.device.type)), linear(layer, x))[1])
+    with torch.device("meta"):
+        backbone = GPT2Model(GPT2Config(vocab_size=50, n_embd=width, n_layer=1, n_head=4, n_positions=128))
+    distiller = Distiller(backbone, backbone.get_input_embeddings(), 4, 32, output_rms=1.0)
+    assert {*places} == ({("meta", "meta")} if width != 32 else set())
+    assert {p.device.type for name, p in distiller.named_parameters() if name != "gain"} == {"meta"}
+
+
+def test_l_may_take_nearly_all_positions_of_the_distiller(gpt2):
+    llm = load(gpt2)  # 640 learned positions
+    assert build_distiller("layers:2", llm, 630, "matched", seed=0).gain > 0
