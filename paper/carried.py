@@ -10,35 +10,18 @@ Not in the paper.
 """
 
 import argparse
-import itertools
-import json
 from pathlib import Path
 
 import numpy as np
 
-from common import ROOT, check, finish, run_main
+from common import check, finish, run_main
 from paper.summary import gains_of, read_results, require_one_setting, scores_of
-from paper.tables import paired_interval, require_fields, summary
+from paper.tables import clusters_of, paired_interval, require_fields, summary
 from sources.text import json_lines
 
 ORDER = ("zero_shot", "majority", "last_l", "icl_budget", "prompt_tuning", "hypertuning", "mend",
          "mend_swapped", "mend_permuted", "mend_constant", "icl_swapped", "icl")
 SAME = ("icl", "icl_swapped", "zero_shot", "majority")  # whatever l is
-
-
-def clusters_of(tasks: list[str], inputs: dict[str, set[str]]) -> list[list[str]]:
-    """Tasks linked by what they share: functions of one domain ("verb: past"), tasks of one cluster of
-    splits.json, those with a query of `inputs`, {task: its queries}, in common."""
-    table = json.loads((ROOT / "splits.json").read_text(encoding="utf-8"))["metaicl"]["clusters"]
-    linked: list[tuple[list[str], set]] = []
-    for task in tasks:
-        own = {*inputs.get(task, ()), *(("cluster", i) for i, names in enumerate(table) if task in names)}
-        own |= {("domain", task.partition(": ")[0])} if ": " in task else set()
-        near = [cluster for cluster in linked if cluster[1] & own]
-        linked = [cluster for cluster in linked if cluster not in near]
-        linked.append(([*itertools.chain(*(names for names, _ in near)), task],
-                       own.union(*(shared for _, shared in near))))
-    return [names for names, _ in linked]
 
 
 def inputs_in(folder: str, tasks: list[str]) -> dict[str, set[str]]:

@@ -7,6 +7,7 @@ figures, for its own LLMs, stand in results/paper.json.
 """
 
 import hashlib
+import itertools
 import json
 from collections import defaultdict
 from pathlib import Path
@@ -15,8 +16,8 @@ import numpy as np
 from scipy.stats import t
 
 from common import ROOT, SPLITS, UserError, check, finish
-from evaluate import METHODS
 from paper.summary import GAIN, Scores, mean_std, read_results, recovered_gain, scores_of
+from score import CONTROLS, METHODS
 
 
 def require_fields(records: list[dict], taker: str) -> None:
@@ -154,6 +155,29 @@ def paired_interval(ours: Scores, base: Scores, clusters: list[list[str]]) -> di
     return {"gap": mean, "low": mean - half, "high": mean + half, "tasks": n}
 
 
+def clusters_of(tasks: list[str], inputs: dict[str, set[str]]) -> list[list[str]]:
+    """Tasks linked by what they share: functions of one domain ("verb: past"), tasks of one cluster of
+    splits.json, those with a query of `inputs`, {task: its queries}, in common."""
+    table = json.loads((ROOT / "splits.json").read_text(encoding="utf-8"))["metaicl"]["clusters"]
+    linked: list[tuple[list[str], set]] = []
+    for task in tasks:
+        own = {*inputs.get(task, ()), *(("cluster", i) for i, names in enumerate(table) if task in names)}
+        own |= {("domain", task.partition(": ")[0])} if ": " in task else set()
+        near = [cluster for cluster in linked if cluster[1] & own]
+        linked = [cluster for cluster in linked if cluster not in near]
+        linked.append(([*itertools.chain(*(names for names, _ in near)), task],
+                       own.union(*(shared for _, shared in near))))
+    return [names for names, _ in linked]
+
+
+def comparable(row: str, cell: list[dict], mend: list[dict]) -> bool:
+    """Whether a row stands beside MEND's: what reads l positions has the same, MEND's controls also its
+    checkpoint."""
+    fields = () if row in ("zero_shot", "majority", "icl", "icl_swapped") else ("distill_len", "segments")
+    fields += ("checkpoint",) if row in CONTROLS else ()
+    return not mend or all(cell[0].get(f) == mend[0].get(f) for f in fields)
+
+
 def table1_lines(records: list[dict], paper: dict) -> list[str]:
     """Table 1 in Markdown from data.py's last lines: tasks here of all tasks, average lengths in tokens."""
     check((all({"split", "train", "test"} <= r.keys() for r in records),
@@ -206,9 +230,10 @@ def block(llm: str, rows: dict[str, Row], header: list[str]) -> list[str]:
 
 
 def notes(cells: dict[tuple[str, str, str], Scores], summaries: dict[tuple[str, str, str], dict],
-          n_tasks: dict[str, int], clusters: list[list[str]]) -> list[str]:
+          n_tasks: dict[str, int], grouped: dict[tuple[str, str, str], list[dict]]) -> list[str]:
     """How much each cell rests on, and MEND against the other rows. n_tasks: a column's tasks, here or
-    not; clusters: as paired_interval takes them."""
+    not; grouped: the cells' lines."""
+    clusters = clusters_of(sorted({r["task"] for cell in grouped.values() for r in cell}), {})
     counts, gains, gaps = defaultdict(list), defaultdict(list), []
     for (llm, row, column), scores in cells.items():
         icl, zero_shot = (cells.get((llm, m, column), {}) for m in ("icl", "zero_shot"))
@@ -216,7 +241,11 @@ def notes(cells: dict[tuple[str, str, str], Scores], summaries: dict[tuple[str, 
             gains[llm, column, gain["tasks"]].append(f"{row} {gain['gain']:.0%}")
         s = summaries[llm, row, column]
         counts[llm, column, s["tasks"], s["queries"], s["seeds"]].append(row)
-        if row != "mend" and (b := paired_interval(cells.get((llm, "mend", column), {}), scores, clusters)):
+        mend = llm, "mend", column
+        if not comparable(row, grouped[llm, row, column], grouped.get(mend, [])):
+            gaps.append(f"- {llm}, {column}, {row}: of another l, number of segments or checkpoint than "
+                        "mend, not compared")
+        elif row != "mend" and (b := paired_interval(cells.get(mend, {}), scores, clusters)):
             gaps.append(f"- {llm}, {column}, mend minus {row}: {b['gap']:+.2f} "
                         f"[{b['low']:+.2f}, {b['high']:+.2f}] (95%, t over {b['tasks']} tasks)")
     return [f"- {llm}, {column}, {', '.join(rows)}: {tasks} of {n_tasks[column]} tasks, {queries:,} queries, "
@@ -271,7 +300,7 @@ def table_lines(records: list[dict], number: str) -> list[str]:
             + " · ".join(f"{name} {', '.join(v)}" for name, v in shown.items()),
             *[f"- left out: {left_out} lines of another {', '.join(FIXED)} than the newest line's"
               ] * (left_out > 0),
-            *notes(cells, summaries, n_tasks, collection.get("clusters", {})), *one_label(grouped)]
+            *notes(cells, summaries, n_tasks, grouped), *one_label(grouped)]
 
 
 def print_paper_table(number: str, *files: str) -> dict:

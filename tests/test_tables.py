@@ -375,3 +375,33 @@ def test_a_setting_without_a_list_counts_the_tasks_at_hand():
     lines = [record(task=t, tasks="bigbench", split="functions", template=template)
              for t in ("list_functions-c001", "list_functions-c002") for template in ("space", "newline")]
     assert any("2 of 2 tasks" in line for line in table_lines(lines, "7"))
+
+
+def test_mend_is_compared_with_rows_of_its_own_l_and_checkpoint_alone():
+    rows = [line for task, own in (("a", 0.9), ("b", 0.7)) for line in (
+        record(task=task, method="zero_shot", headline=0.1), record(task=task, method="icl", headline=0.8),
+        record(task=task, method="last_l", distill_len=8, headline=0.5),
+        mend(KL, FULL, task=task, headline=own),
+        mend(KL, FULL, task=task, method="mend_constant", checkpoint="run@0", headline=0.2))]
+    text = "\n".join(table_lines(rows, "2"))
+    assert "mend minus icl: +0.00" in text and "mend minus zero_shot: +70.00" in text
+    for row in ("last_l", "mend_constant"):
+        assert f"class_to_class, {row}: of another l, number of segments or checkpoint" in text
+        assert f"mend minus {row}" not in text
+    for r in rows:
+        r |= {"distill_len": 4} | ({"checkpoint": "run@1"} if r["checkpoint"] else {})
+    text = "\n".join(table_lines(rows, "2"))
+    assert "mend minus last_l: +30.00" in text and "mend minus mend_constant: +60.00" in text
+
+
+def test_made_tasks_of_one_domain_are_one_cluster():
+    """As in carried.py: three functions of verbs are one draw, and with one of nouns there are two."""
+    gaps = {"verb: he": 0.2, "verb: she": 0.3, "verb: past": 0.4, "noun: plural": 0.1}
+    rows = [line for task, gap in gaps.items() for line in (
+        record(task=task, tasks="functions", method="last_l", headline=0.5),
+        mend(KL, FULL, task=task, tasks="functions", headline=0.5 + gap))]
+    mean = 25.0
+    sums = [sum(100 * gaps[t] - mean for t in gaps if t.startswith(d)) for d in ("verb", "noun")]
+    half = scipy.stats.t.ppf(0.975, 1) * (2 / 1 * sum(s * s for s in sums)) ** 0.5 / 4
+    assert f"mend minus last_l: +25.00 [{mean - half:+.2f}, {mean + half:+.2f}]" in "\n".join(
+        table_lines(rows, "2"))
