@@ -332,11 +332,6 @@ def collate(rows: list[dict], device: torch.device | str = "cpu",
     return {n: (t.pin_memory() if pinned else t).to(device, non_blocking=pinned) for n, t in batch.items()}
 
 
-def main(argv: list[str] | None = None) -> dict:
-    """Table 1, or one example's whole way from file to batch."""
-    from paper.collection import main
-    return main(argv)
-
-
 if __name__ == "__main__":
+    from paper.collection import main
     run_main(main)

@@ -24,7 +24,7 @@ from model import vector_prefix
 from paper.controls import majority, partners, permute_labels, task_vectors
 from paper.demos import PERTURBATIONS, SentenceEncoder, perturb, perturbable, predict_each, retrieve
 from paper.summary import gains_of, print_summary, read_results, summarise
-from score import CONTROLS, VECTOR_METHODS, one_prefix, predict, task_metrics
+from score import CONTROLS, METHODS, VECTOR_METHODS, one_prefix, predict, task_metrics
 from sources.files import append, held
 from sources.headers import refuse_wrong_method
 from sources.shard import shares
@@ -32,8 +32,6 @@ from sources.signals import Stop
 from sources.tasks import SEEDS, Tasks, demonstration_set, require_options, tasks_of
 from sources.text import llm_hash
 
-METHODS = ("zero_shot", "majority", "icl", "icl_swapped", "icl_budget", "last_l", "prompt_tuning",
-           "hypertuning", "mend", *CONTROLS)
 DEFAULT_METHODS = ["zero_shot", "majority", "last_l", "icl", "icl_budget", "mend", "mend_constant"]
 PRESETS = {"paper": {"methods": DEFAULT_METHODS}, "pocket": {"methods": DEFAULT_METHODS}}
 SEEDLESS = ("zero_shot", "prompt_tuning")  # the same for every demonstration set
@@ -169,7 +167,7 @@ def evaluate(args, llm, distiller, trained_on: dict | None, formatter: Formatter
                 with naming(f"{method} on {task}, seed {seed}"):
                     metrics = same_for_all_seeds.get(memo) or evaluate_one(
                         args, llm, distiller, formatter, tasks, task, seed, method, dense, vectors,
-                        others[0] if method == "icl_swapped" else task)
+                        others[0] if method in ("icl_swapped", "mend_swapped") else task)
                 if memo:
                     same_for_all_seeds[memo] = metrics
                 record |= metrics | {"trained_on": trained_on if uses_checkpoint else None,
@@ -207,7 +205,8 @@ def evaluate_one(args, llm, distiller, formatter: Formatter, tasks: Tasks, task:
         demos, _ = demonstration_set(tasks, shown_task or task, seed, args.k)
         limit = formatter.limit(demos + files["test"])
         cut = formatter.parts if method in VECTOR_METHODS else lambda *a: [formatter.pieces(*a)]
-        tokens = None if method in SEEDLESS else sum(len(flat(part)) for part in cut(demos, limit))
+        if method not in (*SEEDLESS, "mend_constant"):
+            tokens = sum(len(flat(part)) for part in cut(demos, limit))
         if method == "majority":
             chosen = majority(demos, queries)
         else:

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import common
-from common import UserError, check, commit, is_main, place_rule, sum_over_ranks, trim_heap, world
+from common import UserError, check, commit, gather, is_main, place_rule, sum_over_ranks, trim_heap, world
 from loading import load_checkpoint, load_weights
 from sources.files import append, hold, keep_lines, release, write_tensors
 from sources.headers import check_moments, check_resumable, check_same_step, sealed
@@ -277,6 +277,7 @@ class Run:
     def evaluated(self, metrics: dict, text: str) -> None:
         """Log and print an evaluation; dev_option_ce, or, without tasks, heldout_kl decides what is best and
         when to stop early."""
+        metrics = gather([metrics])[0]  # under --shard-llm each rank has made them, in its own rounding
         for name, value in metrics.items():
             self.require_finite(name, value)
         by = "dev_option_ce" if "dev_option_ce" in metrics else "heldout_kl"

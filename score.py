@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from common import autocast, require_finite
+from common import autocast, check, require_finite
 from data import Formatter, collate, flat, padded_left
 from model import Prefix, answer_mask, demo_prefix, head_logits, query_states, vector_prefix
 
@@ -126,6 +126,7 @@ def score_options(llm: PreTrainedModel, prefix: Prefix, batch: dict[str, Tensor]
 PASS_TOKENS = {"cpu": 512, "mps": 512, "cuda": 2048}  # query and option tokens scored in one pass
 CONTROLS = ("mend_swapped", "mend_permuted", "mend_constant")  # MEND's vectors of other demonstrations
 VECTOR_METHODS = ("prompt_tuning", "hypertuning", "mend", *CONTROLS)  # the LLM reads vectors of a checkpoint
+METHODS = ("zero_shot", "majority", "icl", "icl_swapped", "icl_budget", "last_l", *VECTOR_METHODS)
 
 
 def demo_tokens(method: str, demos: list[dict], limit: int, formatter: Formatter) -> list[int]:
@@ -177,6 +178,10 @@ def option_scores(llm: PreTrainedModel, prefix: Prefix, formatter: Formatter, qu
                   first: bool = False) -> list[Tensor]:
     """score_options of each query after one prefix of B = 1: (options,) each, perhaps padded with -inf."""
     encoded = [formatter.scoring_query(q, first=first) for q in queries]
+    needed = prefix.mask.shape[1] + max(len(x) + max(map(len, options)) for x, options in encoded)
+    check((needed <= (formatter.llm_positions or needed), f"the longest query with an option, and what is "
+           f"before it, take {needed} positions, and the LLM has {formatter.llm_positions}; give a smaller "
+           "--distill-len, --segments or --context-len"))
     return [row for batch in passes(encoded, llm.device) for row in score_options(llm, prefix, batch)[0]]
 
 
@@ -208,7 +213,6 @@ def macro_f1(predictions: list[str], golds: list[str]) -> float:
 
 def task_metrics(predictions: list[str], golds: list[str], task_type: str) -> dict:
     """Both metrics and the headline.
-
     DEVIATION: the paper's text says accuracy for classification and macro-F1 otherwise; its zero-shot figures
     on classification match MetaICL's, which are macro-F1 there, accuracy otherwise. The headline follows.
     """

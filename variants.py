@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from common import check
 from model import causal_mask, places, positions_of, random_rows, run_backbone
 
 SCALE = 2.0  # of what an adapter adds
@@ -54,12 +55,18 @@ class KeyValueDistiller(nn.Module):
     Args:
         llm: the frozen, decoder-only LLM; the backbone shares its weights. distill_len: l, at least 2.
         rank: of the adapters at every linear layer.
+
+    Raises:
+        UserError: the LLM turns keys by a table within its layers (GPT-J), where places cannot be moved.
     """
 
     residual_embed = None
 
     def __init__(self, llm: PreTrainedModel, distill_len: int, rank: int, seed: int = 0):
         super().__init__()
+        check((hasattr(llm.base_model, "rotary_emb") or not getattr(llm.config, "rotary_dim", None),
+               f"--distiller kv:{rank} moves the places of keys, and an LLM of type {llm.config.model_type} "
+               "has a table of them; give layers:N or a sibling"))
         shared = {id(t): t for t in [*llm.base_model.parameters(), *llm.base_model.buffers()]}
         backbone, generator = copy.deepcopy(llm.base_model, shared), torch.Generator().manual_seed(seed)
         adapters = {}

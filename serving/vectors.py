@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from common import UserError, check
 from data import Formatter
 from loading import identity
-from model import vector_prefix, with_head
+from model import demo_prefix, vector_prefix, with_head
 from sources.files import write_tensors, write_whole
 from sources.headers import check_tensors, read_vectors_header, require_same_llm, sealed
 
@@ -40,11 +40,12 @@ def read_vectors(path: str, llm: PreTrainedModel) -> tuple[Tensor, dict]:
             vectors, header = file.get_tensor("vectors"), file.metadata()
     except (OSError, SafetensorError, KeyError, TypeError) as error:
         raise UserError(f"--vectors {path} is no file that --out has written ({error})") from error
-    about, config = read_vectors_header(path, header), llm.config
+    about = read_vectors_header(path, header)
     require_same_llm(f"--vectors {path}", "belong to", about["llm"], identity(llm))
-    d, heads = llm.get_input_embeddings().embedding_dim, getattr(config, "num_attention_heads", 1)
-    head_width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    keys = 2 * config.num_hidden_layers * (getattr(config, "num_key_value_heads", None) or heads) * head_width
+    d, one = llm.get_input_embeddings().embedding_dim, torch.zeros(1, 1, dtype=torch.long, device=llm.device)
+    with torch.no_grad():  # how many heads an LLM keeps, its config does not always say
+        kept = demo_prefix(llm, one, one == 0).keys_values
+    keys = sum(t.numel() for pair in kept for t in pair)
     check((vectors.dim() == 2 and len(vectors) > 0 and vectors.shape[1] in (d, keys + d),
            f"--vectors {path} has vectors of shape {tuple(vectors.shape)}, expected (l, {d}), or (l, "
            f"{keys + d}) of kv:R; take another file"))

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import platform
 import re
 import shutil
 import sys
@@ -21,7 +22,8 @@ from safetensors import SafetensorError
 
 from common import UserError, check, is_main
 
-TEMPORARY = re.compile(r"\..+\.(\d+)\.mend\.tmp")  # names that `whole` gives, and nobody else
+TEMPORARY = re.compile(r"\..+\.(\d+)\.([\w-]*)\.mend\.tmp")  # what `temporary_of` gives, and nobody else
+HOST = re.sub(r"[^\w-]", "-", platform.node())
 HELD: dict[Path, FileLock] = {}
 
 
@@ -54,7 +56,7 @@ def whole(path: str | Path) -> Iterator[Path]:
 
 def temporary_of(target: Path) -> Path:
     """The name beside a file or folder under which it is made."""
-    return target.with_name(f".{target.name}.{os.getpid()}.mend.tmp")
+    return target.with_name(f".{target.name}.{os.getpid()}.{HOST}.mend.tmp")
 
 
 def sync_folder(folder: Path) -> None:
@@ -167,8 +169,9 @@ def hold(place: Path, flag: str, wait: bool = False) -> None:
     for path in folder.iterdir():
         own = place.is_dir() or path.name.startswith(f".{place.name}.")
         match = TEMPORARY.fullmatch(path.name)
-        # of several ranks the others may be writing just now, each under its number
-        if own and match and not ("RANK" in os.environ and is_alive(int(match[1]))):
+        # of several ranks the others may be writing just now, each under its number and machine
+        busy = "RANK" in os.environ and match and (match[2] != HOST or is_alive(int(match[1])))
+        if own and match and not busy:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 

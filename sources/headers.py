@@ -107,7 +107,8 @@ def check_resumable(path: Path, saved: dict, now: dict, flags: tuple[str, ...]) 
                  **{f"--{name.replace('_', '-')}": state["flags"][name] for name in flags
                     if name in state["flags"]}} for state in (saved, now))
     new |= {name: None for name in old.keys() - new.keys()}
-    old = {n: v if "hash" in n or v is False else None for n, v in new.items()} | old
+    old = {n: v if "hash" in n or v is False or (n, v) == ("--max-segments", 1) else None
+           for n, v in new.items()} | old
     differ = [f"{name} {str(old[name])[:60]} (now {str(new[name])[:60]})" for name in old
               if old[name] != new[name]]
     check((not differ, f"--resume: {path} was trained with {', '.join(differ)}; give the flags of that run, "

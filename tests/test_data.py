@@ -13,7 +13,7 @@ import torch
 from conftest import example, sentencepiece, texts_of, write_tasks
 
 import common
-import data
+import paper.collection as printed
 from common import UserError
 from data import MAX_INPUT, Corpus, Formatter, collate, sample_row, step_rows
 from sources.tasks import SEEDS, load_tasks
@@ -321,12 +321,12 @@ def test_all_documents_too_short(corpus_dir, tokenizer):
 def test_table_1_and_show_without_training_tasks(tmp_path, llama, capsys):
     write_tasks(tmp_path, {}, {"list_functions-c001": [example("a")]})
     argv = ["--preset", "pocket", "--llm", str(llama), "--tasks", str(tmp_path), "--split", "functions"]
-    figures = data.main(argv)
+    figures = printed.main(argv)
     assert figures["train"] == {"tasks": 0, "of": 0, "examples": 0, "avg_len": 0.0, "missing": []}
     assert figures["test"]["tasks"] == figures["test"]["of"] == 1
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == figures
     with pytest.raises(UserError, match="--show needs a meta-training task, and functions has none"):
-        data.main([*argv, "--show", "1"])
+        printed.main([*argv, "--show", "1"])
 
 
 @pytest.mark.parametrize("kind", ["t5", "llama2"])
@@ -355,8 +355,8 @@ def test_newlines_that_a_tokenizer_drops_are_an_error_and_others_are_kept(tmp_pa
 
 
 def test_table_1_against_a_direct_count(llama, tasks_dir, capsys):
-    figures = data.main(["--preset", "pocket", "--llm", str(llama), "--tasks", str(tasks_dir), "--split",
-                         "class_to_class"])
+    figures = printed.main(["--preset", "pocket", "--llm", str(llama), "--tasks", str(tasks_dir), "--split",
+                            "class_to_class"])
     backend = Tokenizer(str(llama))
     table = json.loads((common.ROOT / "splits.json").read_text())["metaicl"]["settings"]["class_to_class"]
     out = capsys.readouterr().out
@@ -376,7 +376,8 @@ def test_table_1_against_a_direct_count(llama, tasks_dir, capsys):
 
 
 def test_show_prints_one_examples_way(llama, tasks_dir, capsys):
-    figures = data.main(["--preset", "pocket", "--llm", str(llama), "--tasks", str(tasks_dir), "--show", "1"])
+    figures = printed.main(["--preset", "pocket", "--llm", str(llama), "--tasks", str(tasks_dir),
+                            "--show", "1"])
     out = capsys.readouterr().out
     tasks, enc = load_tasks(str(tasks_dir), "class_to_class"), formatter(llama)
     demo, query = tasks.pool(tasks.train[0])[:2]
@@ -395,7 +396,7 @@ def test_show_prints_one_examples_way(llama, tasks_dir, capsys):
                                         ("60", "has .* examples, and --show 60 needs 61")])
 def test_show_errors(llama, tasks_dir, k, message):
     with pytest.raises(UserError, match=message):
-        data.main(["--preset", "pocket", "--llm", str(llama), "--tasks", str(tasks_dir), "--show", k])
+        printed.main(["--preset", "pocket", "--llm", str(llama), "--tasks", str(tasks_dir), "--show", k])
 
 
 @pytest.mark.parametrize("positions", [300, 640, 1024, 8192, None])

@@ -3,7 +3,9 @@
 import json
 import random
 import shutil
+import threading
 from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -532,3 +534,48 @@ def test_functions_are_evaluated_by_accuracy(argv, tmp_path, tasks_dir):
     assert (final["split"], final["tasks"]) == ("functions", 1)
     records = read_lines(Path(final["out"]))
     assert all(r["headline"] == r["accuracy"] and r["tasks"] == "bigbench" for r in records)
+
+
+def test_demo_tokens_are_those_of_the_demonstrations_that_a_method_reads(scored):
+    lines = scored("--methods", "mend", "mend_swapped", "mend_constant", "--seeds", "13")
+    tokens = {(r["method"], r["task"]): r["demo_tokens"] for r in lines}
+    assert tokens["mend", "emo"] == tokens["mend_swapped", "ag_news"] != tokens["mend", "ag_news"]
+    assert tokens["mend", "ag_news"] == tokens["mend_swapped", "emo"]
+    assert tokens["mend_constant", "emo"] is tokens["mend_constant", "ag_news"] is None
+
+
+def test_ranks_share_the_plan_out_and_write_what_one_process_would(argv, tmp_path, monkeypatch):
+    """Two ranks as threads, whose `gather` waits for both."""
+    whole, out = tmp_path / "whole.jsonl", tmp_path / "shared.jsonl"
+    evaluate.main([*argv, "--out", str(whole)])
+    args = common.parse(evaluate.get_parser(), [*argv, "--out", str(out)], evaluate.PRESETS)
+    args.device, tasks = "cpu", sources.tasks.tasks_of(args)
+    llm, distiller, state, formatter = loading.load_all(args, CPU)
+    calls, rank, barrier, parts = [], threading.local(), threading.Barrier(2), [[], []]
+    evaluate_one = evaluate.evaluate_one
+
+    def gather(records):
+        parts[rank.number] = records
+        barrier.wait()
+        found = [*parts[0], *parts[1]]
+        barrier.wait()
+        return found
+
+    def scored_by(*a):
+        calls.append((rank.number, *a[5:8]))
+        return evaluate_one(*a)
+
+    def one(number):
+        rank.number = number
+        return evaluate.evaluate(args, llm, distiller, state["trained_on"], formatter, tasks, out)
+    monkeypatch.setattr(evaluate, "evaluate_one", scored_by)
+    monkeypatch.setattr(evaluate, "gather", gather)
+    monkeypatch.setattr(evaluate, "shares", lambda llm: (rank.number, 2))
+    monkeypatch.setattr(evaluate, "is_main", lambda: rank.number == 0)
+    monkeypatch.setattr(evaluate, "Stop", lambda minutes: SimpleNamespace(
+        asked=lambda: 0, listen=lambda: None))
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(one, (0, 1))
+    assert first == second == read_lines(out) == read_lines(whole)
+    made = Counter(number for number, *_ in calls)
+    assert len({call[1:] for call in calls}) == len(calls) == 20 and min(made.values()) > 5

@@ -36,5 +36,5 @@ def test_the_page_and_common_stand_alone_and_scripts_are_leaves():
         imported[str(path.relative_to(common.ROOT))] = names & ours
     assert imported["plain.py"] == imported["common.py"] == set()
     assert imported["model.py"] == {"common"} and imported["data.py"] <= {"common", "sources", "paper"}
-    for script in ("train_pretrain", "train_finetune", "distill"):
+    for script in ("train_pretrain", "train_finetune", "distill", "evaluate"):
         assert not [path for path, names in imported.items() if script in names]

@@ -2,10 +2,12 @@
 that
 are stopped and go on."""
 
+import copy
 import os
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,7 @@ import train_pretrain
 from common import UserError
 from loading import load_checkpoint
 from run import lr_at, save_checkpoint
+from sources.headers import check_resumable
 
 # Learning rate
 
@@ -330,3 +333,46 @@ def test_a_killed_process_goes_on_as_if_nothing_had_been(pretraining, tmp_path):
     assert_same(tmp_path / "whole", last.parent)
     for key in ("kl", "grad_norm", "heldout_kl"):
         assert metrics(last.parent, key) == metrics(tmp_path / "whole", key)
+
+
+BEGUN = {"model": {"llm": {}}, "trained_on": {}, "ranks": 1, "step": 1, "evaluated": 0, "best": None,
+         "bad_evaluations": 0, "metrics": {}, "scaler": {}}
+
+
+def resume(saved: dict, now: dict) -> None:
+    """Check a run that was begun with some flags, to go on with others."""
+    old, new = (copy.deepcopy(BEGUN) | {"flags": flags} for flags in (saved, now))
+    check_resumable(Path("run"), old, new, run.FIXED_FLAGS)
+
+
+@pytest.mark.parametrize("flag", [
+    "k", "least_k", "seed", "batch_size", "grad_accum", "warmup", "clip", "window", "min_doc_len",
+    "context_len", "queries_per_demo", "dtype", "llm_weights", "max_segments", "eval_tasks", "eval_queries",
+    "eval_docs"])
+def test_no_flag_that_decides_the_result_changes_on_resume(flag):
+    resume({flag: 3}, {flag: 3})
+    with pytest.raises(UserError, match=f"was trained with --{flag.replace('_', '-')} 3 .now 4."):
+        resume({flag: 3}, {flag: 4})
+
+
+def test_a_run_from_before_max_segments_goes_on():
+    resume({}, {"max_segments": 1})
+    with pytest.raises(UserError, match="--max-segments None .now 4."):
+        resume({}, {"max_segments": 4})
+
+
+def test_gradients_scaled_as_in_fp16_train_the_same(finetuning, quick_dev, tmp_path, monkeypatch):
+    """By a power of two, which fp32 undoes exactly; on the way the scale grows, and a resumed run has it."""
+    train(train_finetune, finetuning, tmp_path / "plain")
+    scaler = partial(torch.amp.GradScaler, init_scale=256.0, growth_interval=2)
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: scaler(device))
+    train(train_finetune, finetuning, tmp_path / "scaled")
+    assert state_of(tmp_path / "scaled")["scaler"]["scale"] == 1024.0
+    (a, _), (b, _) = (load_checkpoint(tmp_path / name / "last.safetensors") for name in ("plain", "scaled"))
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    restored = run.Run.restore
+    monkeypatch.setattr(run.Run, "restore", lambda self, path: (
+        restored(self, path), found.append(self.scaler.get_scale())))
+    found: list[float] = []
+    train(train_finetune, finetuning, tmp_path / "scaled", "--steps", "5", "--resume")
+    assert found == [1024.0]

@@ -1,6 +1,7 @@
 """Tests of score.py: losses by hand and by torch.distributions, scores and metrics by plain.py and
 scikit-learn."""
 
+import dataclasses
 import math
 import random
 from types import SimpleNamespace
@@ -29,6 +30,7 @@ import paper.demos
 import paper.held_out
 import plain
 import score
+from common import UserError
 from data import Formatter, collate
 from loading import build_distiller, load_llm
 from model import Prefix, demo_prefix, query_states
@@ -388,3 +390,13 @@ def test_dev_figures_are_taken_without_dropout(gpt2, tiny_tasks):
     first, second = (paper.held_out.dev_metrics(llm, distiller, tiny_tasks, formatter, DEV, CPU)
                      for _ in range(2))
     assert first == second and distiller.training
+
+
+def test_a_query_that_passes_the_positions_is_refused(setting, files):
+    """Its options may be longer than those of the demonstrations, by which a prefix was made."""
+    formatter = dataclasses.replace(setting.formatter, llm_positions=60)
+    prefix = one_prefix("icl", files["train"][:2], 40, setting.llm, None, formatter, setting.args)
+    predict(setting.llm, prefix, formatter, files["test"][:1])
+    long = [files["test"][0] | {"options": ["happy", "happy and sad " * 9]}]
+    with pytest.raises(UserError, match=r"take \d+ positions, and the LLM has 60; give a smaller"):
+        predict(setting.llm, prefix, formatter, long)

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+import transformers as hf
 
 import distill
 import evaluate
@@ -12,7 +13,7 @@ import train_finetune
 import train_pretrain
 from common import UserError
 from data import Formatter, collate
-from loading import build_distiller, load_checkpoint, load_llm
+from loading import build_distiller, check_llm, load_checkpoint, load_llm
 from model import head_logits, loss_mask, query_states, teacher_and_student, vector_prefix
 from score import distill_loss
 from serving.writer import Writer
@@ -20,6 +21,7 @@ from sources.text import Tokenizer
 from variants import Adapter, KeyValueDistiller
 
 CPU, L, RANK = torch.device("cpu"), 4, 3
+SPECIAL = {"vocab_size": 320, "bos_token_id": 1, "eos_token_id": 2}
 D, QUERIES = list(range(5, 16)), [([40, 41, 42], [[50, 51], [52]]), ([43, 44], [[53, 54, 55], [56]])]
 KV = ["--distiller", f"kv:{RANK}", "--init-from", "none", "--steps", "4", "--eval-every", "4", "--k", "4",
       "--batch-size", "2", "--queries-per-demo", "2", "--context-len", "300"]
@@ -63,6 +65,27 @@ def by_hand(llm, demo: list[int], x: list[int], y: list[int]) -> torch.Tensor:
         positions[first:] = torch.arange(L, L + len(query))
     with torch.no_grad():
         return llm(input_ids=ids, attention_mask=mask, position_ids=positions[None]).logits[0, first - 1:-1]
+
+
+def random_llm(config):
+    config.initializer_range = 0.2
+    torch.manual_seed(0)
+    llm = hf.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    check_llm(llm, "tiny")
+    return llm
+
+
+def test_falcon_whose_configuration_does_not_name_its_one_key_head():
+    llm = random_llm(hf.FalconConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+                                     multi_query=True, new_decoder_architecture=False, **SPECIAL))
+    distiller = build_distiller(f"kv:{RANK}", llm, L, "residual", seed=0)
+    test_untrained_the_query_reads_the_last_tokens_read_twice(llm, distiller)
+
+
+def test_gpt_j_which_has_a_table_of_places_is_refused():
+    llm = random_llm(hf.GPTJConfig(n_embd=32, n_layer=2, n_head=4, rotary_dim=4, n_positions=128, **SPECIAL))
+    with pytest.raises(UserError, match="kv:3 moves the places of keys, and an LLM of type gptj has a table"):
+        build_distiller(f"kv:{RANK}", llm, L, "residual", seed=0)
 
 
 def test_untrained_the_query_reads_the_last_tokens_read_twice(llm, distiller):
