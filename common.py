@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 ROOT = Path(__file__).resolve().parent
@@ -51,6 +52,8 @@ def run_main(main) -> None:
     try:
         main()
     except UserError as error:
+        if "TORCHELASTIC_ERROR_FILE" in os.environ:  # torchrun's report, which comes last, shows it
+            get_error_handler().record_exception(error)
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -94,10 +97,11 @@ FLAGS = {  # those that more than one script takes; a default of None is filled 
     "columns": dict(nargs="+", metavar="NAME=COLUMN", help="where own tasks have input, output and options, "
                     "as in input=text output=label"),
     "k": dict(type=int, help="K, demonstrations in a set"),
-    "template": dict(choices=("space", "newline", "input-output", "chat"), default="space",
-                     help="what separates input, answer and demonstrations (the paper: space; Tab. 7: "
-                          "newline); input-output writes 'Input: ' and 'Output: ' before them; chat: the "
-                          "tokenizer's own chat template, with newlines in the user's turn"),
+    "template": dict(choices=("space", "newline", "input-output", "chat"),
+                     help="what separates input, answer and demonstrations (Tab. 7: newline); input-output "
+                          "writes 'Input: ' and 'Output: ' before them; chat: the tokenizer's own chat "
+                          "template, with newlines in the user's turn; default: that of --checkpoint, "
+                          "else space, the paper's"),
     "seed": dict(type=int, default=100, help="seed of sampling and initialisation"),
     "max-minutes": dict(type=float, help="stop after these minutes as SIGTERM does, with exit code 124; "
                         "default: no limit"),
@@ -150,8 +154,9 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None,
     if args.preset is None:
         args.preset, why = ("paper", "a CUDA device is there") if torch.cuda.is_available() else \
             ("pocket", "no CUDA device is there")
-    args.filled_in = [n for n in values[args.preset] if getattr(args, n, "") is None]  # by the preset
-    vars(args).update({name: values[args.preset][name] for name in args.filled_in})
+    values = values[args.preset] | {"template": "space"}
+    args.filled_in = [n for n in values if getattr(args, n, "") is None]  # by the preset
+    vars(args).update({name: values[name] for name in args.filled_in})
     other = "pocket" if args.preset == "paper" else "paper"
     if is_main():
         made = f", distiller {args.distiller}, l = {args.distill_len}" if "distiller" in args else ""

@@ -173,8 +173,9 @@ class Formatter:
             elif kept:
                 break
         if not kept:
+            more = "raise --context-len" if limit >= self.context_len else "take an LLM of more positions"
             raise UserError(f"task {examples[0]['task']}: not one of {len(examples)} demonstrations fits "
-                            f"into {limit} tokens; raise --context-len, or shorten the demonstrations")
+                            f"into {limit} tokens; shorten them, or {more}")
         return kept
 
     def fitting(self, examples: list[dict], limit: int) -> list[dict]:

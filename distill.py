@@ -9,7 +9,8 @@
 
 A line of either file is {"input": ..., "output": ..., "options": [...]}; queries need no output, and nothing
 needs options. An answer is chosen among the query's options, else the demonstrations', else their labels
-where one repeats (C of Eq. 1); else it is written freely. Vectors of Eq. (2), Sec. 2, belong to one LLM.
+(C of Eq. 1) where there are two and one repeats; else it is written freely. Either file may be a table
+(.csv, .tsv, .parquet). Vectors of Eq. (2), Sec. 2, belong to one LLM.
 """
 
 import argparse
@@ -38,18 +39,19 @@ from serving import pretrained
 from serving.vectors import EXPORTS, is_vectors_file, read_vectors, save_vectors
 from serving.writer import Writer
 from sources.headers import method_of
+from sources.own import columns_of, examples_in, kind_of_file
 from sources.tasks import require_options
-from sources.text import Tokenizer, json_lines
+from sources.text import Tokenizer
 
 PUBLISHED = common.ROOT / "checkpoints" / "smollm2-135m.safetensors"
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = common.make_parser(__doc__, "segments", "seed", "device", "dtype")
-    parser.add_argument("--demos", metavar="FILE", help="demonstrations, one JSON object a line")
+    parser = common.make_parser(__doc__, "columns", "segments", "seed", "device", "dtype")
+    parser.add_argument("--demos", metavar="FILE", help="demonstrations: .jsonl[.gz], .csv, .tsv or .parquet")
     parser.add_argument("--vectors", metavar="FILE", help="vectors that --out wrote, in place of --demos")
     parser.add_argument("--ask", nargs="+", default=[], metavar="TEXT", help="inputs to answer")
-    parser.add_argument("--queries", metavar="FILE", help="inputs to answer, one JSON object a line")
+    parser.add_argument("--queries", metavar="FILE", help="inputs to answer, likewise; outputs may lack")
     parser.add_argument("--out", metavar="FILE", help="write the vectors here")
     parser.add_argument("--export", choices=sorted(EXPORTS), help="write --out in another program's form: "
                         "vllm's prompt embeddings (also of each query), a folder for peft, or kv, the LLM's "
@@ -73,51 +75,43 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def read_lines(path: str, needs: tuple[str, ...]) -> list[dict]:
-    """{"task", "input", "output", "options"} of a JSON-lines file; `needs` are the fields that it must have.
-
-    Raises UserError, with the line's number, for anything that is not text where text belongs.
-    """
-    examples, line = [], '{"input": ..., "output": ...}'
-    check((Path(path).is_file(), f"{path} is no file; expected JSON lines such as {line}"))
-    for where, row in json_lines(Path(path), line):
-        example = {"input": "", "output": "", "options": []} | row
-        is_text = all(isinstance(text, str) for text in (example["input"], example["output"]))
-        options = example["options"]
-        is_list = isinstance(options, list) and all(isinstance(o, str) and o.strip() for o in options)
-        check((is_text, f"{where}: input and output must be text in quotes"),
-              (is_list, f'{where}: options must be a list of texts, as in ["yes", "no"]'))
-        example = {"task": Path(path).name, "input": example["input"].strip(),
-                   "output": example["output"].strip(),
-                   "options": [option.strip() for option in example["options"]]}
-        missing = [name for name in needs if not example[name]]
-        check((not missing, f"{where}: {' and '.join(missing)} must not be empty"),
-              (not example["options"] or not example["output"] or example["output"] in example["options"],
-               f"{where}: the output {example['output']!r} is none of its options {example['options']}"))
-        examples.append(example)
-    check((bool(examples), f"{path} is empty; give at least one line"))
-    return examples
+def read_file(flag: str, path: str, args: argparse.Namespace) -> list[dict]:
+    """{"task", "input", "output", "options"} of --demos, or, whose outputs may lack, of --queries."""
+    check((Path(path).is_file() and bool(kind_of_file(path)),
+           f"{flag} {path} is no file .jsonl[.gz], .csv, .tsv or .parquet; give one, of lines such as "
+           '{"input": ..., "output": ...}, or with these columns'))
+    return examples_in(Path(path).name, path, columns_of(args.columns), labelled=flag == "--demos")
 
 
 def labels_of(demos: list[dict]) -> list[str]:
     """What an answer is chosen among where a query names no options: the demonstrations' options, else their
-    labels (C of Eq. 1) where one repeats, else nothing: then the answer is written."""
+    labels (C of Eq. 1) where there are two and one repeats, else nothing: then the answer is written."""
     options = sorted({option for demo in demos for option in demo["options"]})
     counts = Counter(demo["output"] for demo in demos)
-    return options or (sorted(counts) if max(counts.values()) > 1 else [])
+    return options or (sorted(counts) if max(counts.values()) > 1 < len(counts) else [])
 
 
 def with_options(queries: list[dict], labels: list[str], args: argparse.Namespace) -> list[dict]:
     """The queries, those without options with `labels`; UserError where an output cannot be right."""
+    named = {getattr(q, "where", args.queries): q["output"] for q in queries if q["output"]
+             and labels and not q["options"] and q["output"] not in labels}
     queries = [query | {"options": query["options"] or labels} for query in queries]
-    unknown = [q["output"] for q in queries if q["output"] and q["options"] and
-               q["output"] not in q["options"]]
     written = any(q["output"] and not q["options"] for q in queries)
-    check((not unknown, f"{args.queries}: the output {''.join(unknown[:1])!r} is no label of {labels}"),
+    check(*((False, f"{where}: the output {output!r} is no label of the demonstrations, {labels}; write it "
+             "as they do, or give the line options") for where, output in [*named.items()][:1]),
           (not written or args.template != "space" or args.stop != "\n",
            f"{args.queries}: by the template space nothing ends a written answer, so none can be compared; "
            "give options, a --stop of your own, no outputs, or a checkpoint trained with --template newline"))
     return queries
+
+
+def tell(formatter: Formatter, examples: list[dict], queries: list[dict], labels: list[str]) -> None:
+    """Print what answers are, and whose inputs are cut."""
+    if any(not query["options"] for query in queries):
+        print(f"answers: {'one of ' + ', '.join(labels)[:100] if labels else 'written'}")
+    cut = [e["input"] for e in examples if len(formatter.turns.encode(e["input"])) > MAX_INPUT]
+    if cut:
+        print(f"note: of {len(cut)} inputs only {MAX_INPUT} tokens are read: {cut[0][:40]!r}, ...")
 
 
 def answer(llm, formatter: Formatter, prefix: Tensor, queries: list[dict], how: dict) -> list[str]:
@@ -178,9 +172,9 @@ def main(argv: list[str] | None = None) -> dict:
         pretrained.publish(args.checkpoint, Path(args.publish))
         size = checkpoint_file(args.publish).stat().st_size
         return finish({"checkpoint": checkpoint_id(args.publish), "bytes": size})
-    demos = read_lines(args.demos, ("input", "output")) if args.demos else []
+    demos = read_file("--demos", args.demos, args) if args.demos else []
     queries = [{"task": "--ask", "input": text.strip(), "output": "", "options": []} for text in args.ask]
-    queries += read_lines(args.queries, ("input",)) if args.queries else []
+    queries += read_file("--queries", args.queries, args) if args.queries else []
     check((all(query["input"] for query in queries), "--ask holds an empty text"),
           (not any(re.search("[\ud800-\udfff]", text) for text in args.ask),
            "--ask holds a text that is not UTF-8; write it so"))
@@ -214,6 +208,7 @@ def main(argv: list[str] | None = None) -> dict:
         more = f", {len(parts)} segments one by one (icl reads {ids.shape[1]} of the tokens)"
         print(f"{len(kept)} of {len(demos)} demonstrations, {about['tokens']} tokens, distilled into "
               f"{len(vectors)} vectors" + (more if len(parts) > 1 else ""))
+    tell(formatter, demos + queries, queries, about["labels"])
     queries = with_options(queries, about["labels"], args)
     if args.out:
         keep(args, llm, formatter, vectors, queries, about)

@@ -29,7 +29,7 @@ from sources.files import append, held
 from sources.headers import refuse_wrong_method
 from sources.shard import shares
 from sources.signals import Stop
-from sources.tasks import SEEDS, Tasks, demonstration_set, require_options, tasks_of
+from sources.tasks import SEEDS, Tasks, demonstration_set, require_options, require_scorable, tasks_of
 from sources.text import llm_hash
 
 DEFAULT_METHODS = ["zero_shot", "majority", "last_l", "icl", "icl_budget", "mend", "mend_constant"]
@@ -50,11 +50,10 @@ def get_parser() -> argparse.ArgumentParser:
     group.add_argument("--context-len", type=int, default=900, help="demonstration tokens at most")
     group.add_argument("--only", nargs="+", metavar="TASK", help="these meta-test tasks only")
     group.add_argument("--retrieve", choices=("bm25", "dense"), help="each query's own K demonstrations, the "
-                       "nearest of all training examples, in place of one random set (Tab. 3)")
+                       "nearest training examples (docs/own.md), in place of one random set (Tab. 3)")
     group.add_argument("--dense-model",
                        help="sentence encoder of --retrieve dense; default: the LLM's own mean state")
-    group.add_argument("--perturb", choices=PERTURBATIONS,
-                       help="what is taken from the demonstrations (Tab. 3)")
+    group.add_argument("--perturb", choices=PERTURBATIONS, help="what demonstrations lose (Tab. 3)")
     group.add_argument("--out", default="", help="results file, in JSON lines; default out/eval-SPLIT.jsonl")
     group.add_argument("--table", nargs="+", metavar=("NUMBER", "FILE"), help="evaluate nothing; print the "
                        "paper's table NUMBER (1, 2, 3, 4, 6 or 7) from results files, in Markdown")
@@ -93,9 +92,7 @@ def main(argv: list[str] | None = None) -> dict:
     tasks = tasks_of(args)
     if len(tasks.test) == 1 and "methods" in args.filled_in:  # there is no other task to average over
         args.methods.remove("mend_constant")
-    for name in args.only or []:
-        nearest = common.did_you_mean(name, tasks.test)
-        check((name in tasks.test, f"--only {name} is no meta-test task of {args.split} here; {nearest}"))
+    require_scorable(tasks, args.only, args.seeds)
     llm, distiller, state, formatter = load_all(args, device)
     trained_on = state.get("trained_on", {}) if args.checkpoint else None
     if args.checkpoint:

@@ -373,8 +373,7 @@ def prepare(args: argparse.Namespace, llm, distiller, device: torch.device) -> F
 def load_all(args: argparse.Namespace, device: torch.device) -> tuple:
     """The LLM of --llm, the distiller of --checkpoint in eval mode, the latter's state, and the formatter.
 
-    Without a checkpoint there is no distiller (None, {}); with one, its l takes the place of --distill-len
-    where that is not given.
+    Without a checkpoint there is no distiller (None, {}); else its l and template fill in what is not given.
     """
     llm, distiller, state = load_llm_of(args, device), None, {}
     if args.checkpoint:
@@ -383,6 +382,7 @@ def load_all(args: argparse.Namespace, device: torch.device) -> tuple:
         if "distill_len" in args and "distill_len" not in args.filled_in:
             set_length(distiller, state, args.distill_len, args.checkpoint)
         args.distill_len = distiller.distill_len
+        args.template = state["model"]["template"] if "template" in args.filled_in else args.template
     return llm, distiller, state, prepare(args, llm, distiller, device)
 
 

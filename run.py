@@ -297,6 +297,8 @@ class Run:
     def finish(self, **about: str) -> dict:
         """Print and return the run's final metrics after what `about` says of it."""
         self.bar.close()
+        if self.step < self.args.steps and is_main():
+            print(f"stopped early at step {self.step} of {self.args.steps}: --patience {self.args.patience}")
         self.stop.listen()
         release(self.out_dir)
         by = self.state.get("best_by", "dev_option_ce").removeprefix("dev_")

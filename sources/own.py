@@ -28,7 +28,7 @@ from sources.hub import require_hub
 from sources.tasks import SEEDS, Example, Tasks, different, is_plain_name, shuffled
 from sources.text import first_line, json_lines
 
-LINES, TABLES = (".jsonl", ".jsonl.gz"), (".csv", ".parquet")
+LINES, TABLES = (".jsonl", ".jsonl.gz"), (".csv", ".tsv", ".parquet")
 N_DEV, SKETCH = 16, 64  # dev examples at most; hashes that a checkpoint keeps of a task
 
 
@@ -88,7 +88,8 @@ class OwnTasks(Tasks):
         n_dev = dev_size(len(pool))
         needed = next(n for n in itertools.count(shots) if n > shots + dev_size(n))
         check((len(pool) >= needed, f"task {task} has {len(pool)} different inputs, and {needed} are needed: "
-               f"{shots} demonstrations, {dev_size(needed)} for dev, one query; add some, or lower --k"))
+               f"{shots} demonstrations, {dev_size(needed)} for dev, one query; add some, leave it out"
+               + ", or lower --k" * (shots > 16)))
         first = shuffled(pool, task, SEEDS[0])
         rest = shuffled(first[n_dev:], task, seed)
         # dev is the same for every seed: what selects a checkpoint is no seed's query
@@ -119,20 +120,29 @@ def find_places(spec: str) -> dict[str, Path | str]:
         require_hub(f"--tasks {spec} is no file or folder, and a data set")
         return {spec.rpartition("/")[2]: spec}
     found: dict[str, Path | str] = {}
+    others = []
     for place in [path] if path.is_file() else sorted(path.iterdir()):
-        name = place.name
-        for suffix in (*LINES, *TABLES):
-            name = name.removesuffix(suffix)
-        is_task = name != place.name if place.is_file() else any(place.glob(f"{name}_16*.jsonl"))
+        suffix = kind_of_file(place)
+        name = place.name[:len(place.name) - len(suffix)]
+        is_task = bool(suffix) if place.is_file() else any(place.glob(f"{name}_16*.jsonl"))
         if not is_task:
+            others += [place.name] * (place.is_file() and not name.startswith("."))
             continue
         check((is_plain_name(name), f"--tasks {spec}: {name!r} names no task; use letters, digits, _"),
               (name not in found, f"--tasks {spec}: {found.get(name)} and {place} are both the task {name}; "
                                   "rename one"))
         found[name] = place
-    check((bool(found), f"--tasks {spec} holds no task; expected files NAME.jsonl[.gz], NAME.csv or "
-           "NAME.parquet, or MetaICL's NAME/NAME_16384_100_train.jsonl, NAME/NAME_16_100_test.jsonl"))
+    check((bool(found), f"--tasks {spec} holds no task; expected files NAME.jsonl[.gz], NAME.csv, NAME.tsv "
+           "or NAME.parquet, or MetaICL's NAME/NAME_16384_100_train.jsonl, NAME/NAME_16_100_test.jsonl"))
+    if others and is_main():
+        print(f"note: no task, as neither .jsonl[.gz], .csv, .tsv nor .parquet: {', '.join(others)[:80]}")
     return found
+
+
+def kind_of_file(place: Path | str) -> str:
+    """The ending of a file of examples, as it is written, or nothing."""
+    endings = [s for s in (*LINES, *TABLES) if str(place).lower().endswith(s)]
+    return str(place)[-len(endings[0]):] if endings else ""
 
 
 def load_own(spec: str, split: str, k: int, train_tasks: list[str] | None = None,
@@ -224,30 +234,7 @@ def read_task(task: str, place: Path | str, columns: dict[str, str]) -> list[dic
         UserError, with file and line: no such column, no text, an output that is none of its options; one
         label only where the labels would be the options.
     """
-    examples, form = [], f'{{"{columns["input"]}": ..., "{columns["output"]}": ...}}'
-    for where, row in rows_of(place, form):
-        missing = [c for name, c in columns.items() if name != "options" and row.get(c) is None]
-        check((not missing, f"{where} has no {' and no '.join(missing)}, only {', '.join(map(str, row))[:80]}"
-               f"; expected {form}, or name the columns: --columns input=... output=..."))
-        x, y = (row[columns[name]] for name in ("input", "output"))
-        texts = [str(v) if isinstance(v, int | float) and not isinstance(v, bool) and v == v  # no NaN
-                 else v for v in (x, y)]
-        options = row.get(columns["options"]) or []
-        if isinstance(options, str):  # a table's cell
-            with contextlib.suppress(ValueError, RecursionError):
-                options = json.loads(options)
-        check((all(isinstance(t, str) and t.strip() for t in texts),
-               f"{where}: input and output must be texts"),
-              (isinstance(options, list) and all(isinstance(o, str) and o.strip() for o in options),
-               f'{where}: options must be a list of texts, as in ["yes", "no"]'))
-        example = Example(task=task, input=texts[0].strip(), output=texts[1].strip(),
-                          options=[o.strip() for o in options])
-        example.where = where
-        check((len({*example["options"]}) != 1, f"{where}: one option is no choice; give two, or none"),
-              (not options or example["output"] in example["options"],
-               f"{where}: the output {example['output']!r} is none of its options {example['options']}"))
-        examples.append(example)
-    check((bool(examples), f"{place} is empty; give lines such as {form}"))
+    examples = examples_in(task, place, columns)
     labels = sorted({e["output"] for e in examples})
     if not any(e["options"] for e in examples) and len(labels) <= len(examples) // 2:
         check((len(labels) > 1, f"{place} has one label only, {labels[0]!r}, so there is nothing to choose; "
@@ -257,15 +244,55 @@ def read_task(task: str, place: Path | str, columns: dict[str, str]) -> list[dic
     return examples
 
 
+def examples_in(task: str, place: Path | str, columns: dict[str, str], labelled: bool = True) -> list[dict]:
+    """The examples of one file or data set as its rows give them; not `labelled`: an output may lack ("").
+
+    Raises:
+        UserError, with file and line: no such column, no text, an output that is none of its options.
+    """
+    examples, form = [], f'{{"{columns["input"]}": ..., "{columns["output"]}": ...}}'
+    needs = ("input", "output") if labelled else ("input",)
+    for where, row in rows_of(place, form):
+        missing = [columns[name] for name in needs if row.get(columns[name]) is None]
+        check((not missing, f"{where} has no {' and no '.join(missing)}, only "
+               f"{', '.join(str(c) for c in row if row[c] is not None)[:80]}"
+               f"; expected {form}, or name the columns: --columns input=... output=..."))
+        texts = [str(v) if isinstance(v, int | float) and not isinstance(v, bool) and v == v  # no NaN
+                 else v for v in (row.get(columns[name]) for name in ("input", "output"))]
+        if not labelled and texts[1] is None:
+            texts[1] = ""
+        options = row.get(columns["options"]) or []
+        if isinstance(options, str):  # a table's cell
+            with contextlib.suppress(ValueError, RecursionError):
+                options = json.loads(options)
+        check((all(isinstance(t, str) for t in texts) and all(t.strip() for t in texts[:len(needs)]),
+               f"{where}: {' and '.join(needs)} must be texts, and not empty"),
+              (isinstance(options, list) and all(isinstance(o, str) and o.strip() for o in options),
+               f'{where}: options must be a list of texts, as in ["yes", "no"]'))
+        example = Example(task=task, input=texts[0].strip(), output=texts[1].strip(),
+                          options=[o.strip() for o in options])
+        example.where = where
+        check((len({*example["options"]}) != 1 or not labelled,
+               f"{where}: one option is no choice; give two, or none"),
+              (not options or not example["output"] or example["output"] in example["options"],
+               f"{where}: the output {example['output']!r} is none of its options {example['options']}"))
+        examples.append(example)
+    check((bool(examples), f"{place} is empty; give lines such as {form}"))
+    return examples
+
+
 def csv_rows(path: Path) -> Iterator[tuple[str, dict]]:
     """(where, row) of a table whose cells are text as it stands, be it 007 or None, below their names."""
     number = 0
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             csv.field_size_limit(1 << 30)
-            reader = csv.DictReader(file, strict=True)
+            tabs = path.suffix.lower() == ".tsv"
+            reader = csv.DictReader(file, strict=True, delimiter="\t" if tabs else ",")
             names = reader.fieldnames or []
-            check((len({*names}) == len(names), f"{path} names a column twice: {', '.join(names)[:80]}"))
+            check((len({*names}) == len(names), f"{path} names a column twice: {', '.join(names)[:80]}"),
+                  (len(names) > 1 or not re.search("[;\t]", "".join(names)), f"{path} has one column, "
+                   f"{''.join(names)[:40]!r}; separate cells with commas (in a .tsv with tabs)"))
             for number, row in enumerate(reader, 1):
                 where = f"{path}, row {number}"
                 check((None not in row and None not in row.values(), f"{where} has not as many cells as the "
@@ -278,16 +305,17 @@ def csv_rows(path: Path) -> Iterator[tuple[str, dict]]:
 
 def rows_of(place: Path | str, form: str) -> Iterator[tuple[str, dict]]:
     """(where, row) of a file of lines, a table, or a data set of the hub; class numbers become names."""
-    if str(place).endswith(LINES):
+    ending = kind_of_file(place).lower()
+    if ending in LINES:
         yield from json_lines(Path(place), form)
         return
-    if str(place).endswith(".csv"):
+    if ending in (".csv", ".tsv"):
         yield from csv_rows(Path(place))
         return
     import datasets
     cache = str(common.CACHE / "datasets")
     try:
-        if str(place).endswith(".parquet"):
+        if ending == ".parquet":
             table = datasets.Dataset.from_parquet(str(place), cache_dir=cache)
         else:
             table = datasets.load_dataset(str(place), split="train", cache_dir=cache)

@@ -17,9 +17,9 @@ SIBLINGS = {  # LLMs by name -> the smallest model with their tokenizer, as the 
 
 
 def settle_distiller(args: argparse.Namespace) -> None:
-    """Refuse a distiller, or a template, that cannot be the LLM's. Where --preset paper filled one in, change
-    args.distiller to what belongs to the LLM: its smallest sibling, else, which is said, a third of its own
-    layers.
+    """Refuse a distiller, or a template, that cannot be the LLM's. Where a preset filled one in, change
+    args.distiller to what belongs to the LLM, and say so: for paper its smallest sibling, else a third of its
+    own layers; for pocket the latter where it has fewer than layers:6 takes.
     """
     require_model("--llm", args.llm)
     try:
@@ -27,6 +27,11 @@ def settle_distiller(args: argparse.Namespace) -> None:
     except Exception:  # load_llm says what is wrong with it
         return
     name = Path(args.llm).name
+    if "distiller" in args.filled_in and args.distiller.startswith("layers:") and \
+            int(args.distiller[7:]) > layers:
+        args.distiller = f"layers:{max(1, round(layers / 3))}"
+        if is_main():
+            print(f"{name} has {layers} layers: distiller {args.distiller}; change it with --distiller")
     if "distiller" in args.filled_in and not args.distiller.startswith("layers:"):
         args.distiller = usual_distiller(name, layers)
         if args.distiller.startswith("layers:") and is_main():

@@ -9,7 +9,7 @@ import re
 import shutil
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 import common
-from common import FUNCTIONS, ROOT, UserError, check
+from common import FUNCTIONS, ROOT, UserError, check, did_you_mean
 from sources import assets
 from sources.files import held, temporary_of
 from sources.text import HUB_REVISIONS, HUB_TASKS, Tokenizer, hub_rows, json_lines
@@ -330,6 +330,22 @@ def read_examples(path: Path) -> list[dict]:
         examples.append(example)
     check((bool(examples), f"{path} is empty; give at least one line, such as {form}"))
     return examples
+
+
+def require_scorable(tasks: Tasks, only: list[str] | None, seeds: Sequence[int]) -> None:
+    """Raise one UserError for all names of --only that are no meta-test task, and for all meta-test tasks (of
+    --only, where given) whose queries of these seeds are too few or cannot be scored."""
+    check(*((name in tasks.test, f"--only {name} is no meta-test task of {tasks.split} here; "
+             f"{did_you_mean(name, tasks.test)}") for name in only or []))
+    faults = []
+    for task in only or tasks.test:
+        try:
+            for seed in seeds:
+                require_options(tasks.files(task, seed)["test"])
+        except UserError as error:
+            faults.append(str(error))
+    hint = "; or name the other tasks with --only or --test-tasks" * (len(faults) < len(only or tasks.test))
+    check((not faults, "; ".join(faults[:5]) + "; ..." * bool(faults[5:]) + hint))
 
 
 def require_options(examples: list[dict], ids_of: Callable[[str], list[int]] | None = None) -> None:

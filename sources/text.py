@@ -190,7 +190,7 @@ def json_lines(path: Path, expected: str) -> Iterator[tuple[str, dict]]:
     """
     number = 0
     try:
-        opened = gzip.open if path.suffix == ".gz" else open
+        opened = gzip.open if path.suffix.lower() == ".gz" else open
         with opened(path, "rt", encoding="utf-8-sig", newline="\n") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():

@@ -236,3 +236,14 @@ def test_plain_attention_of_short_rows_multiplies_in_bf16_and_agrees_with_fp32()
         assert products.types == {torch.bfloat16}
         assert (F.scaled_dot_product_attention(q, k, v) - exact).abs().max() < 1e-6
     assert (half.float() - exact).abs().max() < 0.03 < exact.abs().max()
+
+
+def test_torchruns_report_has_the_message(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+
+    def fault():
+        raise UserError("give another --llm")
+    with pytest.raises(SystemExit):
+        common.run_main(fault)
+    assert "give another --llm" in (tmp_path / "error.json").read_text()
+    assert capsys.readouterr().err == "error: give another --llm\n"

@@ -22,6 +22,7 @@ from evaluate import main as evaluate_main
 from loading import build_distiller, load_distiller
 from serving.vectors import read_vectors, save_vectors
 from serving.writer import Writer
+from sources.own import columns_of, examples_in
 from sources.text import Tokenizer
 
 CPU = torch.device("cpu")
@@ -188,16 +189,17 @@ def test_a_query_with_options_does_not_depend_on_one_without(argv, demos, tmp_pa
 
 def test_text_of_any_kind_is_read(tmp_path):
     (tmp_path / "d.jsonl").write_text('\ufeff{"input": "a\u2028b", "output": "é"}', encoding="utf-8")
-    found, = distill.read_lines(str(tmp_path / "d.jsonl"), ())
+    found, = examples_in("d", tmp_path / "d.jsonl", columns_of(None))
     assert (found["input"], found["output"]) == ("a\u2028b", "é")
     (tmp_path / "d.jsonl").write_bytes("é".encode("latin-1"))
     with pytest.raises(common.UserError, match="cannot be read as UTF-8"):
-        distill.read_lines(str(tmp_path / "d.jsonl"), ())
+        examples_in("d", tmp_path / "d.jsonl", columns_of(None))
 
 
 def test_labels():
     assert distill.labels_of(examples(DEMOS)) == ["happy", "sad"]
     assert distill.labels_of(examples([("a", "b"), ("c", "d")])) == []
+    assert distill.labels_of(examples([("a", "b"), ("c", "b")])) == []  # one label is no choice
     assert distill.labels_of([e | {"options": ["no", "yes"]}
                               for e in examples([("a", "b"), ("c", "d")])]) == ["no", "yes"]
 
@@ -239,9 +241,10 @@ def test_bad_flags(flags, message, demos):
 
 
 @pytest.mark.parametrize("line, message", [
-    ("{", "line 1: expected"), ('{"output": "b"}', "input must not be empty"),
-    ('{"input": "a"}', "output must not be empty"), ("[1]", "line 1: expected"), ("", "is empty"),
-    ('{"input": null, "output": "b"}', "must be text"),
+    ("{", "line 1: expected"), ('{"output": "b"}', "line 1 has no input, only output; expected"),
+    ('{"input": "a", "output": " "}', "input and output must be texts, and not empty"),
+    ("[1]", "line 1: expected"), ("", "is empty"), ('{"input": [1], "output": "b"}', "must be texts"),
+    ('{"input": null, "output": "b"}', "no input, only output"),
     ('{"input": "a", "output": "b", "options": "bc"}', "options must be a list"),
     ('{"input": "a", "output": "b", "options": ["c"]}', "none of its options")])
 def test_bad_files(line, message, tmp_path):
@@ -283,3 +286,27 @@ def test_the_published_checkpoint_is_small_and_names_its_data():
     assert all(type(value) in (int, float) for value in state["flags"].values())
     card = (distill.PUBLISHED.parent / "README.md").read_text()
     assert distill.PUBLISHED.name in card and loading.checkpoint_id(distill.PUBLISHED).split("@")[1] in card
+
+
+def test_tables_columns_and_numbers_are_read_as_evaluate_reads_them(argv, tmp_path, capsys):
+    (tmp_path / "d.csv").write_text("text,label\n" + "\n".join(f"boat {i},{i % 2}" for i in range(6)))
+    argv += ["--demos", str(tmp_path / "d.csv"), "--columns", "input=text", "output=label"]
+    asked = ["--queries", str(tmp_path / "q.jsonl")]
+    (tmp_path / "q.jsonl").write_text('{"text": "a cold boat", "label": 1}\n{"text": "rain"}\n')
+    made = distill.main([*argv, *asked])
+    assert made["demonstrations"] == 6 and {a for two in made["answers"].values() for a in two} <= {"0", "1"}
+    assert "answers: one of 0, 1\n" in capsys.readouterr().out
+    (tmp_path / "q.jsonl").write_text('{"text": "rain", "label": 2}\n')
+    with pytest.raises(UserError, match="q.jsonl, line 1: the output '2' is no label of the demonstrations"):
+        distill.main([*argv, *asked])
+    (tmp_path / "notes.json").write_text("{}")
+    with pytest.raises(UserError, match="notes.json is no file .jsonl.*, .csv, .tsv or .parquet; give one"):
+        distill.main([*argv, "--demos", str(tmp_path / "notes.json"), "--ask", "x"])
+
+
+def test_what_is_cut_of_an_input_is_told(argv, tmp_path, capsys):
+    write_lines(tmp_path / "d.jsonl", [{"input": "rain " * 300, "output": "wet"},
+                                       {"input": "sun", "output": "dry"}])
+    distill.main([*argv, "--demos", str(tmp_path / "d.jsonl"), "--ask", "x"])
+    out = capsys.readouterr().out
+    assert "note: of 1 inputs only 256 tokens are read: 'rain rain" in out and "answers: written\n" in out

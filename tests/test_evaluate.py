@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import make_distiller, read_lines, save_distiller, write_lines
+from conftest import make_distiller, model_of, read_lines, save_distiller, write_lines
 
 import common
 import evaluate
@@ -20,6 +20,7 @@ import loading
 import model
 import paper.demos
 import paper.summary
+import run
 import score
 import sources.tasks
 from common import UserError
@@ -579,3 +580,28 @@ def test_ranks_share_the_plan_out_and_write_what_one_process_would(argv, tmp_pat
     assert first == second == read_lines(out) == read_lines(whole)
     made = Counter(number for number, *_ in calls)
     assert len({call[1:] for call in calls}) == len(calls) == 20 and min(made.values()) > 5
+
+
+def test_a_checkpoint_is_read_by_the_template_it_was_trained_with(argv, tmp_path, llama_llm, capsys):
+    distiller = make_distiller(llama_llm)
+    about = model_of(distiller, llama_llm) | {"template": "newline"}
+    run.save_checkpoint(tmp_path / "run" / "best.safetensors", distiller, {"model": about, "trained_on": {}})
+    argv = [*argv, *ONE, "--checkpoint", str(tmp_path / "run"), "--methods", "icl", "mend"]
+    evaluate.main(argv)
+    assert {r["template"] for r in read_lines(tmp_path / "results.jsonl")} == {"newline"}
+    evaluate.main([*argv, "--template", "space"])
+    assert [r["template"] for r in read_lines(tmp_path / "results.jsonl")] == ["newline"] * 2 + ["space"] * 2
+    assert "note: trained on --template newline, evaluated on space" in capsys.readouterr().out
+
+
+def test_all_tasks_that_cannot_be_scored_are_named_before_the_llm_is_loaded(argv, own_tasks, monkeypatch):
+    monkeypatch.setattr(evaluate, "load_all", lambda *_: pytest.fail("the LLM was loaded first"))
+    for task in ("emo", "ag_news"):
+        write_lines(own_tasks / task / f"{task}_16_13_test.jsonl", [
+            {"task": task, "input": "x", "output": "free", "options": []}])
+    argv = [*argv, "--tasks", str(own_tasks)]
+    with pytest.raises(UserError, match="task ag_news: .* has no options.*task emo: .* has no options"):
+        evaluate.main(argv)
+    shutil.copy(own_tasks / "emo" / "emo_16_42_test.jsonl", own_tasks / "emo" / "emo_16_13_test.jsonl")
+    with pytest.raises(UserError, match="ag_news.*; or name the other tasks with --only or --test-tasks"):
+        evaluate.main(argv)

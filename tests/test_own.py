@@ -385,3 +385,26 @@ def test_the_case_of_the_documents(document, first, folder, training, flags, tmp
         done.append(script.main([*[str(llama) if a == "NAME" else a for a in argv], *more]))
     assert done[1]["split"] == "own" and done[2]["tasks"] == 1 and "mend" in done[2]["headline"]
     assert document == "README.md" or (tmp_path / "vectors.safetensors").exists()
+
+
+def test_tables_with_tabs_endings_in_capitals_and_what_is_left_out(tmp_path, capsys):
+    rows = [(f"text {i}", "yes" if i % 2 else "no") for i in range(20)]
+    lines = "\n".join("\t".join(row) for row in [("input", "output"), *rows])
+    (tmp_path / "tabs.tsv").write_text(lines)
+    write_flat(tmp_path / "CAPITALS.JSONL", [{"input": x, "output": y} for x, y in rows])
+    (tmp_path / "notes.json").write_text("{}")
+    tasks = load_own(str(tmp_path), "class_to_class", 16)
+    assert sorted(tasks.test) == ["CAPITALS", "tabs"]
+    assert [[(e["input"], e["output"]) for e in tasks.pool(task)] for task in tasks.test] == [rows, rows]
+    assert "note: no task, as neither .jsonl[.gz], .csv, .tsv nor .parquet: notes" in capsys.readouterr().out
+    (tmp_path / "semi.csv").write_text(lines.replace("\t", ";"))
+    with pytest.raises(UserError, match="semi.csv has one column, 'input;output'; separate cells"):
+        load_own(str(tmp_path), "class_to_class", 16)
+
+
+def test_the_hint_to_lower_k_only_where_that_helps(tmp_path):
+    write_flat(tmp_path / "few.jsonl", [{"input": str(i), "output": "ab"[i % 2]} for i in range(17)])
+    for k, hint in ((4, False), (16, False), (20, True)):
+        with pytest.raises(UserError, match="17 different inputs, and .* are needed") as fault:
+            load_own(str(tmp_path), "class_to_class", k).files("few", 100)
+        assert ("lower --k" in str(fault.value)) == hint

@@ -112,3 +112,11 @@ def test_both_stages_of_the_paper_preset_take_any_llm(llama, tasks_dir, corpus_d
     train_finetune.main([*small, "--init-from", str(pre), "--out-dir", str(tmp_path / "fine")])
     assert capsys.readouterr().out.count("distiller layers:1, of the LLM's own 3 layers") == 2
     assert common.PRESETS["paper"]["distiller"] == "gpt2"
+
+
+def test_pockets_own_layers_become_fewer_for_a_small_llm(tmp_path, capsys):
+    small, large = (write_config(tmp_path / f"mine-{n}", n) for n in (3, 12))
+    assert settled(small, "layers:6") == "layers:1" and settled(large, "layers:6") == "layers:6"
+    assert "mine-3 has 3 layers: distiller layers:1; change it with --distiller" in capsys.readouterr().out
+    with pytest.raises(UserError, match="give layers:1 to layers:3"):
+        settled(small, "layers:6", given=True)

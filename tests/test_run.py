@@ -376,3 +376,9 @@ def test_gradients_scaled_as_in_fp16_train_the_same(finetuning, quick_dev, tmp_p
     found: list[float] = []
     train(train_finetune, finetuning, tmp_path / "scaled", "--steps", "5", "--resume")
     assert found == [1024.0]
+
+
+def test_a_run_that_stops_early_says_so(script, argv, tmp_path, monkeypatch, capsys):
+    stub_dev(monkeypatch, script, [1.0, 2.0, 3.0])
+    train(script, [*argv, "--eval-every", "1", "--steps", "6", "--patience", "2"], tmp_path / "run")
+    assert "stopped early at step 2 of 6: --patience 2\n" in capsys.readouterr().out
