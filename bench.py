@@ -81,7 +81,7 @@ def methods(llm, distiller, demo_ids: Tensor, query_ids: Tensor, dtype: str,
     demo_mask = ones(demo_ids, dtype=torch.bool)
     column = torch.arange(query_ids.shape[1], device=query_ids.device)[None]
     batch = {"query_ids": query_ids, "query_mask": ones(query_ids, dtype=torch.bool), "position": column,
-             "segment": torch.zeros_like(query_ids), "branch": torch.zeros_like(query_ids),
+             "query": torch.zeros_like(query_ids), "branch": torch.zeros_like(query_ids),
              "predictor": column + 1}
     embed = llm.get_input_embeddings()
 

@@ -71,6 +71,9 @@ def number_or_auto(text: str) -> int | str:
     return text if text == "auto" else int(text)
 
 
+SEEDS = (100, 13, 21, 42, 87)  # MetaICL's five draws of demonstrations
+TEMPLATES = ("space", "newline", "input-output", "chat")
+STARTS = ("plain", "matched", "residual")  # of vectors
 FLAGS = {  # those that more than one script takes; a default of None is filled in by the preset (see `parse`)
     "preset": dict(choices=sorted(PRESETS),
                    help="values for flags that are not given; default: paper where CUDA is, else pocket"),
@@ -97,7 +100,7 @@ FLAGS = {  # those that more than one script takes; a default of None is filled 
     "columns": dict(nargs="+", metavar="NAME=COLUMN", help="where own tasks have input, output and options, "
                     "as in input=text output=label"),
     "k": dict(type=int, help="K, demonstrations in a set"),
-    "template": dict(choices=("space", "newline", "input-output", "chat"),
+    "template": dict(choices=TEMPLATES,
                      help="what separates input, answer and demonstrations (Tab. 7: newline); input-output "
                           "writes 'Input: ' and 'Output: ' before them; chat: the tokenizer's own chat "
                           "template, with newlines in the user's turn; default: that of --checkpoint, "

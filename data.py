@@ -15,7 +15,7 @@ with the queries that share it, packed side by side:
     used        (B S, l) bool   with --elastic in training: True for the row's own l, the last ones of all
     query_ids   (B, T)   long   query and answer tokens, padded on the right
     query_mask  (B, T)   bool   True at query and answer tokens
-    segment     (B, T)   long   which of the row's queries a token belongs to: 0, 1, ...
+    query       (B, T)   long   which of the row's queries a token belongs to: 0, 1, ...
     branch      (B, T)   long   0 in the query x; o + 1 in its answer option o (in training: 1 in the answer
                                 y; in pretraining 1 in all of x, which is what the LLM predicts there)
     position    (B, T)   long   position after the prefix: 0, 1, ...; every option starts where x ends
@@ -107,7 +107,7 @@ class Formatter:
     llm_positions: int | None = None        # longest input of either model; None: no absolute limit
     distiller_positions: int | None = None
     segments: int | str = 1                 # D is distilled in so many; auto: as its length demands
-    most: int = 1                           # segments of a training step at most, --max-segments
+    max_segments: int = 1                   # of a training step
 
     def __post_init__(self):
         self.turns = make_turns(self.template, self.tokenizer)
@@ -121,12 +121,12 @@ class Formatter:
         Raises:
             UserError: a query, or a single demonstration token, would not fit beside l vectors.
         """
-        limits = [self.context_len, self.room(examples, max(self.context_len, self.most * self.distill_len))]
+        n = self.max_segments * self.distill_len
+        limits = [self.context_len, self.room(examples, max(self.context_len, n))]
         if self.distiller_positions is not None:
             limits.append(self.distiller_positions - self.distill_len)
-        check((self.most * self.distill_len <= limits[1], f"--distill-len is {self.distill_len}, and the "
-               f"LLM's {self.llm_positions} positions leave {limits[1]} for {self.most} times that, beside a "
-               f"query and the longest label of task {examples[0]['task']}; give less"),
+        check((n <= limits[1], f"--distill-len is {self.distill_len}, and a query with a label of task "
+               f"{examples[0]['task']} leaves the LLM {limits[1]} positions for {n} vectors; give less"),
               (min(limits) >= 1, f"--distill-len {self.distill_len} leaves no position for D; give less"))
         return min(limits)
 
@@ -311,7 +311,7 @@ def collate(rows: list[dict], device: torch.device | str = "cpu",
                                            for i, j in pairwise(at)])
     columns = []
     for row in rows:
-        tokens = []  # (id, segment, branch, position, predictor)
+        tokens = []  # (id, query, branch, position, predictor)
         for s, (x, options) in enumerate(row["queries"]):
             tokens += [(t, s, 0, i, len(tokens) + i if i else 0) for i, t in enumerate(x)]
             end_of_x = len(tokens)
@@ -328,7 +328,7 @@ def collate(rows: list[dict], device: torch.device | str = "cpu",
     if "length" in rows[0]:
         batch["used"] = padded_left([[0] * row["length"] for row in rows for _ in range(S)])[1]
     batch |= {name: packed[:, :, i].contiguous()
-              for i, name in enumerate(("query_ids", "segment", "branch", "position", "predictor"))}
+              for i, name in enumerate(("query_ids", "query", "branch", "position", "predictor"))}
     pinned = torch.device(device).type == "cuda"
     return {n: (t.pin_memory() if pinned else t).to(device, non_blocking=pinned) for n, t in batch.items()}
 

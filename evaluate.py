@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> dict:
     if args.checkpoint:
         print(f"checkpoint {checkpoint_id(args.checkpoint)}: l = {args.distill_len}")
         refuse_wrong_method(list(own), state, args.checkpoint)
-        refuse_seen_tasks(trained_on, tasks, args)
+        refuse_seen_tasks(trained_on, tasks, args.only)
         if state["model"]["template"] != args.template:
             print(f"note: trained on --template {state['model']['template']}, evaluated on {args.template}")
     out = Path(args.out or common.OUT / f"eval-{args.split}.jsonl")

@@ -355,7 +355,7 @@ def make_formatter(args: argparse.Namespace, tokenizer: Tokenizer, llm, distille
     backbone = distiller is not None and distiller.backbone
     made = Formatter(tokenizer, args.template, args.context_len, args.distill_len, max_positions(llm.config),
                      max_positions(backbone.config) if backbone else None,
-                     *(getattr(args, name, 1) for name in ("segments", "max_segments")))
+                     getattr(args, "segments", 1), getattr(args, "max_segments", 1))
     head, kv = len(made.turns.head), isinstance(distiller, KeyValueDistiller)
     check((not kv or args.template != "chat" or head > 1, f"--template chat: that of {tokenizer.name} starts "
            f"with {head} tokens, and kv:R needs 2; give layers:N or a sibling"))
@@ -386,15 +386,15 @@ def load_all(args: argparse.Namespace, device: torch.device) -> tuple:
     return llm, distiller, state, prepare(args, llm, distiller, device)
 
 
-def refuse_seen_tasks(trained_on: dict, tasks: Tasks, args: argparse.Namespace) -> None:
+def refuse_seen_tasks(trained_on: dict, tasks: Tasks, only: list[str] | None = None) -> None:
     """Raise when the checkpoint was finetuned on a task to evaluate: meta-test tasks must be unseen."""
     stage = trained_on.get("finetune", {})
-    seen = {*tasks.seen(stage.get("own_tasks", {}))} & {*(args.only or tasks.test)}
+    seen = {*tasks.seen(stage.get("own_tasks", {}))} & {*(only or tasks.test)}
     check((not seen, f"the checkpoint was finetuned on the examples of {', '.join(sorted(seen))}; evaluate "
                      "it on others, with --test-tasks or --only"))
     collections = json.loads((common.ROOT / "splits.json").read_text())
     for name in {*stage.get("tasks", "").split()} & {*tasks.collection.split()} & collections.keys():
         table = collections[name]["settings"].get(stage["split"], {"train": [], "test": []})
-        seen = sorted((set(table["train"]) - set(table["test"])) & set(args.only or tasks.test))
+        seen = sorted((set(table["train"]) - set(table["test"])) & set(only or tasks.test))
         check((not seen, f"the checkpoint was finetuned on {stage['split']}, whose training tasks include "
                          f"{', '.join(seen)}; evaluate it on that --split, or on other tasks with --only"))

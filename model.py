@@ -87,7 +87,7 @@ class Distiller(nn.Module):
 
         Args:
             demo_ids: (B, T_d) long, padded on the left: the placeholders follow the last demonstration token.
-            demo_mask: (B, T_d) bool. segments: S rows that follow one another are parts of one D.
+            demo_mask: (B, T_d) bool. segments: S successive rows are parts of one D. head: not read here.
             used: (B, l) bool: the last placeholders, as many as a row may use; default: distill_len in each.
         Returns:
             (B, l, d) vectors S_D, fp32; of segments, joined: (B / S, S l, d).
@@ -245,7 +245,7 @@ def query_states(llm: PreTrainedModel, prefix: Prefix, batch: dict[str, Tensor])
     teacher, the last vector for the student); the first token of an answer by the last token of its query.
 
     Args:
-        batch: of data.collate: query_ids, query_mask, segment, branch, position, predictor, all (B, T).
+        batch: of data.collate: query_ids, query_mask, query, branch, position, predictor, all (B, T).
     Returns:
         (B, T, d) final hidden states. Without a prefix those for first tokens are zeros, and so are those for
         x with an encoder-decoder LLM, which predicts only answers: `loss_mask` leaves them out.
@@ -253,7 +253,7 @@ def query_states(llm: PreTrainedModel, prefix: Prefix, batch: dict[str, Tensor])
     if llm.config.is_encoder_decoder:
         return answer_states(llm, prefix, batch)
     embeds = llm.get_input_embeddings()(batch["query_ids"])                                 # (B, T, d)
-    allowed = attention_mask(prefix.mask, batch["segment"], batch["branch"], batch["query_mask"])
+    allowed = attention_mask(prefix.mask, batch["query"], batch["branch"], batch["query_mask"])
     positions = batch["position"] + prefix.mask.sum(dim=1, keepdim=True)                    # (B, T)
     T, d = embeds.shape[1:]
     if prefix.embeds is None:
@@ -293,21 +293,21 @@ def loss_mask(llm: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
 # -------------------------------------------------------------------------- Packing: who sees whom, and where
 
 
-def attention_mask(prefix_mask: Tensor, segment: Tensor, branch: Tensor, query_mask: Tensor) -> Tensor:
+def attention_mask(prefix_mask: Tensor, query: Tensor, branch: Tensor, query_mask: Tensor) -> Tensor:
     """Who may look at whom when queries are packed side by side after a prefix.
 
-    A token sees the prefix, the earlier tokens of its own query (segment), and of its own answer option
+    A token sees the prefix, the earlier tokens of its own query (`query`), and of its own answer option
     (branch): branch 0 is the query x, which every option of that query sees; options do not see each other.
 
     Args:
-        prefix_mask: (B, P) bool. segment, branch: (B, T) long. query_mask: (B, T) bool.
+        prefix_mask: (B, P) bool. query, branch: (B, T) long. query_mask: (B, T) bool.
     Returns:
         (B, 1, T, P + T) bool, True where allowed. A padded token sees itself, so that no row is empty.
     """
-    T = segment.shape[1]
-    same_query = segment[:, :, None] == segment[:, None, :]                                 # (B, T, T)
+    T = query.shape[1]
+    same_query = query[:, :, None] == query[:, None, :]                                 # (B, T, T)
     same_branch = (branch[:, None, :] == 0) | (branch[:, :, None] == branch[:, None, :])    # (B, T, T)
-    index = torch.arange(T, device=segment.device)
+    index = torch.arange(T, device=query.device)
     causal, itself = index[:, None] >= index[None, :], index[:, None] == index[None, :]     # (T, T)
     own = (same_query & same_branch & causal & query_mask[:, None, :]) | itself             # (B, T, T)
     return torch.cat([prefix_mask[:, None, :].expand(-1, T, -1), own], dim=2)[:, None]      # (B, 1, T, P+T)
@@ -371,26 +371,26 @@ def answer_states(llm: PreTrainedModel, prefix: Prefix, batch: dict[str, Tensor]
     encoder reads D or S_D and the decoder writes x. An encoder with nothing to read gets the end-of-sequence
     token, which is what T5's tokenizer makes of an empty text.
     """
-    mask, segment, branch, position = (batch[k] for k in ("query_mask", "segment", "branch", "position"))
+    mask, number, branch, position = (batch[k] for k in ("query_mask", "query", "branch", "position"))
     (B, T), device = mask.shape, mask.device
-    S, options = int(segment.max()) + 1, int(branch.max()) + 1
-    query_of = torch.arange(B, device=device)[:, None] * S + segment                        # (B, T)
+    Q, options = int(number.max()) + 1, int(branch.max()) + 1
+    query_of = torch.arange(B, device=device)[:, None] * Q + number                         # (B, T)
     in_x, in_y = mask & (branch == 0), answer_mask(batch)
 
     # one encoder input a query; a query without x, or without options, is a row that nobody looks at
-    x_len = torch.bincount(query_of[in_x], minlength=B * S)                                 # (B S,)
-    ids = torch.full((B * S, max(1, int(x_len.max()))), llm.config.eos_token_id, device=device)
-    ids[query_of[in_x], position[in_x]] = batch["query_ids"][in_x]                          # (B S, T_x)
-    prefix_mask = prefix.mask.repeat_interleave(S, dim=0)                                   # (B S, P)
-    lengths = torch.where(prefix_mask.any(dim=1), x_len, x_len.clamp(min=1))                # (B S,)
-    x_mask = torch.arange(ids.shape[1], device=device) < lengths[:, None]                   # (B S, T_x)
-    embeds = torch.cat([prefix.embeds.repeat_interleave(S, dim=0), llm.get_input_embeddings()(ids)], dim=1)
-    encoder_mask = torch.cat([prefix_mask, x_mask], dim=1)                                  # (B S, P + T_x)
+    x_len = torch.bincount(query_of[in_x], minlength=B * Q)                                 # (B Q,)
+    ids = torch.full((B * Q, max(1, int(x_len.max()))), llm.config.eos_token_id, device=device)
+    ids[query_of[in_x], position[in_x]] = batch["query_ids"][in_x]                          # (B Q, T_x)
+    prefix_mask = prefix.mask.repeat_interleave(Q, dim=0)                                   # (B Q, P)
+    lengths = torch.where(prefix_mask.any(dim=1), x_len, x_len.clamp(min=1))                # (B Q,)
+    x_mask = torch.arange(ids.shape[1], device=device) < lengths[:, None]                   # (B Q, T_x)
+    embeds = torch.cat([prefix.embeds.repeat_interleave(Q, dim=0), llm.get_input_embeddings()(ids)], dim=1)
+    encoder_mask = torch.cat([prefix_mask, x_mask], dim=1)                                  # (B Q, P + T_x)
     encoded = llm.get_encoder()(inputs_embeds=embeds, attention_mask=encoder_mask).last_hidden_state
 
     # one decoder input an option: the start token, then y without its last token
-    number = query_of[in_y] * options + branch[in_y]                                        # (N,)
-    numbers, option_of = torch.unique(number, return_inverse=True)                          # (O,), (N,)
+    of_option = query_of[in_y] * options + branch[in_y]                                     # (N,)
+    numbers, option_of = torch.unique(of_option, return_inverse=True)                       # (O,), (N,)
     place, query = position[in_y] - x_len[query_of[in_y]], numbers // options               # (N,), (O,)
     ids = torch.full((len(numbers), int(place.max()) + 2), llm.config.decoder_start_token_id, device=device)
     ids[option_of, place + 1] = batch["query_ids"][in_y]

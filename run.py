@@ -38,7 +38,7 @@ def add_training_flags(parser: argparse.ArgumentParser, run_name: str) -> None:
     group.add_argument("--clip", type=float, default=1.0, help="largest gradient norm; 0 = no clipping")
     group.add_argument("--grad-checkpoint", action="store_true", help="run each layer of the LLM again in "
                        "the backward pass instead of keeping its activations: less memory, more time")
-    group.add_argument("--vector-start", choices=("plain", "matched", "residual"),
+    group.add_argument("--vector-start", choices=common.STARTS,
                        help="how the vectors start: the distiller's states as they are; brought to the "
                             "scale of the LLM's embeddings by a learned scalar; or a tenth of that, added to "
                             "D's last l token embeddings")

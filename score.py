@@ -106,17 +106,17 @@ def score_options(llm: PreTrainedModel, prefix: Prefix, batch: dict[str, Tensor]
 
     Args:
         prefix: of demonstrations, Eq. (1), or of vectors, Eq. (2). batch: from data.collate; branch o >= 1 of
-            a segment holds option o - 1.
+            a query holds option o - 1.
     Returns:
-        (B, segments, options) fp32, nats per token; -inf where a query has fewer options.
+        (B, queries, options) fp32, nats per token; -inf where a query has fewer options.
     """
     states = query_states(llm, prefix, batch)                                               # (B, T, d)
     rows, columns = torch.nonzero(answer_mask(batch), as_tuple=True)                        # (N,)
     log_p = torch.cat([
         -F.cross_entropy(head_logits(llm, states[r, c]), batch["query_ids"][r, c], reduction="none")
         for r, c in zip(rows.split(128), columns.split(128), strict=True)])                 # (N,)
-    shape = (states.shape[0], int(batch["segment"].max()) + 1, int(batch["branch"].max()))
-    where = (rows, batch["segment"][rows, columns], batch["branch"][rows, columns] - 1)
+    shape = (states.shape[0], int(batch["query"].max()) + 1, int(batch["branch"].max()))
+    where = (rows, batch["query"][rows, columns], batch["branch"][rows, columns] - 1)
     require_finite("the log-likelihood of an answer option", log_p)
     total = log_p.new_zeros(shape).index_put(where, log_p, accumulate=True)
     count = log_p.new_zeros(shape).index_put(where, torch.ones_like(log_p), accumulate=True)

@@ -127,9 +127,8 @@ def look(args: argparse.Namespace, llm, tokenizer: Tokenizer, heads: list[tuple[
     task = args.task or tasks.test[0]
     check((task in tasks.test, (f"--task {task} is no meta-test task of {args.split} here; "
                                 f"{common.did_you_mean(task, tasks.test)}")))
-    args.only = [task]
     refuse_wrong_method(["mend"], state, args.checkpoint)
-    refuse_seen_tasks(state["trained_on"], tasks, args)
+    refuse_seen_tasks(state["trained_on"], tasks, [task])
     demos, files = demonstration_set(tasks, task, args.seed, args.k)
     queries, formatter = files["test"], make_formatter(args, tokenizer, llm, distiller)
     check((0 <= args.example < len(queries),

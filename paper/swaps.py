@@ -7,7 +7,6 @@ A row is a task whose demonstrations were distilled (or, for icl, read), a colum
 asked: a cell is the share of right answers. A distiller that distils has a diagonal. Not in the paper.
 """
 
-import argparse
 import json
 import shlex
 import sys
@@ -65,7 +64,7 @@ def main(argv: list[str] | None = None) -> dict:
     check((len(tasks.test) > 1, f"--tasks {' '.join(args.tasks)} has one meta-test task; two are compared"))
     llm, distiller, state, formatter = load_all(args, device)
     refuse_wrong_method(["mend"] if "mend" in args.methods else [], state, args.checkpoint)
-    refuse_seen_tasks(state.get("trained_on", {}), tasks, argparse.Namespace(only=None))
+    refuse_seen_tasks(state.get("trained_on", {}), tasks)
     sets = {task: demonstration_set(tasks, task, args.seed, args.k) for task in tasks.test}
     asked = [query for _, files in sets.values() for query in files["test"][:args.limit]]
     require_options(asked)

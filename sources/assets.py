@@ -28,21 +28,19 @@ from pathlib import Path
 from tqdm import tqdm
 
 import common
-from common import UserError
+from common import ROOT, UserError
 from sources.bigbench import convert_tasks, load_plan, read_text
 from sources.files import held, sync_folder, write_whole
-
-HERE = Path(__file__).parent.parent
 
 
 def get_parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("--dir", default=str(HERE / "assets"), help="folder to write to, and to download to")
+    parser.add_argument("--dir", default=str(ROOT / "assets"), help="folder to write to, and to download to")
     parser.add_argument("--only", choices=tuple(TARGETS), help="make this one asset (default: all but gemma)")
     tables = parser.add_argument_group("tables of the repository")
-    tables.add_argument("--pins", default=str(HERE / "sources/assets.txt"), help="requirements with hashes")
-    tables.add_argument("--splits", default=str(HERE / "splits.json"), help="file of BIG-bench families")
+    tables.add_argument("--pins", default=str(ROOT / "sources/assets.txt"), help="requirements with hashes")
+    tables.add_argument("--splits", default=str(ROOT / "splits.json"), help="file of BIG-bench families")
     return parser
 
 

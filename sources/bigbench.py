@@ -9,7 +9,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-SEEDS = (100, 13, 21, 42, 87)  # MetaICL's five draws of demonstrations
+from common import SEEDS
+
 SHOTS, MAX_TEST, MIN_TEST, MAX_POOL, MIN_POOL = 16, 400, 40, 2000, 32  # examples
 MAX_EXAMPLES, MAX_QUERIES, MIN_QUERIES, MIN_DEV = 500, 100, 8, 2  # examples of a function, test, dev
 N_OPTIONS, N_SAME = 8, 4  # options of a function's query; those of the same input, the right one not counted

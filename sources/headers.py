@@ -9,11 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from common import UserError, check, gather, is_main
+from common import STARTS, TEMPLATES, UserError, check, gather, is_main
 
 USABLE = "give a GPT-2, OPT, Llama, Qwen, Mistral, Gemma or T5"
-STARTS = ("plain", "matched", "residual")
-TEMPLATES = ("space", "newline", "input-output", "chat")
 WHOLE, NUMBER, OPTIONAL = "a whole number of 0 or more", "a number", "a number or nothing"
 KINDS = {  # what a field must be: a type, WHOLE, NUMBER, or the values it can have
     "state": {"model": dict, "trained_on": dict, "flags": dict, "metrics": dict, "notes": list,

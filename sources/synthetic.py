@@ -97,7 +97,7 @@ class Functions(Made):
                  for name in functions if name not in held_out for form in FORMS]
         test = [f"{domain}: {name}" for domain, names in HELD_OUT.items() for name in names]
         super().__init__(Path("functions"), "functions", "functions", train, test, [], [],
-                         dict.fromkeys([*train, *test], "multiple-choice"))
+                         dict.fromkeys([*train, *test], "multi-choice"))
         self.k = k
 
     def pool(self, task: str) -> list[dict]:
@@ -158,7 +158,7 @@ class Early(Functions):
                       for a, b in itertools.permutations([n for o, n, form in own if (o, form) == (d, "")], 2)
                       if min(map(len, split_inputs(d, a, b))) >= N_SHOTS // 2 for form in FORMS]
         self.test = [f"{domain}: {a} / {b}" for domain, f, g in PAIRS for a, b in ((f, g), (g, f))]
-        self.types = dict.fromkeys([*self.train, *self.test], "multiple-choice")
+        self.types = dict.fromkeys([*self.train, *self.test], "multi-choice")
 
     def partner(self, task: str, among: list[str]) -> str:
         """The same pair the other way round, among them or not."""
@@ -230,7 +230,7 @@ class Recall(Made):
                             f"each, the vocabulary of {tokenizer.name} has {len(words)}; give a lower --k")
         test = [f"recall {i}" for i in range(1, 9)]
         super().__init__(Path("recall"), "recall", "recall", ["recall"], test, [], [],
-                         dict.fromkeys(["recall", *test], "multiple-choice"))
+                         dict.fromkeys(["recall", *test], "multi-choice"))
         self.k, self.words = k, ([w for i, w in enumerate(words) if i % 5], words[::5])
 
     def pairs(self, words: list[str], rng: np.random.Generator, k: int) -> list[dict]:

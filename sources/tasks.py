@@ -17,13 +17,12 @@ import numpy as np
 from tqdm import tqdm
 
 import common
-from common import FUNCTIONS, ROOT, UserError, check, did_you_mean
+from common import FUNCTIONS, ROOT, SEEDS, UserError, check, did_you_mean
 from sources import assets
 from sources.files import held, temporary_of
 from sources.text import HUB_REVISIONS, HUB_TASKS, Tokenizer, hub_rows, json_lines
 
 MADE = {"functions", "early", "recall"}  # tasks of sources/synthetic.py
-SEEDS = (100, 13, 21, 42, 87)
 
 
 class Example(dict):

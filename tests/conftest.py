@@ -359,7 +359,7 @@ def scoring_rows() -> list[dict]:
 
 
 def ways(rows: list[dict]):
-    """(row, segment, option number, x, option) for every way through every query."""
+    """(row, query, option number, x, option) for every way through every query."""
     for b, row in enumerate(rows):
         for s, (x, options) in enumerate(row["queries"]):
             for o, option in enumerate(options, 1):
@@ -368,7 +368,7 @@ def ways(rows: list[dict]):
 
 def where(batch: dict, b: int, s: int, o: int) -> torch.Tensor:
     """Columns of query s's own tokens (o = 0) or of its option o, in row b."""
-    return batch["query_mask"][b] & (batch["segment"][b] == s) & (batch["branch"][b] == o)
+    return batch["query_mask"][b] & (batch["query"][b] == s) & (batch["branch"][b] == o)
 
 
 def losses(llm, distiller, rows: list[dict], head=()):

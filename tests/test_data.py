@@ -171,13 +171,13 @@ def random_rows(rng: random.Random) -> list[dict]:
 def slow_row(row: dict) -> list[dict]:
     """The tokens of a row; predictors are found by search among what a token may see."""
     tokens = []
-    for segment, (x, options) in enumerate(row["queries"]):
-        tokens += [{"id": t, "segment": segment, "branch": 0, "position": i} for i, t in enumerate(x)]
+    for query, (x, options) in enumerate(row["queries"]):
+        tokens += [{"id": t, "query": query, "branch": 0, "position": i} for i, t in enumerate(x)]
         for branch, option in enumerate(options, 1):
-            tokens += [{"id": t, "segment": segment, "branch": branch, "position": len(x) + i}
+            tokens += [{"id": t, "query": query, "branch": branch, "position": len(x) + i}
                        for i, t in enumerate(option)]
     for token in tokens:
-        seen = [column for column, other in enumerate(tokens) if other["segment"] == token["segment"]
+        seen = [column for column, other in enumerate(tokens) if other["query"] == token["query"]
                 and other["branch"] in (0, token["branch"]) and other["position"] == token["position"] - 1]
         assert len(seen) == (token["position"] > 0)
         token["predictor"] = seen[0] + 1 if seen else 0
@@ -190,7 +190,7 @@ def test_collate_against_a_slow_reference(seed):
     batch = collate(rows)
     slow = [slow_row(row) for row in rows]
     B, T_d, T = len(rows), max(len(row["demo"]) for row in rows), max(map(len, slow))
-    names = {"query_ids": "id", "segment": "segment", "branch": "branch", "position": "position",
+    names = {"query_ids": "id", "query": "query", "branch": "branch", "position": "position",
              "predictor": "predictor"}
     assert batch.keys() == {"demo_ids", "demo_mask", "part_ids", "part_mask", "query_mask", *names}
     assert batch["demo_ids"].shape == batch["demo_mask"].shape == (B, T_d)

@@ -3,7 +3,6 @@
 import copy
 import json
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -270,8 +269,7 @@ def test_a_checkpoint_is_not_taken_for_another_methods(method, distiller, stages
 
 def test_tasks_that_the_checkpoint_was_finetuned_on_are_refused(tiny_tasks):
     def refuse(tasks: str, split: str) -> None:
-        loading.refuse_seen_tasks({"finetune": {"tasks": tasks, "split": split}}, tiny_tasks,
-                                  SimpleNamespace(only=None))
+        loading.refuse_seen_tasks({"finetune": {"tasks": tasks, "split": split}}, tiny_tasks)
     refuse("metaicl", "class_to_class")
     refuse("bigbench", "hr_to_lr")
     refuse("functions metaicl", "functions")  # made tasks trained on; a split without meta-training tasks

@@ -107,7 +107,7 @@ def test_the_equation_table_names_both_the_page_and_the_code():
 def test_the_packed_row_is_what_collate_makes():
     queries = [(x, [[6], [7, 8]]) for x in ([4, 5], [9, 10])]
     batch = data.collate([{"demo": [1, 2, 3], "queries": queries}])
-    for field in ("segment", "branch", "position", "predictor"):
+    for field in ("query", "branch", "position", "predictor"):
         (row,) = re.findall(rf"^\| `{field}`[^|]*\|(.*)\|$", read("README.md"), re.MULTILINE)
         assert [int(cell) for cell in row.split("|")] == batch[field][0].tolist(), field
 

@@ -236,7 +236,7 @@ def test_both_stages_and_every_method_take_it(spec, chat_llm, chat, tasks_dir, c
     assert load_checkpoint(fine)[1]["model"]["template"] == "chat"
     (bos, _), (head, batch) = heads["pretrain"][0], heads["finetune"][0]
     assert bos == [] and head == chat.formatter.turns.head
-    tail, x = chat.formatter.turns.tail, batch["query_ids"][(batch["segment"] == 0) & (batch["branch"] == 0)
+    tail, x = chat.formatter.turns.tail, batch["query_ids"][(batch["query"] == 0) & (batch["branch"] == 0)
                                                             & batch["query_mask"]]
     assert x[-len(tail):].tolist() == tail
     methods = ["zero_shot", "icl", "icl_budget", "last_l", "mend", "mend_swapped", "mend_permuted",

@@ -92,7 +92,7 @@ def test_untrained_the_query_reads_the_last_tokens_read_twice(llm, distiller):
     logits, batch = read(llm, distiller, [{"demo": D, "queries": QUERIES}])
     for s, (x, options) in enumerate(QUERIES):
         for o, y in enumerate(options):
-            at = (batch["segment"][0] == s) & ((batch["branch"][0] == 0) | (batch["branch"][0] == o + 1))
+            at = (batch["query"][0] == s) & ((batch["branch"][0] == 0) | (batch["branch"][0] == o + 1))
             found = logits[0][at & batch["query_mask"][0]]
             torch.testing.assert_close(found, by_hand(llm, D, x, y), atol=2e-4, rtol=1e-3)
 
@@ -120,7 +120,7 @@ def test_a_chats_head_stands_before_keys_and_values_that_know_nothing_of_it(llm,
                                h + L + torch.arange(n - first)])[None]
         mask = torch.zeros(n, n).masked_fill(~allowed, torch.finfo(torch.float32).min)[None, None]
         expected = llm(input_ids=ids, attention_mask=mask, position_ids=positions).logits[0, first - 1:-1]
-    at = (batch["segment"][0] == 0) & (batch["branch"][0] <= 1) & batch["query_mask"][0]
+    at = (batch["query"][0] == 0) & (batch["branch"][0] <= 1) & batch["query_mask"][0]
     torch.testing.assert_close(found[0][at], expected, atol=2e-4, rtol=1e-3)
     assert torch.equal(bos, none) and (found - none)[batch["query_mask"]].abs().max() > 0.01
 
