@@ -176,7 +176,8 @@ def test_the_readme_has_the_figures_of_what_the_vectors_carry(name, length):
 
 
 @pytest.mark.parametrize("name", ["ratios-functions", "ratios-recall", "ratios-early", "class_to_class-kv",
-                                  "functions-sets", "recall-segments-4x8", "bigbench-functions"])
+                                  "functions-sets", "recall-segments-4x8", "bigbench-functions",
+                                  "class_to_class-segments-4x16"])
 def test_the_results_page_has_their_whole_tables(name):
     made = carried.carried(paper.summary.read_results(common.ROOT / "results" / f"{name}.jsonl"))
     rows = [line for line in carried.table_lines(name, made)[3:] if line.startswith("| ")]
@@ -196,6 +197,21 @@ def test_the_results_page_has_recall_in_segments():
         mend, swapped = (tables.summary(paper.summary.scores_of([r for r in here if r["method"] == m]))
                          for m in ("mend", "mend_swapped"))
         row = f"| {parts} x {length} | {parts * (length - 1) + 1} | " + " | ".join(
+            f"{s['mean']:.1f} ±{s['std']:.1f}" for s in (mend, swapped)) + " |"
+        assert row in read("docs/results.md"), row
+
+
+def test_the_results_page_has_class_to_class_in_segments():
+    records = [r for name in ("kv", "segments-4x16", "segments-equal") for r in paper.summary.read_results(
+        common.ROOT / "results" / f"class_to_class-{name}.jsonl")]
+    settings = {(r.get("segments") or 1, r["distill_len"], r["context_len"]) for r in records}
+    assert len(settings) == 4
+    for setting in settings:
+        here = [r for r in records if (r.get("segments") or 1, r["distill_len"], r["context_len"]) == setting]
+        mend, swapped = (tables.summary(paper.summary.scores_of([r for r in here if r["method"] == m]))
+                         for m in ("mend", "mend_swapped"))
+        parts, length, context = setting
+        row = f"| {parts} x {length} | {parts * (length - 1) + 1} | {context} | " + " | ".join(
             f"{s['mean']:.1f} ±{s['std']:.1f}" for s in (mend, swapped)) + " |"
         assert row in read("docs/results.md"), row
 
