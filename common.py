@@ -240,15 +240,15 @@ def place_rule(flag: str, path: str) -> tuple[bool, str]:
     """The rule that a file can be written at `path` ("": none is asked for), for `check`."""
     absolute = Path(path).absolute()
     there = next(p for p in (absolute, *absolute.parents) if os.path.exists(p))
-    fault = not path or (
+    fault = None if not path else (
         "has too long a name" if max(len(os.fsencode(part)) for part in absolute.parts) > 200 else
         "is a folder" if os.path.isdir(absolute) else
         "stands under a file" if there != absolute and not os.path.isdir(there) else
         "is no plain file" if os.path.lexists(absolute) and not os.path.isfile(absolute) else
         "must not be written to" if not os.access(there, os.W_OK) else
         "stands on a full disk" if 0 < (disk := shutil.disk_usage(there)).total and disk.free < 1 << 16
-        else True)
-    return fault is True, f"{flag} {path} {fault}; give another name"
+        else None)
+    return fault is None, f"{flag} {path} {fault}; give another name"
 
 
 def device_rules(args: argparse.Namespace) -> list[tuple[bool, str]]:

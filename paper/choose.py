@@ -17,6 +17,7 @@ import common
 from common import check, finish, parse, run_main, setup
 from data import Formatter
 from loading import load_llm, max_positions
+from paper.held_out import option_ces
 from score import one_prefix, option_scores, task_metrics
 from sources.tasks import SEEDS, demonstration_set, load_tasks, require_options
 from sources.template import TEMPLATES
@@ -49,9 +50,8 @@ def gain(llm, formatter: Formatter, tasks, seeds: list[int], k: int, args) -> di
                 prefix = one_prefix(method, demos, limit, llm, None, formatter, args)
                 scores = option_scores(llm, prefix, formatter, queries, first=method == "zero_shot")
                 chosen = [q["options"][int(row.argmax())] for q, row in zip(queries, scores, strict=True)]
-                ce = [-row.log_softmax(0)[q["options"].index(q["output"])].item()
-                      for q, row in zip(queries, scores, strict=True)]
-                rows.append((100 * task_metrics(chosen, golds, tasks.types[task])["headline"], np.mean(ce)))
+                headline = 100 * task_metrics(chosen, golds, tasks.types[task])["headline"]
+                rows.append((headline, np.mean(option_ces(queries, scores))))
     means = {method: np.mean(rows, axis=0) for method, rows in found.items()}
     return {m: {"headline": round(float(h), 2), "option_ce": round(float(c), 3)}
             for m, (h, c) in means.items()}

@@ -103,14 +103,19 @@ def dev_metrics(llm, distiller, tasks: Tasks, formatter: Formatter, args, device
         chosen = [q["options"][int(row.argmax())] for q, row in zip(queries, scores, strict=True)]
         golds = [q["output"] for q in queries]
         sums["headline"] += task_metrics(chosen, golds, tasks.types[task])["headline"]
-        sums["option_ce"] += float(np.mean([-row.log_softmax(dim=0)[q["options"].index(q["output"])].item()
-                                            for q, row in zip(queries, scores, strict=True)]))
+        sums["option_ce"] += float(np.mean(option_ces(queries, scores)))
         sums["tasks"] += 1
     distiller.train()
     totals = sum_over_ranks(list(sums.values()), device) if ranks > 1 else sums.values()
     pred, answers, kl, clm, tokens, headline, option_ce, n_tasks = totals
     return {"dev_option_ce": option_ce / n_tasks, "dev_pred": pred / answers, "dev_kl": kl / tokens,
             "dev_clm": clm / tokens, "dev_headline": headline / n_tasks}
+
+
+def option_ces(queries: list[dict], scores: list[torch.Tensor]) -> list[float]:
+    """Cross-entropy of each query's right option, in nats, under a softmax over `score.option_scores`."""
+    return [-row.log_softmax(dim=0)[q["options"].index(q["output"])].item()
+            for q, row in zip(queries, scores, strict=True)]
 
 
 @torch.no_grad()
