@@ -52,9 +52,10 @@ def run_main(main) -> None:
     try:
         main()
     except UserError as error:
-        if "TORCHELASTIC_ERROR_FILE" in os.environ:  # torchrun's report, which comes last, shows it
-            get_error_handler().record_exception(error)
         print(f"error: {error}", file=sys.stderr)
+        if "TORCHELASTIC_ERROR_FILE" in os.environ:  # torchrun's report, which comes last, shows it
+            with contextlib.suppress(OSError):
+                get_error_handler().record_exception(error)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted; what was written before stays", file=sys.stderr)
@@ -103,8 +104,8 @@ FLAGS = {  # those that more than one script takes; a default of None is filled 
     "template": dict(choices=TEMPLATES,
                      help="what separates input, answer and demonstrations (Tab. 7: newline); input-output "
                           "writes 'Input: ' and 'Output: ' before them; chat: the tokenizer's own chat "
-                          "template, with newlines in the user's turn; default: that of --checkpoint, "
-                          "else space, the paper's"),
+                          "template, with newlines in the user's turn; default: space, the paper's; "
+                          "where a checkpoint is evaluated, its own"),
     "seed": dict(type=int, default=100, help="seed of sampling and initialisation"),
     "max-minutes": dict(type=float, help="stop after these minutes as SIGTERM does, with exit code 124; "
                         "default: no limit"),

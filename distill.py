@@ -93,13 +93,13 @@ def labels_of(demos: list[dict]) -> list[str]:
 
 def with_options(queries: list[dict], labels: list[str], args: argparse.Namespace) -> list[dict]:
     """The queries, those without options with `labels`; UserError where an output cannot be right."""
-    named = {getattr(q, "where", args.queries): q["output"] for q in queries if q["output"]
-             and labels and not q["options"] and q["output"] not in labels}
+    for q in queries:
+        check((not (q["output"] and labels) or q["options"] or q["output"] in labels,
+               f"{getattr(q, 'where', args.queries)}: the output {q['output']!r} is no label of the "
+               f"demonstrations, {labels}; write it as they do, or give the line options"))
     queries = [query | {"options": query["options"] or labels} for query in queries]
     written = any(q["output"] and not q["options"] for q in queries)
-    check(*((False, f"{where}: the output {output!r} is no label of the demonstrations, {labels}; write it "
-             "as they do, or give the line options") for where, output in [*named.items()][:1]),
-          (not written or args.template != "space" or args.stop != "\n",
+    check((not written or args.template != "space" or args.stop != "\n",
            f"{args.queries}: by the template space nothing ends a written answer, so none can be compared; "
            "give options, a --stop of your own, no outputs, or a checkpoint trained with --template newline"))
     return queries
@@ -109,9 +109,10 @@ def tell(formatter: Formatter, examples: list[dict], queries: list[dict], labels
     """Print what answers are, and whose inputs are cut."""
     if any(not query["options"] for query in queries):
         print(f"answers: {'one of ' + ', '.join(labels)[:100] if labels else 'written'}")
-    cut = [e["input"] for e in examples if len(formatter.turns.encode(e["input"])) > MAX_INPUT]
+    turns = formatter.turns
+    cut = [e["input"] for e in examples if len(turns.encode(turns.between + e["input"])) > MAX_INPUT]
     if cut:
-        print(f"note: of {len(cut)} inputs only {MAX_INPUT} tokens are read: {cut[0][:40]!r}, ...")
+        print(f"note: {len(cut)} inputs are cut after {MAX_INPUT} tokens: {cut[0][:40]!r}, ...")
 
 
 def answer(llm, formatter: Formatter, prefix: Tensor, queries: list[dict], how: dict) -> list[str]:

@@ -92,11 +92,11 @@ def main(argv: list[str] | None = None) -> dict:
     tasks = tasks_of(args)
     if len(tasks.test) == 1 and "methods" in args.filled_in:  # there is no other task to average over
         args.methods.remove("mend_constant")
-    require_scorable(tasks, args.only, args.seeds)
+    require_scorable(tasks, args.only, () if args.perturb else args.seeds, args.limit)
     llm, distiller, state, formatter = load_all(args, device)
     trained_on = state.get("trained_on", {}) if args.checkpoint else None
     if args.checkpoint:
-        print(f"checkpoint {checkpoint_id(args.checkpoint)}: l = {args.distill_len}")
+        print(f"checkpoint {checkpoint_id(args.checkpoint)}: l = {args.distill_len}, {args.template}")
         refuse_wrong_method(list(own), state, args.checkpoint)
         refuse_seen_tasks(trained_on, tasks, args.only)
         if state["model"]["template"] != args.template:
@@ -199,8 +199,8 @@ def evaluate_one(args, llm, distiller, formatter: Formatter, tasks: Tasks, task:
         sets = retrieve(args.retrieve, pool, queries, args.k, dense)
         chosen = predict_each(method, sets, limit, llm, distiller, formatter, queries, args)
     else:
-        demos, _ = demonstration_set(tasks, shown_task or task, seed, args.k)
-        limit = formatter.limit(demos + files["test"])
+        demos, its = demonstration_set(tasks, shown_task or task, seed, args.k)
+        limit = formatter.limit(demos + (its if vectors is not None else files)["test"])
         cut = formatter.parts if method in VECTOR_METHODS else lambda *a: [formatter.pieces(*a)]
         if method not in (*SEEDLESS, "mend_constant"):
             tokens = sum(len(flat(part)) for part in cut(demos, limit))

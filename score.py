@@ -178,7 +178,7 @@ def option_scores(llm: PreTrainedModel, prefix: Prefix, formatter: Formatter, qu
                   first: bool = False) -> list[Tensor]:
     """score_options of each query after one prefix of B = 1: (options,) each, perhaps padded with -inf."""
     encoded = [formatter.scoring_query(q, first=first) for q in queries]
-    needed = prefix.mask.shape[1] + max(len(x) + max(map(len, options)) for x, options in encoded)
+    needed = prefix.mask.shape[1] + max([len(x) + max(map(len, options)) for x, options in encoded] or [0])
     check((needed <= (formatter.llm_positions or needed), f"the longest query with an option, and what is "
            f"before it, take {needed} positions, and the LLM has {formatter.llm_positions}; give a smaller "
            "--distill-len, --segments or --context-len"))

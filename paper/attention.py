@@ -124,6 +124,7 @@ def look(args: argparse.Namespace, llm, tokenizer: Tokenizer, heads: list[tuple[
     distiller, state = load_distiller(args.checkpoint, llm)
     require_input_vectors(distiller.eval(), "Fig. 5")
     args.distill_len, tasks = distiller.distill_len, tasks_of(args)
+    args.template = state["model"]["template"] if "template" in args.filled_in else args.template
     task = args.task or tasks.test[0]
     check((task in tasks.test, (f"--task {task} is no meta-test task of {args.split} here; "
                                 f"{common.did_you_mean(task, tasks.test)}")))

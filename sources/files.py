@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from common import UserError, check, is_main
 
 TEMPORARY = re.compile(r"\..+\.(\d+)\.([\w-]*)\.mend\.tmp")  # what `temporary_of` gives, and nobody else
-HOST = re.sub(r"[^\w-]", "-", platform.node())
+HOST = re.sub(r"[^\w-]", "-", platform.node())[:16]
 HELD: dict[Path, FileLock] = {}
 
 

@@ -5,7 +5,7 @@
     python train_finetune.py --tasks mine/ --split mine.json               # {"train": [...], "test": [...]}
     python evaluate.py --tasks reviews.csv --columns input=text output=label
 
-A task is a file NAME.jsonl[.gz], NAME.csv or NAME.parquet, or a folder NAME in MetaICL's layout. Of a file,
+A task is a file NAME.jsonl[.gz], .csv, .tsv or .parquet, or a folder NAME in MetaICL's layout. Of a file,
 up to 16 dev examples are set apart, the same for every seed; a seed draws K demonstrations (16 at least) from
 the others, and the rest are queries. Where labels repeat and no options are given, the labels are the
 options.
@@ -265,8 +265,9 @@ def examples_in(task: str, place: Path | str, columns: dict[str, str], labelled:
         if isinstance(options, str):  # a table's cell
             with contextlib.suppress(ValueError, RecursionError):
                 options = json.loads(options)
-        check((all(isinstance(t, str) for t in texts) and all(t.strip() for t in texts[:len(needs)]),
-               f"{where}: {' and '.join(needs)} must be texts, and not empty"),
+        wrong = [columns[name] for name, t in zip(("input", "output"), texts, strict=True)
+                 if not isinstance(t, str) or (name in needs and not t.strip())]
+        check((not wrong, f"{where}: {' and '.join(wrong)} must be text, and not empty"),
               (isinstance(options, list) and all(isinstance(o, str) and o.strip() for o in options),
                f'{where}: options must be a list of texts, as in ["yes", "no"]'))
         example = Example(task=task, input=texts[0].strip(), output=texts[1].strip(),
@@ -288,7 +289,8 @@ def csv_rows(path: Path) -> Iterator[tuple[str, dict]]:
         with path.open(newline="", encoding="utf-8-sig") as file:
             csv.field_size_limit(1 << 30)
             tabs = path.suffix.lower() == ".tsv"
-            reader = csv.DictReader(file, strict=True, delimiter="\t" if tabs else ",")
+            how = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {}  # a tsv has no quotes
+            reader = csv.DictReader(file, strict=True, **how)
             names = reader.fieldnames or []
             check((len({*names}) == len(names), f"{path} names a column twice: {', '.join(names)[:80]}"),
                   (len(names) > 1 or not re.search("[;\t]", "".join(names)), f"{path} has one column, "
@@ -296,11 +298,12 @@ def csv_rows(path: Path) -> Iterator[tuple[str, dict]]:
             for number, row in enumerate(reader, 1):
                 where = f"{path}, row {number}"
                 check((None not in row and None not in row.values(), f"{where} has not as many cells as the "
-                       'first line; put texts with commas or line breaks in quotes, as in "a, b"'))
+                       'first line' + ('; put texts with commas or line breaks in quotes, as in "a, b"',
+                                       ", where tabs part cells and lines end rows")[tabs]))
                 yield where, row
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path} cannot be read after row {number} ({first_line(error)}); give a UTF-8 "
-                        "table with commas, its first line the names of the columns") from error
+                        "table with commas (.tsv: tabs), its first line the names of the columns") from error
 
 
 def rows_of(place: Path | str, form: str) -> Iterator[tuple[str, dict]]:
@@ -320,7 +323,7 @@ def rows_of(place: Path | str, form: str) -> Iterator[tuple[str, dict]]:
         else:
             table = datasets.load_dataset(str(place), split="train", cache_dir=cache)
     except Exception as error:  # each of the libraries below has errors of its own
-        raise UserError(f"--tasks {place} cannot be read ({first_line(error)}); give another file or "
+        raise UserError(f"{place} cannot be read ({first_line(error)}); give another file or "
                         "name") from error
     names = {c: f.names for c, f in table.features.items() if isinstance(f, datasets.ClassLabel)}
     for number, row in enumerate(table, 1):

@@ -331,16 +331,18 @@ def read_examples(path: Path) -> list[dict]:
     return examples
 
 
-def require_scorable(tasks: Tasks, only: list[str] | None, seeds: Sequence[int]) -> None:
+def require_scorable(tasks: Tasks, only: list[str] | None, seeds: Sequence[int], limit: int = 0) -> None:
     """Raise one UserError for all names of --only that are no meta-test task, and for all meta-test tasks (of
-    --only, where given) whose queries of these seeds are too few or cannot be scored."""
+    --only, where given) whose first `limit` queries (0: all) of a seed are none, or cannot be scored."""
     check(*((name in tasks.test, f"--only {name} is no meta-test task of {tasks.split} here; "
              f"{did_you_mean(name, tasks.test)}") for name in only or []))
     faults = []
     for task in only or tasks.test:
         try:
             for seed in seeds:
-                require_options(tasks.files(task, seed)["test"])
+                queries = tasks.files(task, seed)["test"][:limit or None]
+                check((bool(queries), f"task {task} has no queries for seed {seed}; give another --k"))
+                require_options(queries)
         except UserError as error:
             faults.append(str(error))
     hint = "; or name the other tasks with --only or --test-tasks" * (len(faults) < len(only or tasks.test))

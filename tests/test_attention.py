@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import load, make_distiller, save_distiller
+from conftest import load, make_distiller, model_of, save_distiller
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from common import UserError
@@ -137,7 +137,8 @@ def test_answer_attention_is_the_last_query_tokens(llama, llama_llm, head):
 @pytest.fixture(scope="module")
 def checkpoint(llm, llm_folder, tmp_path_factory):
     distiller, stages = make_distiller(llm, distill_len=24), {"pretrain": {"corpus": "text"}}
-    path = save_distiller(tmp_path_factory.mktemp("run"), distiller, llm, step=7, trained_on=stages)
+    path = save_distiller(tmp_path_factory.mktemp("run"), distiller, llm, step=7, trained_on=stages,
+                          model=model_of(distiller, llm) | {"template": "newline"})  # as which it is read
     return SimpleNamespace(path=path, llm=llm_folder, distiller=distiller)
 
 
@@ -161,10 +162,10 @@ def test_command(argv, checkpoint, tasks_dir, tiny_tasks, tmp_path, monkeypatch)
     assert '--tasks "$METAICL_DIR"' in induction["command"] and str(tasks_dir) not in induction["command"]
     # the same from the pieces: what stands before the query, read by transformers itself
     tokenizer = Tokenizer(str(checkpoint.llm))
-    formatter, files = Formatter(tokenizer, "space", 900), tiny_tasks.files("emo", 100)
+    formatter, files = Formatter(tokenizer, "newline", 900), tiny_tasks.files("emo", 100)
     demos, query = formatter.demonstrations(files["train"], 900), formatter.query(files["test"][2])
     assert (record["demo_tokens"], record["distill_len"], record["step"]) == (len(demos), 24, 7)
-    assert "".join(record["query_tokens"]) == tokenizer.hf.decode(query).replace(" ", "")
+    assert "".join(record["query_tokens"]) == "".join(tokenizer.hf.decode(query).split())
     eager = AutoModelForCausalLM.from_pretrained(checkpoint.llm, attn_implementation="eager").eval()
     embed = eager.get_input_embeddings()
     with torch.no_grad():

@@ -6,7 +6,7 @@ import pytest
 from conftest import example, write_lines
 
 from common import UserError
-from paper import carried
+from paper import carried, tables
 from paper.summary import require_one_setting
 
 
@@ -22,8 +22,8 @@ BOTH = [*lines("zero_shot", {"verb: past": 0.1, "verb: she": 0.1, "date: year": 
 def test_functions_of_a_domain_are_one_cluster():
     tasks = ["verb: past", "ethos-race", "date: year", "ag_news", "verb: she", "ethos-religion"]
     clusters = [["ag_news"], ["date: year"], ["ethos-race", "ethos-religion"], ["verb: past", "verb: she"]]
-    assert sorted(sorted(names) for names in carried.clusters_of(tasks, {})) == clusters
-    linked = carried.clusters_of(tasks, {"ethos-race": {"x", "y"}, "ag_news": {"y"}})  # all three are one
+    assert sorted(sorted(names) for names in tables.clusters_of(tasks, {})) == clusters
+    linked = tables.clusters_of(tasks, {"ethos-race": {"x", "y"}, "ag_news": {"y"}})  # all three are one
     assert sorted(map(len, linked)) == [1, 2, 3]
 
 
@@ -37,7 +37,7 @@ def test_tasks_that_are_linked_by_a_query_are_one_cluster(tmp_path):
             write_lines(tmp_path / task / f"{task}_16_{seed}_train.jsonl", [example("p")])
     write_lines(tmp_path / "b" / "b_16_13_test.jsonl", [example("s"), example("q")])
     inputs = carried.inputs_in(str(tmp_path), [*"abcde"])
-    found = carried.clusters_of([*"abcde"], inputs)
+    found = tables.clusters_of([*"abcde"], inputs)
     assert sorted(sorted(cluster) for cluster in found) == [["a", "b", "c"], ["d"], ["e"]]
     with pytest.raises(UserError, match="has no queries of f; give their folder"):
         carried.inputs_in(str(tmp_path), ["a", "f"])

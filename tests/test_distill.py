@@ -242,8 +242,8 @@ def test_bad_flags(flags, message, demos):
 
 @pytest.mark.parametrize("line, message", [
     ("{", "line 1: expected"), ('{"output": "b"}', "line 1 has no input, only output; expected"),
-    ('{"input": "a", "output": " "}', "input and output must be texts, and not empty"),
-    ("[1]", "line 1: expected"), ("", "is empty"), ('{"input": [1], "output": "b"}', "must be texts"),
+    ('{"input": "a", "output": " "}', "line 1: output must be text, and not empty"),
+    ("[1]", "line 1: expected"), ("", "is empty"), ('{"input": [1], "output": "b"}', "input must be text"),
     ('{"input": null, "output": "b"}', "no input, only output"),
     ('{"input": "a", "output": "b", "options": "bc"}', "options must be a list"),
     ('{"input": "a", "output": "b", "options": ["c"]}', "none of its options")])
@@ -309,4 +309,4 @@ def test_what_is_cut_of_an_input_is_told(argv, tmp_path, capsys):
                                        {"input": "sun", "output": "dry"}])
     distill.main([*argv, "--demos", str(tmp_path / "d.jsonl"), "--ask", "x"])
     out = capsys.readouterr().out
-    assert "note: of 1 inputs only 256 tokens are read: 'rain rain" in out and "answers: written\n" in out
+    assert "note: 1 inputs are cut after 256 tokens: 'rain rain" in out and "answers: written\n" in out

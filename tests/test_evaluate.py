@@ -552,7 +552,7 @@ def test_ranks_share_the_plan_out_and_write_what_one_process_would(argv, tmp_pat
     args = common.parse(evaluate.get_parser(), [*argv, "--out", str(out)], evaluate.PRESETS)
     args.device, tasks = "cpu", sources.tasks.tasks_of(args)
     llm, distiller, state, formatter = loading.load_all(args, CPU)
-    calls, rank, barrier, parts = [], threading.local(), threading.Barrier(2), [[], []]
+    calls, rank, barrier, parts = [], threading.local(), threading.Barrier(2, timeout=60), [[], []]
     evaluate_one = evaluate.evaluate_one
 
     def gather(records):
@@ -577,7 +577,8 @@ def test_ranks_share_the_plan_out_and_write_what_one_process_would(argv, tmp_pat
         asked=lambda: 0, listen=lambda: None))
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.map(one, (0, 1))
-    assert first == second == read_lines(out) == read_lines(whole)
+    assert first == second == read_lines(out)
+    assert [r | {"date": 0} for r in first] == [r | {"date": 0} for r in read_lines(whole)]  # midnight
     made = Counter(number for number, *_ in calls)
     assert len({call[1:] for call in calls}) == len(calls) == 20 and min(made.values()) > 5
 
@@ -605,3 +606,30 @@ def test_all_tasks_that_cannot_be_scored_are_named_before_the_llm_is_loaded(argv
     shutil.copy(own_tasks / "emo" / "emo_16_42_test.jsonl", own_tasks / "emo" / "emo_16_13_test.jsonl")
     with pytest.raises(UserError, match="ag_news.*; or name the other tasks with --only or --test-tasks"):
         evaluate.main(argv)
+
+
+def test_only_what_is_asked_has_to_be_scorable(argv, own_tasks, tmp_path, capsys):
+    """Queries beyond --limit, and tasks that --perturb leaves out, may be without options."""
+    for task, change in (("emo", slice(20, None)), ("ag_news", slice(0, 0))):
+        path = own_tasks / task / f"{task}_16_13_test.jsonl"
+        lines = read_lines(path)
+        for line in lines[change]:
+            line["options"] = []
+        write_lines(path, lines)
+    argv = [*argv, "--tasks", str(own_tasks), "--seeds", "13", "--methods", "icl"]
+    evaluate.main([*argv, "--limit", "4"])
+    with pytest.raises(UserError, match="task emo: .* has no options"):
+        evaluate.main([*argv, "--limit", "0"])
+    for part in ("train", "test"):
+        path = own_tasks / "emo" / f"emo_16_13_{part}.jsonl"
+        write_lines(path, [line | {"options": []} for line in read_lines(path)])
+    evaluate.main([*argv, "--limit", "4", "--perturb", "wrong_label"])
+    assert "left out: emo" in capsys.readouterr().out
+
+
+def test_a_task_without_queries_is_refused(argv, own_tasks):
+    (own_tasks / "emo" / "emo_16_13_test.jsonl").write_text("")
+    with pytest.raises(UserError, match="emo.*(no queries|is empty)"):
+        evaluate.main([*argv, "--tasks", str(own_tasks)])
+    with pytest.raises(UserError, match="has no queries for seed 13; give another --k"):
+        evaluate.main([*argv, "--tasks", "recall", "--k", "1", "--methods", "icl"])

@@ -18,7 +18,7 @@ import train_pretrain
 from common import UserError
 from loading import load_checkpoint
 from paper import figures
-from sources.own import OwnTasks, load_own
+from sources.own import OwnTasks, columns_of, load_own, read_task
 from sources.tasks import SEEDS, load_tasks
 
 PLACES = ("harbour", "tower", "market", "bridge", "school", "garden")
@@ -222,8 +222,8 @@ def test_a_parquet_table_with_class_numbers(tmp_path):
 
 
 BROKEN = [
-    ({"input": "a"}, "line 3 has no output, only input"), ({"input": " ", "output": "x"}, "must be texts"),
-    ({"input": ["a"], "output": "x"}, "must be texts"), ({"input": "a", "output": True}, "must be texts"),
+    ({"input": "a"}, "line 3 has no output, only input"), ({"input": " ", "output": "x"}, "must be text"),
+    ({"input": ["a"], "output": "x"}, "must be text"), ({"input": "a", "output": True}, "must be text"),
     ({"input": "a", "output": "x", "options": "xy"}, "options must be a list"),
     ({"input": "a", "output": "x", "options": ["y"]}, "the output 'x' is none of its options"),
     ("[]", "line 3"),
@@ -264,7 +264,7 @@ def test_what_cannot_be_a_task(tmp_path, flags, training, monkeypatch):
     with pytest.raises(UserError, match="are both the task t"):
         load_own(str(tmp_path / "twice"), "x", 16)
     for table, message in (("a,b,c\n", "row 1 has not as many cells"), ("a\n", "row 1 has not as many cells"),
-                           ("", "t.csv is empty"), (",b\n", "row 1: input and output must be texts"),
+                           ("", "t.csv is empty"), (",b\n", "row 1: input must be text"),
                            ('"a,b\n', "cannot be read after row 0"), ("a,b\nc,\xe9\n", "after row")):
         (tmp_path / "twice" / "t.csv").write_bytes(f"input,output\n{table}".encode("latin-1"))
         with pytest.raises(UserError, match=message):
@@ -408,3 +408,12 @@ def test_the_hint_to_lower_k_only_where_that_helps(tmp_path):
         with pytest.raises(UserError, match="17 different inputs, and .* are needed") as fault:
             load_own(str(tmp_path), "class_to_class", k).files("few", 100)
         assert ("lower --k" in str(fault.value)) == hint
+
+
+def test_a_tsv_has_no_quotes(tmp_path):
+    rows = [('"Good" film', "yes"), ('a "bad one', "no"), ("plain", "yes"), ("so, so", "no")]
+    (tmp_path / "t.tsv").write_text("\n".join("\t".join(row) for row in [("input", "output"), *rows]))
+    assert [(e["input"], e["output"]) for e in read_task("t", tmp_path / "t.tsv", columns_of(None))] == rows
+    (tmp_path / "t.tsv").write_text("input\toutput\na\tb\tc\n")
+    with pytest.raises(UserError, match="row 1 has not as many cells as the first line, where tabs part"):
+        read_task("t", tmp_path / "t.tsv", columns_of(None))

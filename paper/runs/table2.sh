@@ -1,15 +1,14 @@
 #!/usr/bin/env bash
 # Table 2: all methods on the seven settings, five seeds; at the paper's scale for its three LLMs.
 #     SCALE=pocket SPLITS="class_to_class" paper/runs/table2.sh
-#     SCALE=paper LLMS=gpt2-large paper/runs/table2.sh
+#     SCALE=paper LLMS=own paper/runs/table2.sh    # of the three gpt2-large alone
 source "$(dirname "$0")/settings.sh"
-own=own  # the preset's LLM
-if [ "$SCALE" = paper ]; then
-    own=gpt2-large LLMS=${LLMS:-gpt2-large gpt2-xl google/t5-large-lm-adapt}
+if [[ $SCALE == paper && ${EXTRA:-} != *--llm* ]]; then
+    LLMS=${LLMS:-own gpt2-xl google/t5-large-lm-adapt}
 fi
-for llm in ${LLMS:-own}; do
+for llm in ${LLMS:-own}; do  # own: the preset's, gpt2-large, or that of EXTRA
     (
-        if [ "$llm" != "$own" ]; then RUNS=$RUNS/$(basename "$llm") EXTRA="${EXTRA:-} --llm $llm"; fi
+        if [ "$llm" != own ]; then RUNS=$RUNS/$(basename "$llm") EXTRA="${EXTRA:-} --llm $llm"; fi
         if [[ $llm == google/t5* ]]; then EXTRA="$EXTRA --dtype fp32"; fi  # Table 5
         for split in ${SPLITS:-$SEVEN}; do
             score table2 "$split" --methods zero_shot majority icl icl_budget
