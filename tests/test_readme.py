@@ -163,7 +163,8 @@ def test_the_documents_have_the_figures_of_the_committed_results(file, places):
 
 @pytest.mark.parametrize("name, length", [
     ("ratios-functions", 16), ("ratios-functions", 8), ("ratios-recall", 32), ("ratios-recall", 16),
-    ("ratios-early", 16), ("class_to_class-kv", 64), ("bigbench-functions", 64)])
+    ("ratios-early", 16), ("class_to_class-kv", 64), ("hr_to_lr-kv", 64),
+    ("bigbench-functions", 64)])
 def test_the_readme_has_the_figures_of_what_the_vectors_carry(name, length):
     made = carried.carried(paper.summary.read_results(common.ROOT / "results" / f"{name}.jsonl"))
     cells = {m: f"{row['mean']:.1f}" for m, row in made["methods"][length].items() if m != "majority"}
@@ -177,7 +178,7 @@ def test_the_readme_has_the_figures_of_what_the_vectors_carry(name, length):
 
 @pytest.mark.parametrize("name", ["ratios-functions", "ratios-recall", "ratios-early", "class_to_class-kv",
                                   "functions-sets", "recall-segments-4x8", "bigbench-functions",
-                                  "class_to_class-segments-4x16"])
+                                  "class_to_class-segments-4x16", "hr_to_lr-kv"])
 def test_the_results_page_has_their_whole_tables(name):
     made = carried.carried(paper.summary.read_results(common.ROOT / "results" / f"{name}.jsonl"))
     rows = [line for line in carried.table_lines(name, made)[3:] if line.startswith("| ")]
