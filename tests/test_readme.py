@@ -217,6 +217,16 @@ def test_the_results_page_has_class_to_class_in_segments():
         assert row in read("docs/results.md"), row
 
 
+def test_the_results_page_has_hr_to_lr_in_segments():
+    made = carried.carried(paper.summary.read_results(common.ROOT / "results/hr_to_lr-segments-4x16.jsonl"))
+    page = " ".join(read("docs/results.md").replace("−", "-").split())
+    for method, row in made["methods"][16].items():
+        if method in ("mend", "last_l", "icl", "mend_swapped"):
+            assert f"{row['mean']:.1f}" in page.partition("hr_to_lr-segments-4x16.jsonl")[2][:400], method
+        if method in ("last_l", "icl"):
+            assert "({gap:+.1f} [{low:+.1f}, {high:+.1f}])".format(**row["gap"]) in page, method
+
+
 def test_every_table_2_of_the_results_is_checked():
     assert [path.name for path in sorted((common.ROOT / "results").glob("table2-*.jsonl"))] == [
         "table2-pocket-gpu.jsonl", "table2-pocket.jsonl"]
