@@ -98,7 +98,7 @@ def write_tasks(folder):
 
 
 @pytest.mark.parametrize("family, steps", [("gpt2", (120, 60, 80)), ("llama", (120, 60, 80)),
-                                           ("t5", (250, 160, 240))])
+                                           pytest.param("t5", (250, 160, 240), marks=pytest.mark.slow)])
 def test_mend_learns_to_pass_on_what_the_demonstrations_say(family, steps, tmp_path):
     """steps: of teaching the LLM, of pretraining MEND, of finetuning it.
 

@@ -70,7 +70,8 @@ def test_sharded_training_equals_one_process(script, argv, ranks, tmp_path, llam
             torch.testing.assert_close(found, tensor, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 3])
 def test_sharded_evaluation_equals_one_process(flags, tmp_path, llama_llm, ranks):
     checkpoint = save_distiller(tmp_path / "run", make_distiller(llama_llm), llama_llm, "layers:2")
     argv = [f for f in flags if f not in ("--distiller", "layers:2")] + [
