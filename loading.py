@@ -382,7 +382,7 @@ def load_all(args: argparse.Namespace, device: torch.device) -> tuple:
         if "distill_len" in args and "distill_len" not in args.filled_in:
             set_length(distiller, state, args.distill_len, args.checkpoint)
         args.distill_len = distiller.distill_len
-        args.template = state["model"]["template"] if "template" in args.filled_in else args.template
+        args.template = headers.template_for(args, state)
     return llm, distiller, state, prepare(args, llm, distiller, device)
 
 

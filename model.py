@@ -305,7 +305,7 @@ def attention_mask(prefix_mask: Tensor, query: Tensor, branch: Tensor, query_mas
         (B, 1, T, P + T) bool, True where allowed. A padded token sees itself, so that no row is empty.
     """
     T = query.shape[1]
-    same_query = query[:, :, None] == query[:, None, :]                                 # (B, T, T)
+    same_query = query[:, :, None] == query[:, None, :]                                     # (B, T, T)
     same_branch = (branch[:, None, :] == 0) | (branch[:, :, None] == branch[:, None, :])    # (B, T, T)
     index = torch.arange(T, device=query.device)
     causal, itself = index[:, None] >= index[None, :], index[:, None] == index[None, :]     # (T, T)

@@ -32,7 +32,7 @@ from loading import (
 )
 from model import causal_mask, positions_of, run_backbone, with_head
 from sources.files import write_whole
-from sources.headers import refuse_wrong_method
+from sources.headers import refuse_wrong_method, template_for
 from sources.tasks import SEEDS, demonstration_set, tasks_of
 from sources.text import Tokenizer
 
@@ -124,7 +124,7 @@ def look(args: argparse.Namespace, llm, tokenizer: Tokenizer, heads: list[tuple[
     distiller, state = load_distiller(args.checkpoint, llm)
     require_input_vectors(distiller.eval(), "Fig. 5")
     args.distill_len, tasks = distiller.distill_len, tasks_of(args)
-    args.template = state["model"]["template"] if "template" in args.filled_in else args.template
+    args.template = template_for(args, state)
     task = args.task or tasks.test[0]
     check((task in tasks.test, (f"--task {task} is no meta-test task of {args.split} here; "
                                 f"{common.did_you_mean(task, tasks.test)}")))

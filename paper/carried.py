@@ -16,12 +16,11 @@ import numpy as np
 
 from common import check, finish, run_main
 from paper.summary import gains_of, read_results, require_one_setting, scores_of
-from paper.tables import clusters_of, paired_interval, require_fields, summary
+from paper.tables import SAME, clusters_of, paired_interval, require_fields, summary
 from sources.text import json_lines
 
 ORDER = ("zero_shot", "majority", "last_l", "icl_budget", "prompt_tuning", "hypertuning", "mend",
          "mend_swapped", "mend_permuted", "mend_constant", "icl_swapped", "icl")
-SAME = ("icl", "icl_swapped", "zero_shot", "majority")  # whatever l is
 
 
 def inputs_in(folder: str, tasks: list[str]) -> dict[str, set[str]]:

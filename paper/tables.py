@@ -66,6 +66,7 @@ TABLES = {  # number: (what makes a row, what makes a column, rows, columns)
 }
 FIXED = ("tasks", "split", "k", "context_len", "template", "limit")  # one value a table, or one a column
 SHOWN = (*FIXED, "distill_len", "dtype", "llm_weights", "commit")
+SAME = ("icl", "icl_swapped", "zero_shot", "majority")  # rows that are the same whatever l is
 NEEDED = {*FIXED, "distill_len", "dtype", "commit", "data_hash", "llm", "method", "checkpoint", "trained_on",
           "retrieval", "perturbation", "task", "seed", "headline", "n"}
 
@@ -173,7 +174,7 @@ def clusters_of(tasks: list[str], inputs: dict[str, set[str]]) -> list[list[str]
 def comparable(row: str, cell: list[dict], mend: list[dict]) -> bool:
     """Whether a row stands beside MEND's: what reads l positions has the same, MEND's controls also its
     checkpoint."""
-    fields = () if row in ("zero_shot", "majority", "icl", "icl_swapped") else ("distill_len", "segments")
+    fields = () if row in SAME else ("distill_len", "segments")
     fields += ("checkpoint",) if row in CONTROLS else ()
     return not mend or all(cell[0].get(f) == mend[0].get(f) for f in fields)
 

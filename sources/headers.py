@@ -1,6 +1,7 @@
 """Headers of checkpoints and vector files, which anybody may have written: looked at before anything is
 built from them."""
 
+import argparse
 import hashlib
 import json
 import re
@@ -147,6 +148,11 @@ def method_of(state: dict) -> str:
     distils = "pretrain" in stages and stages["pretrain"].get("objective", "kl") != "clm" or \
         "finetune" in stages and stages["finetune"].get("lam", 1) > 0
     return "mend" if distils or not stages else "hypertuning"
+
+
+def template_for(args: argparse.Namespace, state: dict) -> str:
+    """--template, or, where that is not given, the one that a checkpoint was trained with."""
+    return state["model"]["template"] if "template" in args.filled_in else args.template
 
 
 def refuse_wrong_method(methods: list[str], state: dict, path: str) -> None:

@@ -29,7 +29,7 @@ def settle_distiller(args: argparse.Namespace) -> None:
     name = Path(args.llm).name
     if "distiller" in args.filled_in and args.distiller.startswith("layers:") and \
             int(args.distiller[7:]) > layers:
-        args.distiller = f"layers:{max(1, round(layers / 3))}"
+        args.distiller = third_of(layers)
         if is_main():
             print(f"{name} has {layers} layers: distiller {args.distiller}; change it with --distiller")
     if "distiller" in args.filled_in and not args.distiller.startswith("layers:"):
@@ -49,7 +49,12 @@ def settle_distiller(args: argparse.Namespace) -> None:
 def usual_distiller(name: str, layers: int) -> str:
     """The smallest sibling of an LLM of this name and so many layers, or a third of its own layers."""
     known = [sibling for pattern, sibling in SIBLINGS.items() if re.fullmatch(pattern, name)]
-    return [*known, f"layers:{max(1, round(layers / 3))}"][0]
+    return [*known, third_of(layers)][0]
+
+
+def third_of(layers: int) -> str:
+    """layers:N for about a third of an LLM's own layers."""
+    return f"layers:{max(1, round(layers / 3))}"
 
 
 def own_layers(spec: str, total: int) -> int:
